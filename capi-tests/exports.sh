@@ -1,0 +1,34 @@
+#!/bin/sh
+# exports.sh LIBRARY MAP HEADER HAVE: the library exports exactly what the map names, each at its
+# version; the header declares exactly those, with a QBLK_HAVE_ macro each; nothing of Rust, std or
+# a dependency leaves the library, nor does what only tests use.
+set -eu
+so=$1 map=$2 header=$3 have=$4
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+same() { # WHAT A B
+    diff -u "$2" "$3" > "$dir/diff" || { echo "exports: $1:"; cat "$dir/diff"; exit 1; }
+}
+# A name in several nodes is the default (@@) in the last of them, an old version (@) before.
+awk '/^QBLK_/ { v = $1 }
+     /^ *qblk_[a-z0-9_]*;/ { sub(";", ""); if ($1 in last) print $1 "@" last[$1]; last[$1] = v }
+     END { for (n in last) print n "@@" last[n] }' "$map" | sort > "$dir/map"
+# GNU ld also exports the nodes' names, as absolute symbols.
+nm -D --defined-only "$so" | awk '$2 != "A" { print $3 }' | sort > "$dir/so"
+[ -s "$dir/map" ] || { echo "exports: $map names nothing"; exit 1; }
+same "the library differs from the map" "$dir/map" "$dir/so"
+if grep -v '^qblk_[a-z]' "$dir/so"; then echo "exports: not ours"; exit 1; fi
+sed 's,/\*.*,,; /^ *\*/d; /^#/d' "$header" | tr '\n' ' ' | grep -o 'qblk_[a-z0-9_]* *(' | tr -d ' (' |
+    sort -u > "$dir/header"
+sed 's/@.*//' "$dir/map" | sort -u > "$dir/names"
+same "the header differs from the map" "$dir/names" "$dir/header"
+sed -n 's/^#define QBLK_HAVE_\([A-Z0-9_]*\) 1$/qblk_\1/p' "$header" | tr 'A-Z' 'a-z' | sort > "$dir/have"
+same "the QBLK_HAVE_ macros differ from the map" "$dir/names" "$dir/have"
+count=$(grep -c QBLK_HAVE_ "$have")
+[ "$count" -ge "$(wc -l < "$dir/have")" ] || { echo "exports: $have lacks macros"; exit 1; }
+readelf -d "$so" > "$dir/dynamic"
+grep -q 'SONAME.*\[libqblk.so.1\]' "$dir/dynamic" || { echo "exports: wrong SONAME"; exit 1; }
+grep -q 'NODELETE' "$dir/dynamic" || { echo "exports: not linked with -z nodelete"; exit 1; }
+grep -q 'BIND_NOW\|FLAGS.*NOW' "$dir/dynamic" || { echo "exports: not linked with -z now"; exit 1; }
+if grep -q 'TEXTREL\|STATIC_TLS' "$dir/dynamic"; then echo "exports: TEXTREL or STATIC_TLS"; exit 1; fi
+echo "exports: $(wc -l < "$dir/so") symbols, as in the map and the header"

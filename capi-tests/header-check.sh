@@ -1,0 +1,40 @@
+#!/bin/sh
+# header-check.sh INCLUDE: qblk.h compiles alone, and twice, under every dialect, with both
+# compilers, and nothing is warned of.
+set -eu
+include=$1
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+cat > "$dir/h.c" <<'C'
+#include <qblk.h>
+#include <qblk.h>
+#if QBLK_VERSION < 0 || QBLK_EINTERNAL > -4096
+#error "the macros are no numbers for the preprocessor"
+#endif
+int use(qblk *dev);
+int use(qblk *dev)
+{
+    struct qblk_info info;
+    qblk_extent extent;
+    struct iovec iov = { &extent, sizeof extent };
+    int rc = qblk_get_info(dev, &info);
+    if (rc == QBLK_ELOCKED || rc - QBLK_EPOLICY == 0)
+        return QBLK_LOG_WARN;
+    return qblk_preadv(dev, &iov, 1, UINT64_C(1) << 40, QBLK_OPEN_RDWR | QBLK_OPEN_DIRECT);
+}
+C
+cp "$dir/h.c" "$dir/h.cpp"
+strict="-Wall -Wextra -Wpedantic -Werror -Wundef -Wcast-qual -Wredundant-decls -Wshadow -Wconversion"
+for std in c99 gnu99 c11 gnu11 c17 gnu17 c2x gnu2x; do
+    gcc -std=$std $strict -Wstrict-prototypes -Wmissing-prototypes -Wc++-compat -I"$include" \
+        -c -o "$dir/h.o" "$dir/h.c"
+    clang -std=$std -Weverything -Werror -Wno-padded -Wno-unsafe-buffer-usage -Wno-unknown-warning-option \
+        -Wno-declaration-after-statement -isystem /usr/include -I"$include" -c -o "$dir/h.o" "$dir/h.c"
+done
+for std in c++11 c++14 c++17 c++20 c++2b; do
+    g++ -std=$std $strict -Wold-style-cast -Wzero-as-null-pointer-constant -I"$include" \
+        -c -o "$dir/h.o" "$dir/h.cpp"
+    clang++ -std=$std -Weverything -Werror -Wno-padded -Wno-c++98-compat -Wno-c++98-compat-pedantic \
+        -Wno-unsafe-buffer-usage -Wno-unknown-warning-option -I"$include" -c -o "$dir/h.o" "$dir/h.cpp"
+done
+echo "header: clean as C99 to C23 and C++11 to C++23, gcc and clang"

@@ -1,0 +1,870 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+/*
+ * libqblk: disk images and block devices inside your own process.
+ *
+ * Written by cbindgen from src/capi/: change that, then run `make header`.
+ *
+ * In all functions:
+ *
+ *   result    0 or a count on success, a negative code on failure: -errno for the system's
+ *             errors, QBLK_E... (below -4095) for the library's own. errno says nothing.
+ *   text      qblk_get_error() tells the thread's last failure in full.
+ *   data      a call moves all bytes and returns 0, or fails; there are no short counts.
+ *             Sizes and offsets are bytes, and any offset and count work on any device.
+ *   NULL      where the call needs something: -EINVAL. So is a flag without a meaning.
+ *   threads   every function may be called from any thread at any time, and two calls on one
+ *             device run side by side. Only close and free must be the last call on a handle.
+ *   fork      a child may close what it inherited; all other calls there answer -ECHILD.
+ *             What it runs by exec inherits no descriptor.
+ *   signals   no call fails with -EINTR, and none raises SIGPIPE.
+ *   end       what is open when the program ends is flushed and closed for it.
+ */
+#ifndef QBLK_H
+#define QBLK_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#if defined(__cplusplus) && __cplusplus >= 201103L
+#define QBLK_STATIC_ASSERT(cond, msg) static_assert(cond, msg)
+#elif defined(__STDC_VERSION__) && __STDC_VERSION__ >= 201112L
+#define QBLK_STATIC_ASSERT(cond, msg) _Static_assert(cond, msg)
+#else
+#define QBLK_CAT_(a, b) a##b
+#define QBLK_CAT(a, b) QBLK_CAT_(a, b)
+#define QBLK_STATIC_ASSERT(cond, msg) \
+    extern char QBLK_CAT(qblk_assert_line_, __LINE__)[(cond) ? 1 : -1]
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/**
+ * The image contradicts its format.
+ */
+#define QBLK_ECORRUPT -5001
+
+/**
+ * Not an image of that format.
+ */
+#define QBLK_EFORMAT -5002
+
+/**
+ * The image needs a feature that this build lacks; qblk_get_error() names it.
+ */
+#define QBLK_EUNSUPPORTED -5003
+
+/**
+ * Another process or handle has it.
+ */
+#define QBLK_ELOCKED -5004
+
+/**
+ * The image is encrypted, and no key was given.
+ */
+#define QBLK_ENEEDKEY -5005
+
+/**
+ * The key does not open the image.
+ */
+#define QBLK_EBADKEY -5006
+
+/**
+ * An NBD peer broke the protocol.
+ */
+#define QBLK_EPROTO -5007
+
+/**
+ * The open policy forbids it; qblk_get_error() says what would allow it.
+ */
+#define QBLK_EPOLICY -5008
+
+/**
+ * A defect inside libqblk was met and contained. The device answers so from then on.
+ */
+#define QBLK_EINTERNAL -5009
+
+/**
+ * qblk_open(): write too. Without it the file is opened read-only and nothing on disk changes.
+ */
+#define QBLK_OPEN_RDWR 1
+
+/**
+ * qblk_open(): do not open what the image is backed by; its holes read as zeroes.
+ */
+#define QBLK_OPEN_NO_BACKING 2
+
+/**
+ * qblk_open(): read the header and stop. Touches one file, takes no lock, works on images whose
+ * features this build lacks; data calls answer -EBADF.
+ */
+#define QBLK_OPEN_INFO_ONLY 4
+
+/**
+ * qblk_open(): the image is hostile. The option "format" must be given, nothing that the image
+ * names is opened, limits are tight.
+ */
+#define QBLK_OPEN_UNTRUSTED 8
+
+/**
+ * qblk_open(): take no part in locking beyond what a cautious reader needs. Read-only opens only.
+ */
+#define QBLK_OPEN_SHARED 16
+
+/**
+ * qblk_open(): no locks at all.
+ */
+#define QBLK_OPEN_NO_LOCK 32
+
+/**
+ * qblk_open(): bypass the page cache (O_DIRECT). Any offset, count and memory still work.
+ */
+#define QBLK_OPEN_DIRECT 64
+
+/**
+ * A request: return when this write is on stable storage.
+ */
+#define QBLK_REQ_FUA 1
+
+/**
+ * A request: zeroing may leave a hole.
+ */
+#define QBLK_REQ_MAY_TRIM 2
+
+/**
+ * A request: fail with -ENOTSUP at once rather than write zeroes.
+ */
+#define QBLK_REQ_FAST_ZERO 4
+
+/**
+ * qblk_resize(): the new size may be less than the present one; the bytes beyond it are lost.
+ */
+#define QBLK_RESIZE_SHRINK 1
+
+/**
+ * qblk_info.state: this handle does not write.
+ */
+#define QBLK_STATE_READ_ONLY 1
+
+/**
+ * qblk_info.state: the image is marked as not closed cleanly.
+ */
+#define QBLK_STATE_DIRTY 2
+
+/**
+ * qblk_info.state: the image is marked as corrupt.
+ */
+#define QBLK_STATE_CORRUPT 4
+
+/**
+ * qblk_info.state: its data is encrypted.
+ */
+#define QBLK_STATE_ENCRYPTED 8
+
+/**
+ * qblk_info.state: it names a backing image.
+ */
+#define QBLK_STATE_HAS_BACKING 16
+
+/**
+ * qblk_info.state: its data lies in another file.
+ */
+#define QBLK_STATE_HAS_DATA_FILE 32
+
+/**
+ * qblk_info.state: the format was found by probing.
+ */
+#define QBLK_STATE_PROBED 64
+
+/**
+ * qblk_info.state: it is locked.
+ */
+#define QBLK_STATE_LOCKED 128
+
+/**
+ * qblk_info.state: the medium turns.
+ */
+#define QBLK_STATE_ROTATIONAL 256
+
+/**
+ * qblk_info.can_...: not at all.
+ */
+#define QBLK_CAN_NOT 0
+
+/**
+ * qblk_info.can_...: by other requests.
+ */
+#define QBLK_CAN_EMULATE 1
+
+/**
+ * qblk_info.can_...: by itself.
+ */
+#define QBLK_CAN_NATIVE 2
+
+/**
+ * qblk_extent.flags: in this image, not in one below. Set for depth 0 only.
+ */
+#define QBLK_EXTENT_ALLOCATED 1
+
+/**
+ * qblk_extent.flags: reads as zeroes.
+ */
+#define QBLK_EXTENT_ZERO 2
+
+/**
+ * qblk_extent.flags: bytes are kept for it.
+ */
+#define QBLK_EXTENT_DATA 4
+
+/**
+ * qblk_extent.flags: kept compressed.
+ */
+#define QBLK_EXTENT_COMPRESSED 8
+
+/**
+ * qblk_extent.flags: host_offset is valid.
+ */
+#define QBLK_EXTENT_HOST 16
+
+/**
+ * qblk_set_log(): something failed, and nobody could be told otherwise.
+ */
+#define QBLK_LOG_ERROR 1
+
+/**
+ * qblk_set_log(): something is not as it should be.
+ */
+#define QBLK_LOG_WARN 2
+
+/**
+ * qblk_set_log(): what is done, once per open or close.
+ */
+#define QBLK_LOG_INFO 3
+
+/**
+ * qblk_set_log(): why it is done.
+ */
+#define QBLK_LOG_DEBUG 4
+
+/**
+ * qblk_set_log(): every request.
+ */
+#define QBLK_LOG_TRACE 5
+
+/**
+ * Size of a qblk_info in bytes, for ever.
+ */
+#define QBLK_INFO_SIZE 256
+
+/**
+ * The header's version, as three numbers. qblk_version() is that of the library that is loaded.
+ */
+#define QBLK_VERSION_MAJOR 0
+
+/**
+ * The header's version, second number.
+ */
+#define QBLK_VERSION_MINOR 1
+
+/**
+ * The header's version, third number.
+ */
+#define QBLK_VERSION_MICRO 0
+
+/**
+ * The header's version as one number, to compare with qblk_version().
+ */
+#define QBLK_VERSION (((QBLK_VERSION_MAJOR << 24) | (QBLK_VERSION_MINOR << 16)) | QBLK_VERSION_MICRO)
+
+#define QBLK_HAVE_VERSION 1
+
+#define QBLK_HAVE_VERSION_STRING 1
+
+#define QBLK_HAVE_SUPPORTS 1
+
+#define QBLK_HAVE_STRERROR 1
+
+#define QBLK_HAVE_GET_ERROR 1
+
+#define QBLK_HAVE_SET_LOG 1
+
+#define QBLK_HAVE_OPTIONS_NEW 1
+
+#define QBLK_HAVE_OPTIONS_SET 1
+
+#define QBLK_HAVE_OPTIONS_FREE 1
+
+#define QBLK_HAVE_OPEN 1
+
+#define QBLK_HAVE_OPEN2 1
+
+#define QBLK_HAVE_OPEN_FD 1
+
+#define QBLK_HAVE_CLOSE 1
+
+#define QBLK_HAVE_CONTEXT_OPEN 1
+
+#define QBLK_HAVE_REOPEN 1
+
+#define QBLK_HAVE_REOPEN2 1
+
+#define QBLK_HAVE_PREAD 1
+
+#define QBLK_HAVE_PREAD2 1
+
+#define QBLK_HAVE_PWRITE 1
+
+#define QBLK_HAVE_PWRITE2 1
+
+#define QBLK_HAVE_PREADV 1
+
+#define QBLK_HAVE_PWRITEV 1
+
+#define QBLK_HAVE_FLUSH 1
+
+#define QBLK_HAVE_ZERO 1
+
+#define QBLK_HAVE_TRIM 1
+
+#define QBLK_HAVE_CACHE 1
+
+#define QBLK_HAVE_GET_INFO 1
+
+#define QBLK_HAVE_GET_PROPERTY 1
+
+#define QBLK_HAVE_EXTENTS 1
+
+#define QBLK_HAVE_CREATE 1
+
+#define QBLK_HAVE_RESIZE 1
+
+#define QBLK_HAVE_RESIZE2 1
+
+/**
+ * An open block device: a context, an independent way into a source of bytes.
+ *
+ * Any number of threads may call on one handle at once, and their calls run side by side. Only
+ * qblk_close() must be the last call on it.
+ */
+typedef struct qblk qblk;
+
+/**
+ * key=value settings for a call. docs/options.md lists the keys.
+ *
+ * Any number of threads may use one at once. Only qblk_options_free() must be the last.
+ */
+typedef struct qblk_options qblk_options;
+
+/**
+ * Receives messages; see qblk_set_log().
+ *
+ * `message` is one line of UTF-8, valid during the call. The function may be called from any
+ * thread, from several at once. It must return: neither throw a C++ exception nor longjmp().
+ */
+typedef void (*qblk_log_fn)(void *opaque, int level, const char *message);
+
+/**
+ * What qblk_get_info() tells. 256 bytes for ever; later versions give reserved bytes a meaning.
+ */
+typedef struct qblk_info {
+    /**
+     * Bytes.
+     */
+    uint64_t size;
+    /**
+     * Bytes in use on the host; UINT64_MAX = not known.
+     */
+    uint64_t allocated;
+    /**
+     * Bytes in one request; 0 = no limit. Larger ones are cut by the library.
+     */
+    uint64_t max_transfer;
+    /**
+     * Bytes that requests are best multiples of; 1 = any.
+     */
+    uint32_t request_alignment;
+    /**
+     * Bytes that a request is best a multiple of.
+     */
+    uint32_t optimal_io_size;
+    /**
+     * Bytes; 0 = none.
+     */
+    uint32_t cluster_size;
+    /**
+     * Images below this one.
+     */
+    uint32_t backing_depth;
+    /**
+     * Bits of QBLK_STATE_...
+     */
+    uint32_t state;
+    /**
+     * QBLK_CAN_...: flush.
+     */
+    uint8_t can_flush;
+    /**
+     * QBLK_CAN_...: QBLK_REQ_FUA.
+     */
+    uint8_t can_fua;
+    /**
+     * QBLK_CAN_...: trim.
+     */
+    uint8_t can_trim;
+    /**
+     * QBLK_CAN_...: zero.
+     */
+    uint8_t can_zero;
+    /**
+     * QBLK_CAN_...: zero with QBLK_REQ_FAST_ZERO.
+     */
+    uint8_t can_fast_zero;
+    /**
+     * QBLK_CAN_...: cache.
+     */
+    uint8_t can_cache;
+    /**
+     * QBLK_CAN_...: extents.
+     */
+    uint8_t can_extents;
+    /**
+     * QBLK_CAN_...: a flush through one context holds for what was written through all.
+     */
+    uint8_t can_multi_conn;
+    /**
+     * "qcow2", "raw"...; NUL-terminated.
+     */
+    char format[32];
+    /**
+     * What holds the bytes: "file", "mem"...; NUL-terminated.
+     */
+    char driver[32];
+    /**
+     * Zero.
+     */
+    uint8_t reserved[140];
+} qblk_info;
+
+/**
+ * A run of bytes of a device that are alike. 48 bytes for ever.
+ */
+typedef struct qblk_extent {
+    /**
+     * Where it begins on the device, bytes.
+     */
+    uint64_t offset;
+    /**
+     * Bytes.
+     */
+    uint64_t length;
+    /**
+     * Where it begins in the file that holds it, bytes; only with QBLK_EXTENT_HOST.
+     */
+    uint64_t host_offset;
+    /**
+     * Bits of QBLK_EXTENT_...
+     */
+    uint32_t flags;
+    /**
+     * 0 = this image, 1 = its backing image...
+     */
+    uint32_t depth;
+    /**
+     * Zero.
+     */
+    uint8_t reserved[16];
+} qblk_extent;
+
+/**
+ * The version of the library that is loaded: major << 24 | minor << 16 | micro.
+ *
+ * Cannot fail. Any thread. Since 0.1.
+ */
+uint32_t qblk_version(void);
+
+/**
+ * The version of the library that is loaded, as text: "0.1.0". Valid for ever.
+ *
+ * Cannot fail. Any thread. Since 0.1.
+ */
+const char *qblk_version_string(void);
+
+/**
+ * Whether the library that is loaded can do `feature`: 1 or 0.
+ *
+ * Features are named "format:qcow2", "format:raw", "compress:zlib", "compress:zstd", "io:mmap",
+ * "mem", "file". What it does not know, and NULL, is 0.
+ *
+ * Cannot fail. Any thread. Since 0.1.
+ */
+int qblk_supports(const char *feature);
+
+/**
+ * The fixed text of a code that a call answered: one of QBLK_E..., or -errno. Valid for ever.
+ *
+ * 0 and above are "success". It never answers NULL. qblk_get_error() tells more.
+ *
+ * Cannot fail. Any thread. Since 0.1.
+ */
+const char *qblk_strerror(int code);
+
+/**
+ * This thread's last failure in full: function, file, what was found, what was expected.
+ *
+ * UTF-8, at most 1023 bytes. Texts that come from an image or a peer stand in quotes, with
+ * control characters escaped. Each call that can fail clears it first; it is "" then, never NULL.
+ * The text is valid until this thread's next call that can fail.
+ *
+ * Cannot fail. Since 0.1.
+ */
+const char *qblk_get_error(void);
+
+/**
+ * Send the library's messages to `fn`, with `opaque`; NULL sends them nowhere.
+ *
+ * `level` is the least grave kind of message wanted, QBLK_LOG_ERROR to QBLK_LOG_TRACE. When the
+ * call returns, the function that was there before is called no more. The environment
+ * variable QBLK_LOG (error, warn, info, debug, trace) logs to stderr until this is called.
+ *
+ * Returns 0; -EINVAL for an unknown level. Any thread, but not from inside such a function.
+ * Since 0.1.
+ */
+int qblk_set_log(qblk_log_fn fn, void *opaque, int level);
+
+/**
+ * Make an empty set of options, for qblk_options_set(). Free it with qblk_options_free().
+ *
+ * Returns 0 and the options in `*out`; -EINVAL if `out` is NULL. Any thread. Since 0.1.
+ */
+int qblk_options_new(struct qblk_options **out);
+
+/**
+ * Set `key` to a copy of `value`; a NULL value removes the key.
+ *
+ * Keys are lower case with hyphens; an underscore is the same as a hyphen. The call that uses the
+ * options is the one that refuses a key which it does not know or has no use for. A value may
+ * hold any bytes (a file's name does).
+ *
+ * Returns 0; -EINVAL if `o` or `key` is NULL. Any thread. Since 0.1.
+ */
+int qblk_options_set(struct qblk_options *o,
+                     const char *key,
+                     const char *value);
+
+/**
+ * Free options; NULL does nothing. No call may be using them.
+ *
+ * Cannot fail. Any thread, also in a child of fork. Since 0.1.
+ */
+void qblk_options_free(struct qblk_options *o);
+
+/**
+ * Open the device `name`: qblk_open2() without options.
+ *
+ * Since 0.1.
+ */
+int qblk_open(const char *name, uint32_t flags, struct qblk **out);
+
+/**
+ * Open the device `name`, with `options` (NULL: none) and flags (QBLK_OPEN_...).
+ *
+ * `name` is a path, "file:PATH" (needed when a path begins like a URI), or "mem:SIZE" (memory that
+ * begins as zeroes and goes when it is closed). It need not be UTF-8. Without the option "format"
+ * the format is found by probing; a raw image found so refuses a write that would make
+ * its first sector look like another format.
+ *
+ * Returns 0 and the device in `*out`, to be closed with qblk_close(). On failure `*out` is
+ * NULL, and the code is -EINVAL (a NULL, an unknown flag, an unknown option or one that has no use
+ * here, QBLK_OPEN_UNTRUSTED without a format), the system's (-ENOENT, -EACCES, -EISDIR...),
+ * QBLK_EFORMAT, QBLK_ECORRUPT, QBLK_EUNSUPPORTED, QBLK_ELOCKED or QBLK_EPOLICY (a backing
+ * chain that is a loop, or goes where it may not). Any thread. Since 0.1.
+ */
+int qblk_open2(const char *name,
+               const struct qblk_options *options,
+               uint32_t flags,
+               struct qblk **out);
+
+/**
+ * Open the file or block device behind the descriptor `fd`, as qblk_open2() opens a name.
+ *
+ * The library works on a duplicate; `fd` stays the caller's and may be closed at once. For
+ * QBLK_OPEN_RDWR it must be open for writing.
+ *
+ * Returns as qblk_open2(); -EBADF if `fd` is none. Any thread. Since 0.1.
+ */
+int qblk_open_fd(int fd, const struct qblk_options *options, uint32_t flags, struct qblk **out);
+
+/**
+ * Flush and close a device. NULL is a success that does nothing.
+ *
+ * The handle is freed whatever the answer is. A device is closed with its last context.
+ *
+ * Returns 0; or the first failure to write that was not reported yet: what was written since the
+ * last qblk_flush() may then be lost. In a child of fork it only frees, and answers 0.
+ * Any thread, as the last call on this handle. Since 0.1.
+ */
+int qblk_close(struct qblk *dev);
+
+/**
+ * Open another context of the device that `dev` is a context of.
+ *
+ * It is a handle with its own flags (QBLK_OPEN_RDWR, QBLK_OPEN_SHARED, QBLK_OPEN_NO_LOCK) that
+ * shares all state of the image: what one writes, the other reads. Closing one leaves the other
+ * working. `options` may be NULL.
+ *
+ * Returns 0 and the context in `*out`; on failure `*out` is NULL: -EROFS for QBLK_OPEN_RDWR on
+ * a device that is not open for writing, -EINVAL for other flags and for options that have no
+ * use here. Any thread. Since 0.1.
+ */
+int qblk_context_open(struct qblk *dev,
+                      const struct qblk_options *options,
+                      uint32_t flags,
+                      struct qblk **out);
+
+/**
+ * Open the device anew with other flags, beneath the handle and all its contexts: qblk_reopen2()
+ * with the options that it was opened with.
+ *
+ * Since 0.1.
+ */
+int qblk_reopen(struct qblk *dev,
+                uint32_t flags);
+
+/**
+ * Open the device anew with other options and flags, beneath the handle and all its contexts.
+ *
+ * The new one is opened first; calls on the device wait meanwhile. NULL options are those that
+ * it was opened with. A device that refuses writes because a flush failed takes them again.
+ *
+ * Returns 0; on failure, as qblk_open2(), all stays as it was. A device that was opened by
+ * descriptor cannot be reopened (-EINVAL). Any thread. Since 0.1.
+ */
+int qblk_reopen2(struct qblk *dev, const struct qblk_options *options, uint32_t flags);
+
+/**
+ * Read `count` bytes at `offset` into `buf`: all of them, or none that counts and an error.
+ *
+ * `count` and `offset` are bytes; any values inside the device do. `buf` may be NULL if `count`
+ * is 0.
+ *
+ * Returns 0; -EINVAL for a NULL, and for a range that leaves the device (`buf` is not touched
+ * then); -EBADF on a handle that is open for its description only; -EIO and other codes of the
+ * system; QBLK_ECORRUPT. Any thread. Since 0.1.
+ */
+int qblk_pread(struct qblk *dev, void *buf, size_t count, uint64_t offset);
+
+/**
+ * qblk_pread() with flags; there are none yet, so `flags` must be 0.
+ *
+ * Since 0.1.
+ */
+int qblk_pread2(struct qblk *dev, void *buf, size_t count, uint64_t offset, uint32_t flags);
+
+/**
+ * Write `count` bytes of `buf` at `offset`: qblk_pwrite2() without flags.
+ *
+ * Since 0.1.
+ */
+int qblk_pwrite(struct qblk *dev, const void *buf, size_t count, uint64_t offset);
+
+/**
+ * Write `count` bytes of `buf` at `offset`: all of them, or an error.
+ *
+ * `count` and `offset` are bytes; any values inside the device do. `buf` may be NULL if `count`
+ * is 0. The one flag is QBLK_REQ_FUA: return when the bytes are on stable storage.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, and a range that leaves the device (nothing
+ * changes then); -EROFS on a handle without QBLK_OPEN_RDWR; -EBADF on one that is open for its
+ * description only; -ENOSPC and -EFBIG when the image can grow no further; -EIO and other
+ * codes of the system, also after a flush has failed; QBLK_ECORRUPT; QBLK_EPOLICY (see
+ * qblk_open2()). After an error the range may hold a part of the new bytes. Any thread. Since 0.1.
+ */
+int qblk_pwrite2(struct qblk *dev,
+                 const void *buf,
+                 size_t count,
+                 uint64_t offset,
+                 uint32_t flags);
+
+/**
+ * qblk_pread2() into `iovcnt` pieces of memory, one after the other.
+ *
+ * `iov` may be NULL if `iovcnt` is 0, and so may the base of a piece whose length is 0.
+ *
+ * Returns as qblk_pread(); -EINVAL also for an `iovcnt` below 0 or above 65536, and for lengths
+ * whose sum overflows. Any thread. Since 0.1.
+ */
+int qblk_preadv(struct qblk *dev,
+                const struct iovec *iov,
+                int iovcnt,
+                uint64_t offset,
+                uint32_t flags);
+
+/**
+ * qblk_pwrite2() from `iovcnt` pieces of memory, one after the other.
+ *
+ * Returns as qblk_pwrite2(); -EINVAL also where qblk_preadv() answers it. Any thread. Since 0.1.
+ */
+int qblk_pwritev(struct qblk *dev,
+                 const struct iovec *iov,
+                 int iovcnt,
+                 uint64_t offset,
+                 uint32_t flags);
+
+/**
+ * Make everything that was written survive a power cut.
+ *
+ * Returns 0; -EIO and other codes of the system. A failed flush is told to every context of the
+ * device, which refuses writes until qblk_reopen(): what was written before may be lost.
+ * -EBADF on a handle that is open for its description only. Any thread. Since 0.1.
+ */
+int qblk_flush(struct qblk *dev);
+
+/**
+ * Make `count` bytes at `offset` read as zeroes, without writing them where that is possible.
+ *
+ * Note the order of the arguments. Flags: QBLK_REQ_MAY_TRIM (the space may be given back),
+ * QBLK_REQ_FAST_ZERO (-ENOTSUP at once rather than write zeroes), QBLK_REQ_FUA.
+ *
+ * Returns as qblk_pwrite2(). Any thread. Since 0.1.
+ */
+int qblk_zero(struct qblk *dev, uint64_t count, uint64_t offset, uint32_t flags);
+
+/**
+ * Give the space of `count` bytes at `offset` back; what they hold matters no more.
+ *
+ * Note the order of the arguments. Each byte reads as before or as zero from then on, the same at
+ * every read until it is written. The one flag is QBLK_REQ_FUA.
+ *
+ * Returns as qblk_pwrite2(). Any thread. Since 0.1.
+ */
+int qblk_trim(struct qblk *dev,
+              uint64_t count,
+              uint64_t offset,
+              uint32_t flags);
+
+/**
+ * Bring `count` bytes at `offset` near, so that reading them soon is quick; a hint.
+ *
+ * Note the order of the arguments. There are no flags yet, so `flags` must be 0.
+ *
+ * Returns as qblk_pread(). Any thread. Since 0.1.
+ */
+int qblk_cache(struct qblk *dev, uint64_t count, uint64_t offset, uint32_t flags);
+
+/**
+ * Tell what the device is: fills `*info`, all 256 bytes of it.
+ *
+ * Works on any handle, also one that is open for its description only.
+ *
+ * Returns 0; -EINVAL for a NULL. Any thread. Since 0.1.
+ */
+int qblk_get_info(struct qblk *dev, struct qblk_info *info);
+
+/**
+ * Tell the property `key` of the device, as text in `buf`.
+ *
+ * Keys: "filename", "backing-filename", "backing-format", "data-file", and the format's own
+ * ("qcow2.compat"...). "properties" lists those that this device has, a line each. `size` is that
+ * of `buf` in bytes, with room for the NUL that ends the text; `buf` may be NULL if it is 0.
+ *
+ * Returns the length of the value in bytes without the NUL, 0 if it is empty; as with snprintf(),
+ * a result of `size` or more means that the text was cut. -ENOENT for a key that this device
+ * does not have; -EINVAL for a NULL. Any thread. Since 0.1.
+ */
+int64_t qblk_get_property(struct qblk *dev,
+                          const char *key,
+                          char *buf,
+                          size_t size);
+
+/**
+ * Tell where the bytes from `offset` on live: fills `out` with at most `max` extents, which begin
+ * at `offset` and follow one another without gaps. Neighbours that are alike are one extent.
+ *
+ * They cover `count` bytes, or fewer when `max` is too small; go on from where the last one ends.
+ * There are no flags yet, so `flags` must be 0. `out` may be NULL if `max` is 0.
+ *
+ * Returns how many were filled; -EINVAL for a NULL, a flag, a range that leaves the device; -EBADF
+ * on a handle that is open for its description only; codes of reading. Any thread. Since 0.1.
+ */
+int64_t qblk_extents(struct qblk *dev,
+                     uint64_t count,
+                     uint64_t offset,
+                     uint32_t flags,
+                     struct qblk_extent *out,
+                     size_t max);
+
+/**
+ * Make the image `name` of `format` ("qcow2", "raw") with `size` bytes, all zero.
+ *
+ * `options` (NULL: none) have the names and values of `qemu-img create -o`: "cluster-size",
+ * "backing-file", "backing-fmt", "preallocation"..., and "exclusive" ("on" fails if the file
+ * exists). A file that is in use is never overwritten, and no half file is left on failure.
+ *
+ * Returns 0; -EINVAL for a NULL, an unknown format, an option that is unknown, has no use here
+ * or a value that it cannot have; -EEXIST with exclusive=on; -EFBIG for a size that the format
+ * cannot have; QBLK_ELOCKED; QBLK_EUNSUPPORTED; the system's codes. Any thread. Since 0.1.
+ */
+int qblk_create(const char *name,
+                const char *format,
+                uint64_t size,
+                const struct qblk_options *options);
+
+/**
+ * Change the size of the device to `size` bytes: qblk_resize2() without options.
+ *
+ * Since 0.1.
+ */
+int qblk_resize(struct qblk *dev, uint64_t size, uint32_t flags);
+
+/**
+ * Change the size of the device to `size` bytes; bytes that come into being read as zeroes.
+ *
+ * QBLK_RESIZE_SHRINK must be set for a size below the present one: the bytes beyond it are lost.
+ * The one option is "preallocation" (off, metadata, falloc, full): what is done about room for
+ * new bytes. `options` may be NULL.
+ *
+ * Returns 0; -EINVAL for a smaller size without the flag, another flag, an option that has no use
+ * here; -EROFS on a handle without QBLK_OPEN_RDWR; -EBADF on one that is open for its description
+ * only; -ENOTSUP for a device whose size is fixed; -EFBIG, -ENOSPC and other codes of the
+ * system. Any thread; other calls on the device may run meanwhile. Since 0.1.
+ */
+int qblk_resize2(struct qblk *dev,
+                 uint64_t size,
+                 const struct qblk_options *options,
+                 uint32_t flags);
+
+QBLK_STATIC_ASSERT(sizeof(qblk_info) == QBLK_INFO_SIZE, "qblk_info is 256 bytes, for ever");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, size) == 0, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, allocated) == 8, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, max_transfer) == 16, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, request_alignment) == 24, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, optimal_io_size) == 28, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, cluster_size) == 32, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, backing_depth) == 36, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, state) == 40, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, can_flush) == 44, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, can_fua) == 45, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, can_trim) == 46, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, can_zero) == 47, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, can_fast_zero) == 48, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, can_cache) == 49, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, can_extents) == 50, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, can_multi_conn) == 51, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, format) == 52, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, driver) == 84, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_info, reserved) == 116, "fields do not move");
+QBLK_STATIC_ASSERT(sizeof(qblk_extent) == 48, "qblk_extent is 48 bytes, for ever");
+QBLK_STATIC_ASSERT(offsetof(qblk_extent, offset) == 0, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_extent, length) == 8, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_extent, host_offset) == 16, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_extent, flags) == 24, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_extent, depth) == 28, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_extent, reserved) == 32, "fields do not move");
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* QBLK_H */

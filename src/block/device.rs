@@ -1,0 +1,340 @@
+//! A driver behind its emulation: the one place that does what a driver cannot do by itself.
+//!
+//! FUA becomes write then flush, zero becomes writing zeroes, what is not aligned is bounced (reads)
+//! or read, changed and written back (writes), and requests are cut to the driver's largest. Every
+//! kind of driver, files, formats and peers alike, gets the same emulation from here.
+
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::ptr::NonNull;
+
+use libc::iovec;
+
+use super::*;
+
+/// Zeroes in one emulated write, bytes.
+const ZERO_CHUNK: u64 = 4 << 20;
+/// Bytes bounced at a time.
+const BOUNCE_CHUNK: u64 = 1 << 20;
+
+/// A block device: a driver, and the emulation of what it lacks.
+pub struct Device {
+    driver: Box<dyn Driver>,
+    caps: Caps,
+    /// Whether any request can be passed on as it is.
+    plain: bool,
+    blocks: RangeLock,
+}
+
+/// Memory for bouncing, aligned as direct I/O wants it.
+struct Aligned {
+    ptr: NonNull<u8>,
+    layout: Layout,
+}
+
+impl Aligned {
+    fn new(len: usize, align: usize) -> Result<Self> {
+        let layout = Layout::from_size_align(len.max(1), align.max(1))
+            .map_err(|_| Error::invalid(format!("cannot align {len} bytes to {align}")))?;
+        // SAFETY: the layout's size is not 0.
+        let ptr = unsafe { alloc(layout) };
+        Ok(Self { ptr: NonNull::new(ptr).unwrap_or_else(|| handle_alloc_error(layout)), layout })
+    }
+
+    fn iovec(&self, len: usize) -> [iovec; 1] {
+        [iovec { iov_base: self.ptr.as_ptr().cast(), iov_len: len.min(self.layout.size()) }]
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: the memory is ours alone; it was written by a full read before it is looked at.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.layout.size()) }
+    }
+}
+
+impl Drop for Aligned {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout.
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
+    }
+}
+
+impl Device {
+    /// Put a driver behind the emulation.
+    pub fn new(driver: Box<dyn Driver>) -> Self {
+        let caps = driver.caps();
+        let plain = caps.align <= 1 && caps.mem_align <= 1 && caps.max_transfer == 0;
+        Self { driver, caps, plain, blocks: RangeLock::default() }
+    }
+
+    /// The driver.
+    pub fn driver(&self) -> &dyn Driver {
+        &*self.driver
+    }
+
+    /// What the driver can do by itself.
+    pub fn caps(&self) -> &Caps {
+        &self.caps
+    }
+
+    /// What the bytes are kept in, for people.
+    pub fn name(&self) -> &Name {
+        self.driver.name()
+    }
+
+    /// Size in bytes, now.
+    #[inline]
+    pub fn size(&self) -> u64 {
+        self.driver.size()
+    }
+
+    /// How well zeroing works without writing.
+    pub fn can_zero(&self) -> Can {
+        match (self.caps.read_only, self.caps.zero) {
+            (true, _) => Can::Not,
+            (_, true) => Can::Native,
+            _ => Can::Emulate,
+        }
+    }
+
+    /// How well FUA works.
+    pub fn can_fua(&self) -> Can {
+        match (self.caps.read_only, self.caps.fua, self.caps.flush) {
+            (true, ..) => Can::Not,
+            (_, true, _) => Can::Native,
+            (_, _, true) => Can::Emulate,
+            _ => Can::Not,
+        }
+    }
+
+    /// Read as [`Driver::read`] does, any offset, length and memory.
+    #[inline]
+    pub fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        if buf.is_empty() {
+            return Ok(());
+        }
+        if self.plain { self.driver.read(buf, offset) } else { self.read_emulated(buf, offset) }
+    }
+
+    /// Read into one slice.
+    pub fn read_slice(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.read(OneIov::dst(buf).iov(), offset)
+    }
+
+    /// Write as [`Driver::write`] does, any offset, length and memory, FUA kept.
+    #[inline]
+    pub fn write(&self, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()> {
+        if self.caps.read_only {
+            return Err(Error::ReadOnly(self.name().clone()));
+        }
+        let flush_after = flags.has(ReqFlags::FUA) && !self.caps.fua;
+        if flush_after && !self.caps.flush {
+            return Err(Error::NotSupported("FUA"));
+        }
+        if !buf.is_empty() {
+            let pass = if self.caps.fua { flags } else { ReqFlags::NONE };
+            if self.plain {
+                self.driver.write(buf, offset, pass)?;
+            } else {
+                self.write_emulated(buf, offset, pass)?;
+            }
+        }
+        if flush_after { self.flush() } else { Ok(()) }
+    }
+
+    /// Write one slice.
+    pub fn write_slice(&self, buf: &[u8], offset: u64, flags: ReqFlags) -> Result<()> {
+        self.write(OneIov::src(buf).iov(), offset, flags)
+    }
+
+    /// Make everything that was written survive a power cut.
+    pub fn flush(&self) -> Result<()> {
+        if self.caps.flush { self.driver.flush() } else { Ok(()) }
+    }
+
+    /// Make a range read as zeroes: by the driver where it can, by writing them where it must.
+    pub fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        if self.caps.read_only {
+            return Err(Error::ReadOnly(self.name().clone()));
+        }
+        if count == 0 {
+            return Ok(());
+        }
+        let end = offset.checked_add(count).ok_or_else(|| Error::invalid("range overflows"))?;
+        let fua = flags.has(ReqFlags::FUA);
+        if fua && self.can_fua() == Can::Not {
+            return Err(Error::NotSupported("FUA"));
+        }
+        let plain_flags = flags.without(ReqFlags::FUA);
+        let align = u64::from(self.caps.align.max(1));
+        let (from, to) = (offset.next_multiple_of(align), end - end % align);
+        if self.caps.zero && from < to {
+            match self.driver.zero(from, to - from, plain_flags) {
+                Ok(()) => {
+                    self.write_zeroes(offset, from.min(end))?;
+                    self.write_zeroes(to.max(offset), end)?;
+                    return if fua { self.flush() } else { Ok(()) };
+                }
+                Err(Error::NotSupported(_)) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        if flags.has(ReqFlags::FAST_ZERO) {
+            return Err(Error::NotSupported("fast zeroing here"));
+        }
+        self.write_zeroes(offset, end)?;
+        if fua { self.flush() } else { Ok(()) }
+    }
+
+    fn write_zeroes(&self, mut offset: u64, end: u64) -> Result<()> {
+        let mut vecs = [iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; 64];
+        while offset < end {
+            let (n, bytes) = zero_iovecs(&mut vecs, (end - offset).min(ZERO_CHUNK));
+            // SAFETY: the pieces lie in the static zeroes, which are only read.
+            let zeroes = unsafe { Src::from_raw(&vecs[..n], bytes) };
+            self.write(zeroes, offset, ReqFlags::NONE)?;
+            offset += bytes as u64;
+        }
+        Ok(())
+    }
+
+    /// Give a range back, whole blocks of the driver's only. The rest stays as it is.
+    pub fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        if self.caps.read_only {
+            return Err(Error::ReadOnly(self.name().clone()));
+        }
+        let end = offset.checked_add(count).ok_or_else(|| Error::invalid("range overflows"))?;
+        let fua = flags.has(ReqFlags::FUA);
+        if fua && self.can_fua() == Can::Not {
+            return Err(Error::NotSupported("FUA"));
+        }
+        let align = u64::from(self.caps.align.max(1));
+        let (from, to) = (offset.next_multiple_of(align), end - end % align);
+        if self.caps.trim && from < to {
+            self.driver.trim(from, to - from)?;
+        }
+        if fua { self.flush() } else { Ok(()) }
+    }
+
+    /// Bring a range near: by the driver, or by reading it.
+    pub fn cache(&self, mut offset: u64, count: u64) -> Result<()> {
+        if self.caps.cache {
+            return self.driver.cache(offset, count);
+        }
+        let end = offset.checked_add(count).ok_or_else(|| Error::invalid("range overflows"))?;
+        let mut scratch = vec![0; count.min(BOUNCE_CHUNK) as usize];
+        while offset < end {
+            let n = (end - offset).min(BOUNCE_CHUNK) as usize;
+            self.read_slice(&mut scratch[..n], offset)?;
+            offset += n as u64;
+        }
+        Ok(())
+    }
+
+    fn chunk(&self) -> u64 {
+        let align = u64::from(self.caps.align.max(1));
+        match self.caps.max_transfer {
+            0 => u64::MAX,
+            max => (max - max % align).max(align),
+        }
+    }
+
+    fn read_emulated(&self, mut buf: Dst<'_>, mut offset: u64) -> Result<()> {
+        let align = u64::from(self.caps.align.max(1));
+        while !buf.is_empty() {
+            let n = (buf.len() as u64).min(self.chunk());
+            let whole = n - n % align;
+            let (part, rest);
+            if offset % align == 0
+                && whole > 0
+                && buf.sub(0, whole as usize).is_aligned(self.caps.mem_align as usize)
+            {
+                (part, rest) = buf.split_at(whole as usize);
+                self.driver.read(part, offset)?;
+            } else {
+                // Where only memory is at fault the whole range bounces; where an edge is, its block.
+                let from = offset - offset % align;
+                let to = self.bounce_end(offset, n, align);
+                let mut bounce = Aligned::new((to - from) as usize, self.mem_align())?;
+                let vecs = bounce.iovec((to - from) as usize);
+                // SAFETY: the memory is `bounce`'s, which outlives the call.
+                self.driver.read(unsafe { Dst::from_raw(&vecs, (to - from) as usize) }, from)?;
+                let len = (to - offset).min(n) as usize;
+                (part, rest) = buf.split_at(len);
+                part.copy_from(&bounce.bytes()[(offset - from) as usize..]);
+            }
+            offset += part.len() as u64;
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// Where a bounced piece of a request of `n` bytes at `offset` ends, aligned.
+    fn bounce_end(&self, offset: u64, n: u64, align: u64) -> u64 {
+        let limit = BOUNCE_CHUNK.min(self.chunk()).max(align);
+        let from = offset - offset % align;
+        (offset + n).next_multiple_of(align).min(from + limit)
+    }
+
+    fn mem_align(&self) -> usize {
+        self.caps.mem_align.max(self.caps.align).max(1) as usize
+    }
+
+    fn write_emulated(&self, mut buf: Src<'_>, mut offset: u64, flags: ReqFlags) -> Result<()> {
+        let align = u64::from(self.caps.align.max(1));
+        while !buf.is_empty() {
+            let n = (buf.len() as u64).min(self.chunk());
+            let whole = n - n % align;
+            let (part, rest);
+            if offset % align == 0
+                && whole > 0
+                && buf.sub(0, whole as usize).is_aligned(self.caps.mem_align as usize)
+            {
+                (part, rest) = buf.split_at(whole as usize);
+                let _shared = self.blocks.lock(offset, offset + whole, false);
+                self.driver.write(part, offset, flags)?;
+            } else {
+                let from = offset - offset % align;
+                let to = self.bounce_end(offset, n, align);
+                let len = (to - offset).min(n) as usize;
+                (part, rest) = buf.split_at(len);
+                self.write_bounced(part, offset, from, to, flags)?;
+            }
+            offset += part.len() as u64;
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// Write `part` at `offset` by whole blocks `from..to`, keeping the bytes around it.
+    fn write_bounced(&self, part: Src<'_>, offset: u64, from: u64, to: u64, flags: ReqFlags) -> Result<()> {
+        let align = u64::from(self.caps.align.max(1));
+        let end = offset + part.len() as u64;
+        let mut bounce = Aligned::new((to - from) as usize, self.mem_align())?;
+        let edges = offset != from || end != to;
+        let _blocks = self.blocks.lock(from, to, edges);
+        // The device must not come out longer than it is to be.
+        if to > self.size().max(end) {
+            return self.driver.write_edge(part, offset, flags);
+        }
+        if offset != from {
+            self.read_block(&bounce, from, 0)?;
+        }
+        let last = to - align;
+        if end != to && (last != from || offset == from) {
+            self.read_block(&bounce, last, (last - from) as usize)?;
+        }
+        let at = (offset - from) as usize;
+        part.copy_to(&mut bounce.bytes()[at..]);
+        let vecs = bounce.iovec((to - from) as usize);
+        // SAFETY: the memory is `bounce`'s, which outlives the call.
+        self.driver.write(unsafe { Src::from_raw(&vecs, (to - from) as usize) }, from, flags)
+    }
+
+    fn read_block(&self, bounce: &Aligned, offset: u64, at: usize) -> Result<()> {
+        let align = self.caps.align.max(1) as usize;
+        // SAFETY: `at` is a block inside the bounce memory.
+        let base = unsafe { bounce.ptr.as_ptr().add(at) };
+        let vecs = [iovec { iov_base: base.cast(), iov_len: align }];
+        // SAFETY: as above; the memory outlives the call.
+        self.driver.read(unsafe { Dst::from_raw(&vecs, align) }, offset)
+    }
+}

@@ -1,0 +1,218 @@
+//! The one error type of the crate, and how it maps to the codes of the C ABI.
+
+use super::Name;
+
+/// What went wrong, with the file, the place, what was found and what was expected.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Error {
+    /// A system call failed.
+    #[error("{file}: {op}: {}", errno_text(*errno))]
+    Os {
+        /// What was being done.
+        op: &'static str,
+        /// To what.
+        file: Name,
+        /// The system's error number, positive.
+        errno: i32,
+    },
+    /// A system call on a range failed.
+    #[error("{file}: {op} of {count} bytes at offset {offset}: {}", errno_text(*errno))]
+    Io {
+        /// What was being done.
+        op: &'static str,
+        /// To what.
+        file: Name,
+        /// Where, bytes.
+        offset: u64,
+        /// How much, bytes.
+        count: u64,
+        /// The system's error number, positive.
+        errno: i32,
+    },
+    /// An argument means nothing.
+    #[error("{0}")]
+    Invalid(String),
+    /// A range leaves the device.
+    #[error("{file}: {count} bytes at offset {offset} leave the device, which has {size} bytes")]
+    Range {
+        /// The device.
+        file: Name,
+        /// Where the range begins, bytes.
+        offset: u64,
+        /// Its length, bytes.
+        count: u64,
+        /// The device's size, bytes.
+        size: u64,
+    },
+    /// A change through a read-only handle or driver.
+    #[error("{0}: opened read-only (QBLK_OPEN_RDWR opens for writing)")]
+    ReadOnly(Name),
+    /// The image contradicts its format.
+    #[error("{file}: image is corrupt: {what}")]
+    Corrupt {
+        /// The image.
+        file: Name,
+        /// What was found where, and what was expected.
+        what: String,
+    },
+    /// Not an image of that format.
+    #[error("{file}: {what}")]
+    Format {
+        /// The file.
+        file: Name,
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// The image needs something that this build lacks.
+    #[error("{file}: not supported by this version of libqblk: {what}")]
+    Unsupported {
+        /// The image.
+        file: Name,
+        /// The feature by name.
+        what: String,
+    },
+    /// Another process or handle has it.
+    #[error("{file}: in use: {what}")]
+    Locked {
+        /// The file.
+        file: Name,
+        /// By whom, how.
+        what: String,
+    },
+    /// The open policy forbids it.
+    #[error("{file}: {what}")]
+    Policy {
+        /// The file.
+        file: Name,
+        /// What is forbidden and what would allow it.
+        what: String,
+    },
+    /// The device cannot do it and it cannot be emulated.
+    #[error("this device does not support {0}")]
+    NotSupported(&'static str),
+    /// The handle is no good for this call.
+    #[error("{0}")]
+    BadHandle(String),
+    /// An image can grow no further.
+    #[error("{file}: {what}")]
+    TooBig {
+        /// The image.
+        file: Name,
+        /// What limit was met.
+        what: String,
+    },
+    /// An earlier flush failed: what was acknowledged before may be lost.
+    #[error("{file}: refuses writes since an earlier flush failed ({}); reopen it", errno_text(*errno))]
+    Failed {
+        /// The image.
+        file: Name,
+        /// The system's error number of that failure.
+        errno: i32,
+    },
+    /// The process was forked from the one that opened it.
+    #[error("{0}: not usable in a forked child, which may only close what it inherited")]
+    Forked(&'static str),
+    /// A panic inside, caught.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+/// The crate's result.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A code of the C ABI: either the system's number or one of the library's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// `-errno`.
+    Errno(i32),
+    /// `QBLK_ECORRUPT`.
+    Corrupt,
+    /// `QBLK_EFORMAT`.
+    Format,
+    /// `QBLK_EUNSUPPORTED`.
+    Unsupported,
+    /// `QBLK_ELOCKED`.
+    Locked,
+    /// `QBLK_EPOLICY`.
+    Policy,
+    /// `QBLK_EINTERNAL`.
+    Internal,
+}
+
+impl Error {
+    /// The failure of a system call that has just returned; reads `errno`.
+    pub fn os(op: &'static str, file: &Name) -> Self {
+        Self::Os { op, file: file.clone(), errno: last_errno() }
+    }
+
+    /// The failure of a system call on a range that has just returned; reads `errno`.
+    pub fn io(op: &'static str, file: &Name, offset: u64, count: u64) -> Self {
+        Self::Io { op, file: file.clone(), offset, count, errno: last_errno() }
+    }
+
+    /// An image that contradicts its format.
+    pub fn corrupt(file: &Name, what: impl Into<String>) -> Self {
+        Self::Corrupt { file: file.clone(), what: what.into() }
+    }
+
+    /// A file that is not an image of the format asked for.
+    pub fn format(file: &Name, what: impl Into<String>) -> Self {
+        Self::Format { file: file.clone(), what: what.into() }
+    }
+
+    /// A feature that this build lacks.
+    pub fn unsupported(file: &Name, what: impl Into<String>) -> Self {
+        Self::Unsupported { file: file.clone(), what: what.into() }
+    }
+
+    /// Something that the open policy forbids.
+    pub fn policy(file: &Name, what: impl Into<String>) -> Self {
+        Self::Policy { file: file.clone(), what: what.into() }
+    }
+
+    /// An argument that means nothing.
+    pub fn invalid(what: impl Into<String>) -> Self {
+        Self::Invalid(what.into())
+    }
+
+    /// Which code of the C ABI this is.
+    pub fn kind(&self) -> ErrorKind {
+        use ErrorKind as K;
+        match self {
+            Self::Os { errno, .. } | Self::Io { errno, .. } => K::Errno(*errno),
+            Self::Invalid(_) | Self::Range { .. } => K::Errno(libc::EINVAL),
+            Self::ReadOnly(_) => K::Errno(libc::EROFS),
+            Self::NotSupported(_) => K::Errno(libc::ENOTSUP),
+            Self::BadHandle(_) => K::Errno(libc::EBADF),
+            Self::TooBig { .. } => K::Errno(libc::EFBIG),
+            Self::Failed { .. } => K::Errno(libc::EIO),
+            Self::Forked(_) => K::Errno(libc::ECHILD),
+            Self::Corrupt { .. } => K::Corrupt,
+            Self::Format { .. } => K::Format,
+            Self::Unsupported { .. } => K::Unsupported,
+            Self::Locked { .. } => K::Locked,
+            Self::Policy { .. } => K::Policy,
+            Self::Internal(_) => K::Internal,
+        }
+    }
+
+    /// Whether the host has no room (left, allowed or addressable) for what was written.
+    pub fn is_no_space(&self) -> bool {
+        matches!(self.kind(), ErrorKind::Errno(libc::ENOSPC | libc::EDQUOT | libc::EFBIG))
+    }
+}
+
+/// This thread's `errno`.
+pub(crate) fn last_errno() -> i32 {
+    std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// The system's text for an error number.
+fn errno_text(errno: i32) -> String {
+    let text = std::io::Error::from_raw_os_error(errno).to_string();
+    // std appends " (os error N)", which says nothing to a C programmer.
+    match text.find(" (os error") {
+        Some(at) => text[..at].to_owned(),
+        None => text,
+    }
+}

@@ -1,0 +1,117 @@
+//! What a range of a device is: data, hole, zeroes, in which image of a chain.
+
+/// One extent; the layout of `qblk_extent` in the C ABI.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Extent {
+    /// Where it begins on the device, bytes.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+    /// Where it begins in the file that holds it, bytes; valid with [`Extent::HOST`].
+    pub host_offset: u64,
+    /// Bits of [`Extent::ALLOCATED`] and the others.
+    pub flags: u32,
+    /// 0 = this image, 1 = its backing image, …
+    pub depth: u32,
+    /// Zero.
+    pub reserved: [u8; 16],
+}
+
+impl Extent {
+    /// In this image, not below.
+    pub const ALLOCATED: u32 = 1;
+    /// Reads as zeroes.
+    pub const ZERO: u32 = 2;
+    /// Bytes are kept for it.
+    pub const DATA: u32 = 4;
+    /// Kept compressed.
+    pub const COMPRESSED: u32 = 8;
+    /// `host_offset` is valid.
+    pub const HOST: u32 = 16;
+
+    /// An extent of depth 0.
+    pub fn new(offset: u64, length: u64, flags: u32) -> Self {
+        Self { offset, length, flags, ..Self::default() }
+    }
+
+    /// Plain data that lies in a file at the same offset.
+    pub fn data(offset: u64, length: u64) -> Self {
+        let flags = Self::ALLOCATED | Self::DATA | Self::HOST;
+        Self { host_offset: offset, ..Self::new(offset, length, flags) }
+    }
+
+    /// A hole of a raw device: there, and zeroes.
+    pub fn hole(offset: u64, length: u64) -> Self {
+        Self::new(offset, length, Self::ALLOCATED | Self::ZERO)
+    }
+
+    /// Whether any of `flags` is set.
+    pub fn has(&self, flags: u32) -> bool {
+        self.flags & flags != 0
+    }
+
+    fn end(&self) -> u64 {
+        self.offset.saturating_add(self.length)
+    }
+
+    /// Whether `next` continues this one, so that both are one extent.
+    fn continues_as(&self, next: &Extent) -> bool {
+        self.end() == next.offset
+            && self.flags == next.flags
+            && self.depth == next.depth
+            && (!self.has(Self::HOST)
+                || self.has(Self::COMPRESSED)
+                || self.host_offset.checked_add(self.length) == Some(next.host_offset))
+    }
+}
+
+/// Extents in order, neighbours that are alike merged, at most as many as there is room for.
+pub struct ExtentList<'a> {
+    out: &'a mut [Extent],
+    len: usize,
+    full: bool,
+}
+
+impl<'a> ExtentList<'a> {
+    /// An empty list over `out`.
+    pub fn new(out: &'a mut [Extent]) -> Self {
+        let full = out.is_empty();
+        Self { out, len: 0, full }
+    }
+
+    /// Add an extent that begins where the last one ended. What finds no room is dropped.
+    pub fn push(&mut self, e: Extent) {
+        if self.full || e.length == 0 {
+            return;
+        }
+        if let Some(last) = self.len.checked_sub(1).and_then(|i| self.out.get_mut(i))
+            && last.continues_as(&e)
+        {
+            last.length += e.length;
+            return;
+        }
+        match self.out.get_mut(self.len) {
+            Some(slot) => {
+                *slot = e;
+                self.len += 1;
+            }
+            None => self.full = true,
+        }
+    }
+
+    /// Whether an extent had to be dropped: more need not be looked up.
+    pub fn is_full(&self) -> bool {
+        self.full
+    }
+
+    /// How many extents there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}

@@ -1,0 +1,137 @@
+//! Calls under way on a device, counted so cheaply that every read can be, and a way to know that
+//! all that began before some moment have ended.
+//!
+//! Why it is needed: a read looks up where a cluster lies and then reads there without any lock. If
+//! the cluster is freed and handed to another writer in between, the read would return the other's
+//! bytes (and a write would destroy them). So a freed cluster is handed out again only when every
+//! call that may have seen its old place has returned. This is sleepable read-copy-update: two
+//! sets of counters, spread over cache lines; new calls count in the current set, and after the
+//! sets were swapped twice with the old one found empty each time, all earlier calls are over.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::*};
+
+use parking_lot::Mutex;
+
+/// Enough for the cores of a large host to seldom meet on a line.
+const STRIPES: usize = 16;
+
+#[repr(align(128))]
+#[derive(Default)]
+struct Counter(AtomicUsize);
+
+/// The calls under way on one device.
+#[derive(Default)]
+pub struct InFlight {
+    counters: [[Counter; STRIPES]; 2],
+    /// How often the sets were swapped; its lowest bit names the current set.
+    phase: AtomicU64,
+    advance: Mutex<()>,
+}
+
+/// A call under way; ends when dropped.
+pub struct Guard<'a>(&'a AtomicUsize);
+
+impl Drop for Guard<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Release);
+    }
+}
+
+/// A counter for this thread: threads take them in turn.
+#[inline]
+fn stripe() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    thread_local!(static MINE: Cell<usize> = const { Cell::new(usize::MAX) });
+    MINE.with(|mine| {
+        if mine.get() == usize::MAX {
+            mine.set(NEXT.fetch_add(1, Relaxed) % STRIPES);
+        }
+        mine.get()
+    })
+}
+
+impl InFlight {
+    /// Count a call as under way until the guard is dropped. Take it before looking anything up.
+    #[inline]
+    pub fn enter(&self) -> Guard<'_> {
+        let set = self.phase.load(Relaxed) as usize & 1;
+        let counter = &self.counters[set][stripe()].0;
+        // SeqCst: nothing that follows may be read before the count is seen.
+        counter.fetch_add(1, SeqCst);
+        Guard(counter)
+    }
+
+    /// A mark to give to [`InFlight::passed`]: "all calls that are under way now".
+    pub fn mark(&self) -> u64 {
+        // Two swaps that begin after now are needed; the one after the next may be half done.
+        self.phase.load(SeqCst) + 2
+    }
+
+    /// Whether every call that was under way at `mark` has ended. Never waits.
+    pub fn passed(&self, mark: u64) -> bool {
+        while self.phase.load(SeqCst) < mark {
+            let Some(_one) = self.advance.try_lock() else { return false };
+            let phase = self.phase.load(SeqCst);
+            // The set that is about to become current must have drained since it was last current.
+            let next = (phase as usize + 1) & 1;
+            if self.counters[next].iter().any(|c| c.0.load(SeqCst) != 0) {
+                return false;
+            }
+            self.phase.store(phase + 1, SeqCst);
+        }
+        // The last swap only sent new calls elsewhere: those of the set before it must be gone.
+        let old = (self.phase.load(SeqCst) as usize + 1) & 1;
+        self.phase.load(SeqCst) > mark || self.counters[old].iter().all(|c| c.0.load(SeqCst) == 0)
+    }
+
+    /// Wait until every call that is under way now has ended. The caller must not be one of them.
+    pub fn wait(&self) {
+        let mark = self.mark();
+        let mut spins = 0u32;
+        while !self.passed(mark) {
+            spins += 1;
+            if spins < 64 {
+                std::thread::yield_now();
+            } else {
+                std::thread::sleep(std::time::Duration::from_micros(100));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_passes_only_when_earlier_calls_have_ended() {
+        let f = InFlight::default();
+        let early = f.enter();
+        let mark = f.mark();
+        assert!(!f.passed(mark));
+        let late = f.enter();
+        assert!(!f.passed(mark));
+        drop(early);
+        // `late` may sit in either set, so a mark may have to wait for it, but never for ever.
+        drop(late);
+        assert!(f.passed(mark));
+        f.wait();
+    }
+
+    #[test]
+    fn calls_of_both_sets_hold_a_mark_back() {
+        let f = InFlight::default();
+        let a = f.enter();
+        let m = f.mark();
+        assert!(!f.passed(m), "one swap at most can happen while a is there");
+        let b = f.enter();
+        let m2 = f.mark();
+        drop(a);
+        f.passed(m);
+        assert!(!f.passed(m2), "b was under way at m2");
+        drop(b);
+        assert!(f.passed(m2));
+    }
+}

@@ -1,0 +1,273 @@
+//! The vocabulary of block devices: what a driver answers, requests, errors, limits, and the one
+//! place that emulates what a driver lacks ([`Device`]).
+//!
+//! This room knows nobody else's names: no files, no formats.
+
+mod device;
+mod error;
+mod extent;
+mod inflight;
+mod iov;
+mod name;
+mod range_lock;
+
+pub use device::Device;
+pub use error::{Error, ErrorKind, Result};
+pub use extent::{Extent, ExtentList};
+pub use inflight::{Guard, InFlight};
+pub use iov::{FromMem, Iov, OneIov, Src, Dst, ToMem, ZEROES, zero_iovecs};
+pub use name::{Name, quoted};
+pub use range_lock::RangeLock;
+
+/// Flags of one request. The values are those of the C ABI (`QBLK_REQ_*`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReqFlags(pub u32);
+
+impl ReqFlags {
+    /// No flag.
+    pub const NONE: Self = Self(0);
+    /// The call returns when this write is on stable storage.
+    pub const FUA: Self = Self(1);
+    /// Zeroing may leave a hole.
+    pub const MAY_TRIM: Self = Self(2);
+    /// Fail with [`Error::NotSupported`] at once rather than write zeroes.
+    pub const FAST_ZERO: Self = Self(4);
+
+    /// Whether all bits of `other` are set.
+    #[inline]
+    pub const fn has(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// These flags without those of `other`.
+    #[inline]
+    pub const fn without(self, other: Self) -> Self {
+        Self(self.0 & !other.0)
+    }
+}
+
+impl std::ops::BitOr for ReqFlags {
+    type Output = Self;
+    fn bitor(self, rhs: Self) -> Self {
+        Self(self.0 | rhs.0)
+    }
+}
+
+/// How well a device does one thing. The values are those of the C ABI (`QBLK_CAN_*`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum Can {
+    /// Not at all.
+    #[default]
+    Not = 0,
+    /// By other requests (zero by writing, FUA by flush, …).
+    Emulate = 1,
+    /// By itself.
+    Native = 2,
+}
+
+/// What a driver can do by itself, and what it asks of requests.
+#[derive(Clone, Debug)]
+pub struct Caps {
+    /// Requests (offset, count) must be multiples of this many bytes; a power of two; 1 = any.
+    pub align: u32,
+    /// Memory must be aligned to this many bytes; a power of two; 1 = any.
+    pub mem_align: u32,
+    /// Largest single request in bytes; 0 = no limit.
+    pub max_transfer: u64,
+    /// What a single request is best a multiple of, bytes.
+    pub optimal_io: u32,
+    /// The driver refuses changes.
+    pub read_only: bool,
+    /// `flush` does something.
+    pub flush: bool,
+    /// `write` honours [`ReqFlags::FUA`].
+    pub fua: bool,
+    /// `trim` is worth calling.
+    pub trim: bool,
+    /// `zero` is worth calling; it may still answer [`Error::NotSupported`].
+    pub zero: bool,
+    /// `cache` is worth calling.
+    pub cache: bool,
+    /// `extents` knows more than "all data".
+    pub extents: bool,
+    /// The medium turns.
+    pub rotational: bool,
+}
+
+impl Default for Caps {
+    fn default() -> Self {
+        Self {
+            align: 1,
+            mem_align: 1,
+            max_transfer: 0,
+            optimal_io: 4096,
+            read_only: false,
+            flush: true,
+            fua: false,
+            trim: false,
+            zero: false,
+            cache: false,
+            extents: false,
+            rotational: false,
+        }
+    }
+}
+
+/// How much room a new or grown device is given at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prealloc {
+    /// None: space is taken as data comes.
+    #[default]
+    Off,
+    /// The format's tables only.
+    Metadata,
+    /// Space is reserved (`fallocate`), not written.
+    Falloc,
+    /// Zeroes are written.
+    Full,
+}
+
+impl Prealloc {
+    /// The name that `qemu-img create -o preallocation=` has for it.
+    pub fn parse(s: &str) -> Option<Self> {
+        Some(match s {
+            "off" => Self::Off,
+            "metadata" => Self::Metadata,
+            "falloc" => Self::Falloc,
+            "full" => Self::Full,
+            _ => return None,
+        })
+    }
+}
+
+/// Where a run of bytes lives.
+#[derive(Clone, Copy)]
+pub enum Place<'a> {
+    /// In the asked driver itself, at the same offset: it carries bytes and translates nothing.
+    Own,
+    /// At `offset` of `dev`, as they are.
+    At {
+        /// The device that holds them.
+        dev: &'a Device,
+        /// Where, bytes.
+        offset: u64,
+    },
+    /// Nowhere: they read as zeroes.
+    Zero {
+        /// This image says so (not "nothing here and nothing below").
+        allocated: bool,
+        /// Space that is kept for them: device and offset.
+        kept: Option<(&'a Device, u64)>,
+    },
+    /// In compressed form; read through the driver.
+    Compressed {
+        /// The device that holds the compressed bytes.
+        dev: &'a Device,
+        /// Where they begin, bytes.
+        offset: u64,
+    },
+    /// Not in this image: at the same offset of the one below.
+    Below(&'a Device),
+}
+
+/// The answer to "where is this?": a run of `len` bytes in one place.
+#[derive(Clone, Copy)]
+pub struct Run<'a> {
+    /// Bytes, at least 1 and at most what was asked for.
+    pub len: u64,
+    /// Where they live.
+    pub place: Place<'a>,
+}
+
+/// What sits behind a [`Device`]: something that carries or translates bytes.
+///
+/// A driver may count on: ranges are not empty; `offset + count` does not overflow; offset, count
+/// and memory keep to its [`Caps`]; no write reaches a driver whose caps say `read_only`. It must
+/// allow any number of threads at once. A range may reach past the end of the device where a
+/// format asks for it: what was never there reads as zeroes, and writing there grows the device.
+pub trait Driver: Send + Sync {
+    /// What the bytes are kept in, for people: a path, a URI.
+    fn name(&self) -> &Name;
+    /// The kind of driver: "file", "mem", "qcow2", …
+    fn kind(&self) -> &'static str;
+    /// What it can do. Asked once, when the device is made.
+    fn caps(&self) -> Caps;
+    /// Size in bytes, now.
+    fn size(&self) -> u64;
+    /// Fill `buf` with the bytes from `offset` on.
+    fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()>;
+    /// Write `buf` at `offset`; of `flags` only FUA matters, and only if `caps().fua`.
+    fn write(&self, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()>;
+    /// Write bytes of the last block, of which the device has (or is to have) only a part; asked
+    /// only of drivers with `align` above 1 whose size need not be a multiple of it.
+    fn write_edge(&self, _buf: Src<'_>, _offset: u64, _flags: ReqFlags) -> Result<()> {
+        Err(Error::NotSupported("writing part of a block"))
+    }
+    /// Make everything that was written survive a power cut.
+    fn flush(&self) -> Result<()>;
+    /// Make a range read as zeroes; [`Error::NotSupported`] if that means writing them.
+    fn zero(&self, _offset: u64, _count: u64, _flags: ReqFlags) -> Result<()> {
+        Err(Error::NotSupported("zero"))
+    }
+    /// Give a range back; afterwards it reads as before or as zeroes, always the same.
+    fn trim(&self, _offset: u64, _count: u64) -> Result<()> {
+        Ok(())
+    }
+    /// Bring a range near; a hint.
+    fn cache(&self, _offset: u64, _count: u64) -> Result<()> {
+        Ok(())
+    }
+    /// Where the bytes from `offset` on live: the first run of at most `count` bytes.
+    fn map(&self, _offset: u64, count: u64) -> Result<Run<'_>> {
+        Ok(Run { len: count, place: Place::Own })
+    }
+    /// Fill `buf` from a run that `map` called compressed.
+    fn read_compressed(&self, _buf: Dst<'_>, _offset: u64) -> Result<()> {
+        Err(Error::Internal("nothing is compressed here".into()))
+    }
+    /// Describe a range of a driver whose `map` answers [`Place::Own`]: which parts are holes.
+    fn extents(&self, offset: u64, count: u64, out: &mut ExtentList<'_>) -> Result<()> {
+        out.push(Extent::data(offset, count));
+        Ok(())
+    }
+    /// Memory through which `count` bytes at `offset` can be read for as long as the driver lives,
+    /// if it has such. Only the kernel may be handed it (a fault there is EFAULT, not a signal).
+    fn mapped(&self, _offset: u64, _count: u64) -> Option<*const u8> {
+        None
+    }
+    /// Change the size; bytes that come into being read as zeroes.
+    fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {
+        Err(Error::NotSupported("resize"))
+    }
+    /// Bytes in use on the host; `None` if not known.
+    fn allocated(&self) -> Option<u64> {
+        None
+    }
+    /// Flush, and settle what can wait otherwise (space to give back, a file's true length), so that
+    /// another may take over the source. The driver stays usable. Dropping it writes nothing.
+    fn close(&self) -> Result<()> {
+        self.flush()
+    }
+    /// What can be told of the image: state bits, cluster size, the image below.
+    fn describe(&self) -> Description {
+        Description::default()
+    }
+    /// The image below, if there is one open.
+    fn backing(&self) -> Option<&Device> {
+        None
+    }
+}
+
+/// What a driver tells of itself beyond its [`Caps`].
+#[derive(Clone, Debug, Default)]
+pub struct Description {
+    /// Bits of `QBLK_STATE_*` that the format knows of.
+    pub state: u32,
+    /// Cluster size in bytes; 0 = none.
+    pub cluster_size: u32,
+    /// Name of the format ("qcow2"), or empty for a driver that is none.
+    pub format: &'static str,
+    /// Properties, by name: `backing-filename`, `qcow2.compat`, …
+    pub properties: Vec<(&'static str, Vec<u8>)>,
+}

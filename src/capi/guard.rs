@@ -1,0 +1,307 @@
+//! What every call has in common: this thread's last error, panics that stop here, and fork.
+//!
+//! Promises: no panic leaves an `extern "C"` function; a call that succeeds costs a few
+//! nanoseconds here and formats nothing; the buffer of the last error has no destructor, so that
+//! it can be used until the thread's very end.
+
+use std::any::Any;
+use std::cell::{Cell, UnsafeCell};
+use std::ffi::{c_char, c_int};
+use std::fmt::{self, Write};
+use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use super::*;
+use crate::block::{Error, ErrorKind};
+
+/// Bytes of this thread's last error, with the NUL.
+const TEXT: usize = 1024;
+
+/// Why a call fails.
+pub(super) enum Fail {
+    /// The library says so.
+    Lib(Error),
+    /// An argument means nothing: `-EINVAL`.
+    Argument(&'static str),
+    /// This code, for this reason.
+    Code(c_int, String),
+}
+
+impl From<Error> for Fail {
+    fn from(e: Error) -> Self {
+        Self::Lib(e)
+    }
+}
+
+impl Fail {
+    fn code(&self) -> c_int {
+        let kind = match self {
+            Self::Lib(e) => e.kind(),
+            Self::Argument(_) => return -libc::EINVAL,
+            Self::Code(code, _) => return *code,
+        };
+        match kind {
+            // 0 would be a success, and from 4096 on the system has no errors.
+            ErrorKind::Errno(e @ 1..=4095) => -e,
+            ErrorKind::Errno(_) => -libc::EIO,
+            ErrorKind::Corrupt => QBLK_ECORRUPT,
+            ErrorKind::Format => QBLK_EFORMAT,
+            ErrorKind::Unsupported => QBLK_EUNSUPPORTED,
+            ErrorKind::Locked => QBLK_ELOCKED,
+            ErrorKind::Policy => QBLK_EPOLICY,
+            ErrorKind::Internal => QBLK_EINTERNAL,
+        }
+    }
+}
+
+impl fmt::Display for Fail {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lib(e) => e.fmt(f),
+            Self::Argument(what) => f.write_str(what),
+            Self::Code(_, what) => f.write_str(what),
+        }
+    }
+}
+
+/// What a call gives back to C.
+pub(super) trait Answer {
+    /// Its type there.
+    type C;
+    /// Success.
+    fn done(self) -> Self::C;
+    /// Failure.
+    fn failed(code: c_int) -> Self::C;
+}
+
+impl Answer for () {
+    type C = c_int;
+    #[inline]
+    fn done(self) -> c_int {
+        0
+    }
+    #[inline]
+    fn failed(code: c_int) -> c_int {
+        code
+    }
+}
+
+impl Answer for i64 {
+    type C = i64;
+    fn done(self) -> i64 {
+        self
+    }
+    fn failed(code: c_int) -> i64 {
+        code.into()
+    }
+}
+
+/// What this room keeps for each thread.
+struct Thread {
+    /// Guarded calls that this thread is in; above 1 when a log callback calls back.
+    depth: Cell<u32>,
+    /// The last error, NUL-terminated; empty if there was none.
+    text: UnsafeCell<[u8; TEXT]>,
+}
+
+thread_local! {
+    static THREAD: Thread =
+        const { Thread { depth: Cell::new(0), text: UnsafeCell::new([0; TEXT]) } };
+}
+const _: () = assert!(!std::mem::needs_drop::<Thread>());
+
+/// Set in a child of `fork`, which has the memory of its parent but none of its threads.
+static FORKED: AtomicBool = AtomicBool::new(false);
+
+/// A call that needs no handle.
+pub(super) fn call<R: Answer>(
+    what: &'static str,
+    f: impl FnOnce() -> Result<R, Fail>,
+) -> R::C {
+    guarded(what, None, || {
+        life::ready();
+        f()
+    })
+}
+
+/// A call on a device. `f` checks the arguments first, and gets at the image by [`image`].
+///
+/// # Safety
+/// `dev` is NULL, or a handle that nobody closes during the call.
+#[inline(always)]
+pub(super) unsafe fn on<R: Answer>(
+    what: &'static str,
+    dev: *mut qblk,
+    f: impl FnOnce(&qblk) -> Result<R, Fail>,
+) -> R::C {
+    // SAFETY: the caller's word.
+    match unsafe { dev.as_ref() } {
+        Some(dev) => guarded(what, Some(&dev.broken), || f(dev)),
+        None => null_handle::<R>(what),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn null_handle<R: Answer>(what: &'static str) -> R::C {
+    guarded::<R>(what, None, || Err(Fail::Argument("the device handle is NULL")))
+}
+
+/// The image of a handle, if it may be used here and now.
+#[inline(always)]
+pub(super) fn image(dev: &qblk) -> Result<&Image, Fail> {
+    if FORKED.load(Relaxed) || dev.broken.load(Relaxed) {
+        return Err(unusable());
+    }
+    Ok(&dev.image)
+}
+
+#[cold]
+#[inline(never)]
+fn unusable() -> Fail {
+    match alive() {
+        Err(e) => e,
+        Ok(()) => Fail::Code(
+            QBLK_EINTERNAL,
+            "an earlier call on this device met an internal error; it can only be closed".into(),
+        ),
+    }
+}
+
+/// Refuse to work in a child of `fork`.
+pub(super) fn alive() -> Result<(), Fail> {
+    if forked() { Err(Error::Forked("libqblk").into()) } else { Ok(()) }
+}
+
+/// Whether this process is a child of `fork` that inherited the library.
+pub(super) fn forked() -> bool {
+    FORKED.load(Relaxed)
+}
+
+/// Note that this process is one; called by `fork` in the child.
+pub(super) extern "C" fn set_forked() {
+    FORKED.store(true, Relaxed);
+}
+
+/// Run `f`; turn what it answers, or its panic, into what C is answered. A panic breaks `device`.
+#[inline(always)]
+pub(super) fn guarded<R: Answer>(
+    what: &'static str,
+    device: Option<&AtomicBool>,
+    f: impl FnOnce() -> Result<R, Fail>,
+) -> R::C {
+    THREAD.with(|thread| {
+        thread.clear();
+        thread.depth.set(thread.depth.get().wrapping_add(1));
+        let result = catch_unwind(AssertUnwindSafe(f));
+        thread.depth.set(thread.depth.get().wrapping_sub(1));
+        match result {
+            Ok(Ok(answer)) => answer.done(),
+            Ok(Err(fail)) => R::failed(failed(thread, what, &fail)),
+            Err(payload) => {
+                if let Some(broken) = device {
+                    broken.store(true, Relaxed);
+                }
+                R::failed(panicked(thread, what, payload))
+            }
+        }
+    })
+}
+
+#[cold]
+#[inline(never)]
+fn failed(thread: &Thread, what: &str, fail: &Fail) -> c_int {
+    // A log callback may have called back in the meantime, and so written its own text: replace it.
+    thread.store(format_args!("{what}: {fail}"));
+    fail.code()
+}
+
+#[cold]
+#[inline(never)]
+fn panicked(thread: &Thread, what: &str, payload: Box<dyn Any + Send>) -> c_int {
+    // The hook has left the message and its place here, unless the program replaced the hook.
+    let noted = thread.noted();
+    let text = if noted.is_empty() { message(&*payload).to_owned() } else { noted };
+    thread.store(format_args!("{what}: internal error: {text}"));
+    // A payload is any type, and its drop may panic as well.
+    if let Err(worse) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
+        std::mem::forget(worse);
+    }
+    QBLK_EINTERNAL
+}
+
+fn message(payload: &(dyn Any + Send)) -> &str {
+    payload
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
+}
+
+/// Keep panics inside a guarded call off stderr: their text goes to `qblk_get_error`. All others
+/// go on to the hook that was there (the program's own, where this crate is used from Rust).
+pub(super) fn install_hook() {
+    let previous = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info: &PanicHookInfo<'_>| {
+        THREAD.with(|thread| {
+            if thread.depth.get() == 0 {
+                return previous(info);
+            }
+            let text = message(info.payload());
+            match info.location() {
+                Some(at) => thread.store(format_args!("{text} ({}:{})", at.file(), at.line())),
+                None => thread.store(format_args!("{text}")),
+            }
+        });
+    }));
+}
+
+/// This thread's last error, for C: never NULL, valid until the thread's next call.
+pub(super) fn last_error() -> *const c_char {
+    THREAD.with(|thread| thread.text.get().cast_const().cast())
+}
+
+impl Thread {
+    #[inline(always)]
+    fn clear(&self) {
+        // SAFETY: the buffer is this thread's alone, and no reference to it is alive.
+        unsafe { *self.text.get().cast::<u8>() = 0 };
+    }
+
+    fn store(&self, args: fmt::Arguments<'_>) {
+        let mut text = Cut { buf: [0; TEXT], len: 0 };
+        // Formatting may run code that calls back, hence the buffer of its own.
+        let _ = text.write_fmt(args);
+        // SAFETY: as in `clear`.
+        unsafe { *self.text.get() = text.buf };
+    }
+
+    fn noted(&self) -> String {
+        // SAFETY: as in `clear`.
+        let buf = unsafe { &*self.text.get() };
+        let len = buf.iter().position(|&b| b == 0).unwrap_or(0);
+        String::from_utf8_lossy(&buf[..len]).into_owned()
+    }
+}
+
+/// Text cut to the buffer at a character's boundary; what is left of the buffer stays NUL.
+struct Cut {
+    buf: [u8; TEXT],
+    len: usize,
+}
+
+impl Write for Cut {
+    fn write_str(&mut self, s: &str) -> fmt::Result {
+        let mut n = s.len().min(TEXT - 1 - self.len);
+        while !s.is_char_boundary(n) {
+            n -= 1;
+        }
+        for (to, &from) in self.buf[self.len..].iter_mut().zip(&s.as_bytes()[..n]) {
+            // A NUL would end the text for C.
+            *to = if from == 0 { b' ' } else { from };
+        }
+        self.len += n;
+        // Once cut, nothing may follow.
+        if n < s.len() { Err(fmt::Error) } else { Ok(()) }
+    }
+}

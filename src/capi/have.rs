@@ -1,0 +1,39 @@
+//! One macro a function, so that a program can ask at compile time whether its header has it:
+//! `#ifdef QBLK_HAVE_PWRITE2`. capi-tests/exports.sh checks that none is missing. (To ask the
+//! library that is loaded there is `dlsym`.)
+
+// A line each in the header: there is nothing to say that the name does not.
+#![allow(missing_docs)]
+
+pub const QBLK_HAVE_VERSION: u32 = 1;
+pub const QBLK_HAVE_VERSION_STRING: u32 = 1;
+pub const QBLK_HAVE_SUPPORTS: u32 = 1;
+pub const QBLK_HAVE_STRERROR: u32 = 1;
+pub const QBLK_HAVE_GET_ERROR: u32 = 1;
+pub const QBLK_HAVE_SET_LOG: u32 = 1;
+pub const QBLK_HAVE_OPTIONS_NEW: u32 = 1;
+pub const QBLK_HAVE_OPTIONS_SET: u32 = 1;
+pub const QBLK_HAVE_OPTIONS_FREE: u32 = 1;
+pub const QBLK_HAVE_OPEN: u32 = 1;
+pub const QBLK_HAVE_OPEN2: u32 = 1;
+pub const QBLK_HAVE_OPEN_FD: u32 = 1;
+pub const QBLK_HAVE_CLOSE: u32 = 1;
+pub const QBLK_HAVE_CONTEXT_OPEN: u32 = 1;
+pub const QBLK_HAVE_REOPEN: u32 = 1;
+pub const QBLK_HAVE_REOPEN2: u32 = 1;
+pub const QBLK_HAVE_PREAD: u32 = 1;
+pub const QBLK_HAVE_PREAD2: u32 = 1;
+pub const QBLK_HAVE_PWRITE: u32 = 1;
+pub const QBLK_HAVE_PWRITE2: u32 = 1;
+pub const QBLK_HAVE_PREADV: u32 = 1;
+pub const QBLK_HAVE_PWRITEV: u32 = 1;
+pub const QBLK_HAVE_FLUSH: u32 = 1;
+pub const QBLK_HAVE_ZERO: u32 = 1;
+pub const QBLK_HAVE_TRIM: u32 = 1;
+pub const QBLK_HAVE_CACHE: u32 = 1;
+pub const QBLK_HAVE_GET_INFO: u32 = 1;
+pub const QBLK_HAVE_GET_PROPERTY: u32 = 1;
+pub const QBLK_HAVE_EXTENTS: u32 = 1;
+pub const QBLK_HAVE_CREATE: u32 = 1;
+pub const QBLK_HAVE_RESIZE: u32 = 1;
+pub const QBLK_HAVE_RESIZE2: u32 = 1;

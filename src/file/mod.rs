@@ -1,0 +1,276 @@
+//! Files and block devices of this host, and memory that behaves like one.
+//!
+//! Everything here is one driver over an open descriptor. It promises what
+//! [`Driver`] asks, and:
+//!
+//! - Only regular files and block devices are taken; nothing else is ever opened, and no open hangs.
+//! - Calls run on the caller's thread; the common read and write are one system call.
+//! - What a file had when it was opened (or was given since) and has no more is EIO, not zeroes.
+//! - A flush that failed fails for ever (see `flush`).
+//! - A file that shrinks under a mapping is an error too, not a signal (see `map`, which says why
+//!   `io=mmap` brings a handler for SIGBUS into the process, and that nothing else does).
+//! - Names are bytes.
+//!
+//! After a fork the child may drop what it inherited: that closes descriptors and removes nothing.
+
+mod create;
+mod direct;
+mod flush;
+mod host;
+mod map;
+mod space;
+mod sys;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{File, FileType, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::OnceLock;
+
+use parking_lot::RwLock;
+
+use crate::block::{Caps, Driver, Error, Name, Result};
+use crate::log::{Level, log};
+use host::{Host, Seek};
+use map::Mapping;
+
+pub use create::{Creating, create};
+
+/// How a file is opened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct How {
+    /// For writing too.
+    pub write: bool,
+    /// Past the page cache (`O_DIRECT`).
+    pub direct: bool,
+    /// Serve reads from a mapping where one can be had (read-only opens).
+    pub mmap: bool,
+}
+
+/// Open the file or block device `name`.
+///
+/// Errors: [`Error::Os`] with the system's number; `EISDIR` for a directory; [`Error::Invalid`] for
+/// anything else that is neither a regular file nor a block device. A file system that has no
+/// direct I/O serves `how.direct` through its cache, and the log says so.
+pub fn open(name: &Name, how: How) -> Result<Box<dyn Driver>> {
+    let path = name.as_path();
+    // Opening a FIFO or a device can already do something, so look first. If this fails so will
+    // the open, which has the better error.
+    if let Ok(meta) = path.metadata() {
+        check_type(name, meta.file_type())?;
+    }
+    let source = Source::fresh(name, how, &|flags| open_path(path, how.write, flags))?;
+    Ok(Box::new(source.driver(name, how)?))
+}
+
+/// Use an open descriptor, which is the driver's from now on. What it shares with the caller's (its
+/// position, its flags) is left alone.
+///
+/// Errors: as [`open`]; [`Error::ReadOnly`] if `how.write` and the descriptor is not for writing.
+pub fn from_fd(fd: OwnedFd, name: &Name, how: How) -> Result<Box<dyn Driver>> {
+    let file = File::from(fd);
+    let flags = sys::status_flags(&file).map_err(|e| os("fcntl", name, e))?;
+    if flags & libc::O_PATH != 0 || flags & libc::O_ACCMODE == libc::O_WRONLY {
+        return Err(os("read", name, libc::EBADF));
+    }
+    check_type(name, file.metadata().map_err(|e| os_io("fstat", name, &e))?.file_type())?;
+    if how.write && flags & libc::O_ACCMODE != libc::O_RDWR {
+        return Err(Error::ReadOnly(name.clone()));
+    }
+    let is_direct = flags & libc::O_DIRECT != 0;
+    // With O_APPEND the kernel writes at the end, whatever offset it is told.
+    let appends = how.write && flags & libc::O_APPEND != 0;
+    if how.direct != is_direct || appends {
+        match Source::fresh(name, how, &|flags| reopen(&file, how.write, flags)) {
+            Ok(source) => return Ok(Box::new(source.driver(name, how)?)),
+            Err(_) if appends => {
+                return Err(Error::invalid(format!(
+                    "{name}: the descriptor is open with O_APPEND and cannot be opened anew"
+                )));
+            }
+            // It works as it is, only not in the way that was asked for.
+            Err(e) => log(Level::Info, format_args!("{name}: used as it was opened: {e}")),
+        }
+    }
+    let seek = reopen(&file, false, 0).map_or(Seek::Never, Seek::Own);
+    let align = is_direct.then(|| direct::alignment(&file, is_block(&file)).unwrap_or(direct::ANY));
+    let edge = align.and_then(|_| reopen(&file, how.write, 0).ok());
+    Ok(Box::new(Source { file, align, edge, seek }.driver(name, how)?))
+}
+
+/// `size` bytes of memory, none of which cost anything until they are written.
+pub fn memory(size: u64) -> Result<Box<dyn Driver>> {
+    let name = Name::from(format!("mem:{size}"));
+    if size > sys::MAX_SIZE {
+        let what = format!("{size} bytes are more than a file can have, {}", sys::MAX_SIZE);
+        return Err(Error::TooBig { file: name, what });
+    }
+    if size > sys::size_limit() {
+        return Err(os("ftruncate", &name, libc::EFBIG));
+    }
+    // SAFETY: the name is a C string.
+    let fd = unsafe { libc::memfd_create(c"qblk".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(os_io("memfd_create", &name, &io::Error::last_os_error()));
+    }
+    // SAFETY: a descriptor that was just made, and is nobody else's.
+    let file = unsafe { File::from_raw_fd(fd) };
+    sys::ftruncate(&file, size).map_err(|e| os("ftruncate", &name, e))?;
+    let how = How { write: true, ..How::default() };
+    let mut host = Source::plain(file).driver(&name, how)?;
+    host.kind = "mem";
+    Ok(Box::new(host))
+}
+
+/// What a driver is made of.
+struct Source {
+    file: File,
+    /// Of requests and of memory, with direct I/O.
+    align: Option<(u32, u32)>,
+    edge: Option<File>,
+    seek: Seek,
+}
+
+impl Source {
+    /// A file that nobody else has the description of.
+    fn plain(file: File) -> Self {
+        Self { file, align: None, edge: None, seek: Seek::Main }
+    }
+
+    /// Open with `open`, which is given flags to add, in the way that `how` asks for.
+    fn fresh(name: &Name, how: How, open: &dyn Fn(i32) -> io::Result<File>) -> Result<Self> {
+        let buffered = || checked(name, open(0));
+        if how.direct {
+            match open(libc::O_DIRECT) {
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {}
+                opened => {
+                    let file = checked(name, opened)?;
+                    if let Some(align) = direct::alignment(&file, is_block(&file)) {
+                        // By its descriptor it is the same file for sure; by its path only if
+                        // nobody has put another there.
+                        let edge = reopen(&file, how.write, 0).ok();
+                        let edge = edge.or_else(|| buffered().ok().filter(|e| same_file(e, &file)));
+                        return Ok(Self { align: Some(align), edge, ..Self::plain(file) });
+                    }
+                }
+            }
+            log(Level::Info, format_args!("{name}: no direct I/O here, using the page cache"));
+        }
+        Ok(Self::plain(buffered()?))
+    }
+
+    fn driver(self, name: &Name, how: How) -> Result<Host> {
+        let Self { file, align, edge, seek } = self;
+        let meta = file.metadata().map_err(|e| os_io("fstat", name, &e))?;
+        let is_block = meta.file_type().is_block_device();
+        let (len, optimal) = if is_block {
+            let len = sys::block_size64(&file).map_err(|e| os("BLKGETSIZE64", name, e))?;
+            (len, sys::optimal_io(&file))
+        } else {
+            (meta.len(), u32::try_from(meta.blksize()).ok())
+        };
+        let defaults = Caps::default();
+        let (align, mem_align) = align.unwrap_or((1, 1));
+        let caps = Caps {
+            align,
+            mem_align,
+            optimal_io: optimal.filter(|n| *n > 0).unwrap_or(defaults.optimal_io),
+            read_only: !how.write,
+            fua: how.write,
+            trim: how.write,
+            zero: how.write,
+            cache: true,
+            extents: !is_block && !matches!(seek, Seek::Never),
+            rotational: is_block && sys::rotational(&file),
+            ..defaults
+        };
+        let mut map = None;
+        if how.mmap && !how.write && align == 1 && len > 0 {
+            match Mapping::for_reading(&file, len) {
+                Ok(made) => map = Some(made),
+                Err(errno) => {
+                    let e = io::Error::from_raw_os_error(errno);
+                    log(Level::Debug, format_args!("{name}: not mapped, read instead: {e}"));
+                }
+            }
+        }
+        Ok(Host {
+            logical: if is_block { sys::logical_block(&file).into() } else { 1 },
+            limit: if is_block { sys::MAX_SIZE } else { sys::size_limit() },
+            file,
+            edge,
+            seek: if is_block { Seek::Never } else { seek },
+            name: name.clone(),
+            kind: if is_block { "host_device" } else { "file" },
+            is_block,
+            caps,
+            len: len.into(),
+            flusher: Default::default(),
+            growing: RwLock::new(()),
+            cannot: Default::default(),
+            map,
+            kernel_map: OnceLock::new(),
+        })
+    }
+}
+
+fn os(op: &'static str, name: &Name, errno: i32) -> Error {
+    Error::Os { op, file: name.clone(), errno }
+}
+
+fn os_io(op: &'static str, name: &Name, e: &io::Error) -> Error {
+    // Without a number it was std that refused: a name with a NUL in it.
+    os(op, name, e.raw_os_error().unwrap_or(libc::EINVAL))
+}
+
+/// Only what has bytes at offsets.
+fn check_type(name: &Name, t: FileType) -> Result<()> {
+    let what = match () {
+        _ if t.is_file() || t.is_block_device() => return Ok(()),
+        _ if t.is_dir() => return Err(os("open", name, libc::EISDIR)),
+        _ if t.is_fifo() => "a FIFO or pipe",
+        _ if t.is_socket() => "a socket",
+        _ if t.is_char_device() => "a character device",
+        _ => "no file",
+    };
+    Err(Error::invalid(format!("{name}: is {what}, not a regular file or block device")))
+}
+
+fn checked(name: &Name, opened: io::Result<File>) -> Result<File> {
+    let file = opened.map_err(|e| os_io("open", name, &e))?;
+    check_type(name, file.metadata().map_err(|e| os_io("fstat", name, &e))?.file_type())?;
+    Ok(file)
+}
+
+fn open_path(path: &Path, write: bool, flags: i32) -> io::Result<File> {
+    // Should a FIFO have come there since anyone looked, opening it must not wait for its other end.
+    let flags = flags | libc::O_NONBLOCK | libc::O_NOCTTY;
+    let file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)?;
+    not_nonblocking(&file)?;
+    Ok(file)
+}
+
+fn not_nonblocking(file: &File) -> io::Result<()> {
+    sys::status_flags(file)
+        .and_then(|flags| sys::set_status_flags(file, flags & !libc::O_NONBLOCK))
+        .map_err(io::Error::from_raw_os_error)
+}
+
+/// Another opening of the same file, with flags and a position of its own.
+fn reopen(file: &File, write: bool, flags: i32) -> io::Result<File> {
+    open_path(Path::new(&format!("/proc/self/fd/{}", file.as_raw_fd())), write, flags)
+}
+
+fn is_block(file: &File) -> bool {
+    file.metadata().is_ok_and(|m| m.file_type().is_block_device())
+}
+
+fn same_file(a: &File, b: &File) -> bool {
+    match (a.metadata(), b.metadata()) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}

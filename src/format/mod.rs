@@ -1,0 +1,155 @@
+//! Image formats: they answer where bytes live, and one data path does the reading for all.
+//!
+//! A format is a [`Driver`] whose `map` translates. Reading walks `map` down a chain until it meets
+//! a driver that carries bytes itself; extents, copy-on-write and (later) zero-copy sending are built
+//! on the same walk.
+
+pub mod qcow2;
+pub mod raw;
+mod walk;
+
+use std::sync::Arc;
+
+use crate::block::*;
+pub use walk::{Found, extents, locate, read};
+
+/// A format that can be opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The bytes as they are.
+    Raw,
+    /// QEMU's.
+    Qcow2,
+}
+
+/// What probing found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Probe {
+    /// A format that can be opened; [`Kind::Raw`] if nothing was recognised.
+    Known(Kind),
+    /// A format of which only the name is known here.
+    Foreign(&'static str),
+}
+
+/// How a format is opened.
+pub struct Params {
+    /// For writing too.
+    pub write: bool,
+    /// Only described: features that this build lacks do not matter.
+    pub info_only: bool,
+    /// The format was found by probing.
+    pub probed: bool,
+    /// Bytes of memory for cached tables; `None` = as much as covers the image, within limits.
+    pub l2_cache: Option<u64>,
+    /// The calls under way on the chain.
+    pub calls: Arc<InFlight>,
+}
+
+/// What an image says it is backed by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BackingRef {
+    /// As recorded.
+    pub name: Vec<u8>,
+    /// As recorded, if it is.
+    pub format: Option<Vec<u8>>,
+}
+
+/// An image whose own file is open, and whose backing image may be attached.
+pub enum Opened {
+    /// Raw.
+    Raw(raw::Raw),
+    /// qcow2.
+    Qcow2(Box<qcow2::Qcow2>),
+}
+
+/// The format of that name.
+pub fn by_name(name: &str) -> Option<Kind> {
+    match name {
+        "raw" => Some(Kind::Raw),
+        "qcow2" => Some(Kind::Qcow2),
+        _ => None,
+    }
+}
+
+/// Bytes that probing looks at.
+pub const PROBE_LEN: usize = 512;
+
+/// Find the format of what `file` holds.
+pub fn probe(file: &Device) -> Result<Probe> {
+    let mut head = [0; PROBE_LEN];
+    let len = file.size().min(PROBE_LEN as u64) as usize;
+    file.read_slice(&mut head[..len], 0)?;
+    Ok(recognise(&head))
+}
+
+/// The format whose first 512 bytes these are.
+pub fn recognise(head: &[u8; PROBE_LEN]) -> Probe {
+    const FOREIGN: &[(usize, &[u8], &str)] = &[
+        (0, b"KDMV", "vmdk"),
+        (0, b"COWD", "vmdk"),
+        (0, b"# Disk DescriptorFile", "vmdk"),
+        (0, b"vhdxfile", "vhdx"),
+        (0, b"conectix", "vpc"),
+        (0x40, &[0x7f, 0x10, 0xda, 0xbe], "vdi"),
+        (0, b"QED\0", "qed"),
+        (0, b"LUKS\xba\xbe", "luks"),
+        (0, b"WithoutFreeSpace", "parallels"),
+        (0, b"WithouFreSpacExt", "parallels"),
+        (0, b"Bochs Virtual HD Image", "bochs"),
+        (0, b"#!/bin/sh\n#V2.0 Format\n", "cloop"),
+        (0, b"OOOM", "cow"),
+    ];
+    if head.starts_with(&qcow2::MAGIC) {
+        // Version 1 is another format, "qcow".
+        return match head[4..8] {
+            [0, 0, 0, 1] => Probe::Foreign("qcow (version 1)"),
+            _ => Probe::Known(Kind::Qcow2),
+        };
+    }
+    FOREIGN
+        .iter()
+        .find(|(at, magic, _)| head[*at..].starts_with(magic))
+        .map_or(Probe::Known(Kind::Raw), |(_, _, name)| Probe::Foreign(name))
+}
+
+/// Open the image in `file`.
+pub fn open(kind: Kind, file: Device, params: Params) -> Result<Opened> {
+    Ok(match kind {
+        Kind::Raw => Opened::Raw(raw::Raw::new(file, params.probed && params.write)),
+        Kind::Qcow2 => Opened::Qcow2(Box::new(qcow2::Qcow2::open(file, params)?)),
+    })
+}
+
+impl Opened {
+    /// What the bytes are kept in.
+    pub fn name(&self) -> &Name {
+        match self {
+            Self::Raw(r) => Driver::name(r),
+            Self::Qcow2(q) => Driver::name(&**q),
+        }
+    }
+
+    /// What the image says it is backed by.
+    pub fn backing(&self) -> Option<&BackingRef> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Qcow2(q) => q.backing_ref(),
+        }
+    }
+
+    /// Put the image that it stands on beneath it. A raw image stands on nothing.
+    pub fn attach(&mut self, below: Device) {
+        match self {
+            Self::Raw(_) => {}
+            Self::Qcow2(q) => q.attach(below),
+        }
+    }
+
+    /// Done.
+    pub fn into_driver(self) -> Box<dyn Driver> {
+        match self {
+            Self::Raw(r) => Box::new(r),
+            Self::Qcow2(q) => q,
+        }
+    }
+}

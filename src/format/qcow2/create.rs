@@ -1,0 +1,178 @@
+//! Making an empty image: header, refcount table and blocks, L1 table.
+
+use super::header::*;
+use super::refcount::Refcounts;
+use crate::block::*;
+use crate::format::BackingRef;
+
+/// What an image is made like.
+#[derive(Clone, Debug)]
+pub struct Geometry {
+    /// Version 3, else 2.
+    pub v3: bool,
+    /// Cluster size, as a power of two: 9 to 21.
+    pub cluster_bits: u32,
+    /// Width of a refcount: 2^order bits, order at most 6.
+    pub refcount_order: u32,
+    /// Mark that refcounts may be updated late. (This library always updates them in time.)
+    pub lazy: bool,
+    /// Compress with zstd, else deflate.
+    pub zstd: bool,
+    /// The image below.
+    pub backing: Option<BackingRef>,
+    /// What is allocated at once.
+    pub prealloc: Prealloc,
+}
+
+impl Geometry {
+    fn l1_entries(&self, size: u64) -> u64 {
+        size.div_ceil(1 << (2 * self.cluster_bits - 3))
+    }
+
+    /// Refuse what no image can be.
+    pub fn check(&self, name: &Name, size: u64) -> Result<()> {
+        if self.l1_entries(size) * 8 > MAX_L1_BYTES {
+            return Err(Error::TooBig {
+                file: name.clone(),
+                what: format!(
+                    "{size} bytes are too many for clusters of {} bytes (at most {}); larger clusters \
+                     allow more",
+                    1u64 << self.cluster_bits,
+                    (MAX_L1_BYTES / 8) << (2 * self.cluster_bits - 3)
+                ),
+            });
+        }
+        if let Some(b) = &self.backing {
+            if b.name.len() as u64 > MAX_BACKING_NAME {
+                return Err(Error::invalid(format!(
+                    "the backing file's name has {} bytes, more than {MAX_BACKING_NAME}",
+                    b.name.len()
+                )));
+            }
+            if self.header(0, 0, 0, size).len() > 1 << self.cluster_bits {
+                return Err(Error::invalid(format!(
+                    "the backing file's name does not fit into a header cluster of {} bytes",
+                    1u64 << self.cluster_bits
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// The header with its extensions and the backing file's name.
+    fn header(&self, l1: u64, reftable: u64, reftable_clusters: u64, size: u64) -> Vec<u8> {
+        let mut h = Vec::with_capacity(1024);
+        let lazy = if self.lazy { COMPAT_LAZY } else { 0 };
+        let incompatible = if self.zstd { incompat::COMPRESSION } else { 0 };
+        h.extend(MAGIC);
+        h.extend((if self.v3 { 3u32 } else { 2 }).to_be_bytes());
+        h.extend([0; 12]); // the backing file's name: below
+        h.extend(self.cluster_bits.to_be_bytes());
+        h.extend(size.to_be_bytes());
+        h.extend(0u32.to_be_bytes()); // no encryption
+        h.extend((self.l1_entries(size) as u32).to_be_bytes());
+        h.extend(l1.to_be_bytes());
+        h.extend(reftable.to_be_bytes());
+        h.extend((reftable_clusters as u32).to_be_bytes());
+        h.extend([0; 12]); // no snapshots
+        if self.v3 {
+            h.extend(incompatible.to_be_bytes());
+            h.extend(lazy.to_be_bytes());
+            h.extend(0u64.to_be_bytes());
+            h.extend(self.refcount_order.to_be_bytes());
+            h.extend(112u32.to_be_bytes());
+            h.extend([u8::from(self.zstd), 0, 0, 0, 0, 0, 0, 0]);
+        }
+        let mut extension = |magic: u32, data: &[u8]| {
+            h.extend(magic.to_be_bytes());
+            h.extend((data.len() as u32).to_be_bytes());
+            h.extend(data);
+            h.resize(h.len().next_multiple_of(8), 0);
+        };
+        if let Some(format) = self.backing.as_ref().and_then(|b| b.format.as_ref()) {
+            extension(EXT_BACKING_FORMAT, format);
+        }
+        if self.v3 && self.cluster_bits > 12 {
+            extension(EXT_FEATURE_NAMES, &feature_names());
+        }
+        extension(EXT_END, &[]);
+        if let Some(b) = &self.backing {
+            let at = h.len() as u64;
+            h[8..16].copy_from_slice(&at.to_be_bytes());
+            h[16..20].copy_from_slice(&(b.name.len() as u32).to_be_bytes());
+            h.extend(&b.name);
+        }
+        h
+    }
+}
+
+/// The table that lets a program which does not know a feature say its name.
+fn feature_names() -> Vec<u8> {
+    let names: [(u8, u8, &str); 8] = [
+        (0, 0, "dirty bit"),
+        (0, 1, "corrupt bit"),
+        (0, 2, "external data file"),
+        (0, 3, "compression type"),
+        (0, 4, "extended L2 entries"),
+        (1, 0, "lazy refcounts"),
+        (2, 0, "bitmaps"),
+        (2, 1, "raw external data"),
+    ];
+    let mut out = Vec::with_capacity(names.len() * 48);
+    for (kind, bit, name) in names {
+        out.extend([kind, bit]);
+        out.extend(name.as_bytes());
+        out.resize(out.len().next_multiple_of(48), 0);
+    }
+    out
+}
+
+/// Write an empty image of `size` bytes into `file`. The header comes last: until then it is no image.
+pub fn create(file: &Device, size: u64, geometry: &Geometry) -> Result<()> {
+    geometry.check(file.name(), size)?;
+    let bits = geometry.cluster_bits;
+    let cluster = 1u64 << bits;
+    let l1_clusters = (geometry.l1_entries(size) * 8).div_ceil(cluster);
+    // The blocks count themselves, so their number is found by trying.
+    let per_block = cluster * 8 >> geometry.refcount_order;
+    let (mut blocks, mut table) = (1, 1);
+    loop {
+        let all = 1 + table + blocks + l1_clusters;
+        let need_blocks = all.div_ceil(per_block);
+        let need_table = (need_blocks * 8).div_ceil(cluster);
+        if need_blocks <= blocks && need_table <= table {
+            break;
+        }
+        (blocks, table) = (need_blocks.max(blocks), need_table.max(table));
+    }
+    let total = 1 + table + blocks + l1_clusters;
+    let (table_at, blocks_at) = (cluster, (1 + table) * cluster);
+    let l1_at = blocks_at + blocks * cluster;
+    if file.driver().kind() == "host_device" && total * cluster > file.size() {
+        return Err(Error::TooBig {
+            file: file.name().clone(),
+            what: format!(
+                "the device has {} bytes, an empty image needs {}",
+                file.size(),
+                total * cluster
+            ),
+        });
+    }
+    let mut entries = vec![0; (table * cluster) as usize];
+    for (i, entry) in entries.chunks_exact_mut(8).take(blocks as usize).enumerate() {
+        entry.copy_from_slice(&(blocks_at + i as u64 * cluster).to_be_bytes());
+    }
+    // Tables are written, not left as holes: writing entries must not run out of space later.
+    file.write_slice(&entries, table_at, ReqFlags::NONE)?;
+    let counts = Refcounts::ones(total, geometry.refcount_order, (blocks * cluster) as usize);
+    file.write_slice(&counts, blocks_at, ReqFlags::NONE)?;
+    if l1_clusters > 0 {
+        file.zero(l1_at, l1_clusters * cluster, ReqFlags::NONE)?;
+    }
+    file.flush()?;
+    let l1_field = if l1_clusters > 0 { l1_at } else { 0 };
+    let mut header = geometry.header(l1_field, table_at, table, size);
+    header.resize(cluster as usize, 0);
+    file.write_slice(&header, 0, ReqFlags::NONE)?;
+    file.flush()
+}

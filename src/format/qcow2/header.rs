@@ -1,0 +1,405 @@
+//! The header of a qcow2 image: reading it, with every limit checked before a number is used.
+//!
+//! Source: "Header" and "Header extensions" of the QCOW2 specification (QEMU, docs/interop/qcow2);
+//! limits are those that QEMU enforces.
+
+use crate::block::*;
+use crate::format::BackingRef;
+
+/// The first bytes of an image.
+pub const MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// Largest L1 table, bytes.
+pub const MAX_L1_BYTES: u64 = 32 << 20;
+/// Largest refcount table, bytes.
+pub const MAX_REFTABLE_BYTES: u64 = 8 << 20;
+/// Most internal snapshots.
+const MAX_SNAPSHOTS: u32 = 65536;
+/// Longest backing file name, bytes.
+pub const MAX_BACKING_NAME: u64 = 1023;
+
+/// Incompatible feature bits.
+pub mod incompat {
+    /// Refcounts may be wrong.
+    pub const DIRTY: u64 = 1;
+    /// Known to be damaged.
+    pub const CORRUPT: u64 = 2;
+    /// Data lies in another file.
+    pub const DATA_FILE: u64 = 4;
+    /// The compression type is not deflate.
+    pub const COMPRESSION: u64 = 8;
+    /// L2 entries have subclusters.
+    pub const EXTENDED_L2: u64 = 16;
+    /// All that are known.
+    pub const KNOWN: u64 = 31;
+}
+/// Compatible feature bit: refcounts may be updated late.
+pub const COMPAT_LAZY: u64 = 1;
+/// Autoclear feature bits: bitmaps are consistent; the data file is a raw image.
+pub const AUTOCLEAR_BITMAPS: u64 = 1;
+/// See [`AUTOCLEAR_BITMAPS`].
+pub const AUTOCLEAR_RAW: u64 = 2;
+
+/// Header extensions.
+pub const EXT_END: u32 = 0;
+/// Name of the backing image's format.
+pub const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
+/// Names of feature bits.
+pub const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
+const EXT_BITMAPS: u32 = 0x2385_2875;
+const EXT_LUKS: u32 = 0x0537_be77;
+const EXT_DATA_FILE: u32 = 0x4441_5441;
+
+/// Where fields lie that are written by themselves.
+pub mod at {
+    /// Virtual size, 8 bytes.
+    pub const SIZE: u64 = 24;
+    /// Entries of the L1 table (4 bytes) and its offset (8 bytes).
+    pub const L1: u64 = 36;
+    /// Offset of the refcount table (8 bytes) and its clusters (4 bytes).
+    pub const REFTABLE: u64 = 48;
+    /// Autoclear bits, 8 bytes.
+    pub const AUTOCLEAR: u64 = 88;
+}
+
+/// A header, checked.
+#[derive(Debug, Clone)]
+pub struct Header {
+    pub version: u32,
+    pub cluster_bits: u32,
+    /// Virtual size, bytes; not necessarily whole sectors.
+    pub size: u64,
+    /// 0 none, 1 AES, 2 LUKS.
+    pub crypt: u32,
+    pub l1_entries: u32,
+    pub l1_offset: u64,
+    pub reftable_offset: u64,
+    pub reftable_clusters: u32,
+    pub snapshots: u32,
+    pub incompatible: u64,
+    pub compatible: u64,
+    pub autoclear: u64,
+    pub refcount_order: u32,
+    /// 0 deflate, 1 zstd.
+    pub compression: u8,
+    pub backing: Option<BackingRef>,
+    pub data_file: Option<Vec<u8>>,
+    pub has_bitmaps: bool,
+}
+
+/// Big-endian fields by offset; what lies past the end reads as zero.
+struct Fields<'a>(&'a [u8]);
+
+impl Fields<'_> {
+    fn u32(&self, at: usize) -> u32 {
+        self.0.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
+    }
+    fn u64(&self, at: usize) -> u64 {
+        self.0.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+    }
+}
+
+impl Header {
+    /// Read and check the header of `file`.
+    pub fn read(file: &Device) -> Result<Self> {
+        let name = file.name();
+        let file_size = file.size();
+        let mut head = vec![0; file_size.min(4096) as usize];
+        file.read_slice(&mut head, 0)?;
+        if head.len() < 8 || head[..4] != MAGIC {
+            return Err(Error::format(
+                name,
+                match head.len() {
+                    0 => "not in qcow2 format: the file is empty".to_owned(),
+                    n if n < 8 => format!("not in qcow2 format: the file has only {n} bytes"),
+                    _ => format!(
+                        "not in qcow2 format: found {:02x?} at offset 0, expected {MAGIC:02x?}",
+                        &head[..4]
+                    ),
+                },
+            ));
+        }
+        let version = Fields(&head).u32(4);
+        if version != 2 && version != 3 {
+            return Err(Error::unsupported(name, format!("qcow2 version {version} (2 and 3 are)")));
+        }
+        let least = if version == 2 { 72 } else { 104 };
+        if head.len() < least {
+            return Err(Error::format(
+                name,
+                format!(
+                    "the header is cut off: a version {version} header has {least} bytes, the file {}",
+                    head.len()
+                ),
+            ));
+        }
+        let cluster_bits = Fields(&head).u32(20);
+        let bad = |what: String| Err(Error::corrupt(name, what));
+        if !(9..=21).contains(&cluster_bits) {
+            return bad(format!("cluster bits at offset 20: found {cluster_bits}, expected 9 to 21"));
+        }
+        let cluster_size = 1u64 << cluster_bits;
+        // Extensions and the backing file's name lie in the first cluster.
+        if cluster_size > head.len() as u64 && file_size > head.len() as u64 && needs_more(&head) {
+            head.resize(cluster_size.min(file_size) as usize, 0);
+            file.read_slice(&mut head, 0)?;
+        }
+        head.truncate(cluster_size as usize);
+        Self::parse(name, &head, version, cluster_bits)
+    }
+
+    fn parse(name: &Name, head: &[u8], version: u32, cluster_bits: u32) -> Result<Self> {
+        let f = Fields(head);
+        let cluster_size = 1u64 << cluster_bits;
+        let bad = |what: String| Err(Error::corrupt(name, what));
+        let v3 = version >= 3;
+        let mut h = Self {
+            version,
+            cluster_bits,
+            size: f.u64(24),
+            crypt: f.u32(32),
+            l1_entries: f.u32(36),
+            l1_offset: f.u64(40),
+            reftable_offset: f.u64(48),
+            reftable_clusters: f.u32(56),
+            snapshots: f.u32(60),
+            incompatible: if v3 { f.u64(72) } else { 0 },
+            compatible: if v3 { f.u64(80) } else { 0 },
+            autoclear: if v3 { f.u64(88) } else { 0 },
+            refcount_order: if v3 { f.u32(96) } else { 4 },
+            compression: 0,
+            backing: None,
+            data_file: None,
+            has_bitmaps: false,
+        };
+        let length = if v3 { f.u32(100) } else { 72 };
+        if v3 && (length < 104 || length % 8 != 0 || u64::from(length) > cluster_size) {
+            return bad(format!(
+                "header length at offset 100: found {length}, expected a multiple of 8 from 104 to the \
+                 cluster size {cluster_size}"
+            ));
+        }
+        if length > 104 {
+            h.compression = head.get(104).copied().unwrap_or(0);
+        }
+        let name_offset = f.u64(8);
+        let name_length = u64::from(f.u32(16));
+        if name_offset > cluster_size {
+            return bad(format!(
+                "backing file offset at offset 8: found {name_offset}, expected at most the cluster size \
+                 {cluster_size}"
+            ));
+        }
+        if name_offset != 0
+            && name_length > MAX_BACKING_NAME.min(cluster_size.saturating_sub(name_offset))
+        {
+            return bad(format!(
+                "backing file name length at offset 16: found {name_length}, expected at most {} from \
+                 offset {name_offset} of the first cluster",
+                MAX_BACKING_NAME.min(cluster_size - name_offset)
+            ));
+        }
+        // The extension area ends where the backing file's name begins.
+        let end = if name_offset == 0 { cluster_size } else { name_offset };
+        let mut features = Vec::new();
+        let mut backing_format = None;
+        h.extensions(name, head, u64::from(length), end, &mut features, &mut backing_format)?;
+        if name_offset != 0 && name_length != 0 {
+            let range = name_offset as usize..(name_offset + name_length) as usize;
+            let Some(text) = head.get(range) else {
+                return bad(format!("the backing file's name at offset {name_offset} is cut off"));
+            };
+            h.backing = Some(BackingRef { name: text.to_vec(), format: backing_format });
+        }
+        let unknown = h.incompatible & !incompat::KNOWN;
+        if unknown != 0 {
+            return Err(Error::unsupported(name, feature_names(unknown, &features)));
+        }
+        h.check(name)?;
+        Ok(h)
+    }
+
+    fn extensions(
+        &mut self,
+        name: &Name,
+        head: &[u8],
+        from: u64,
+        end: u64,
+        features: &mut Vec<(u8, String)>,
+        backing_format: &mut Option<Vec<u8>>,
+    ) -> Result<()> {
+        let (mut at, end) = (from, end.min(head.len() as u64));
+        while at + 8 <= end {
+            let f = Fields(&head[at as usize..]);
+            let (magic, len) = (f.u32(0), u64::from(f.u32(4)));
+            if magic == EXT_END {
+                break;
+            }
+            if len > end - at - 8 {
+                return Err(Error::corrupt(
+                    name,
+                    format!(
+                        "header extension {magic:#010x} at offset {at}: found {len} bytes, expected at \
+                         most {} before the end of the header area",
+                        end - at - 8
+                    ),
+                ));
+            }
+            let data = &head[at as usize + 8..(at + 8 + len) as usize];
+            match magic {
+                EXT_BACKING_FORMAT => *backing_format = Some(data.to_vec()),
+                EXT_BITMAPS => self.has_bitmaps = true,
+                EXT_DATA_FILE => self.data_file = Some(data.to_vec()),
+                EXT_FEATURE_NAMES => {
+                    // Entries: type, bit, 46 bytes of name. Type 0 = incompatible.
+                    for entry in data.chunks_exact(48).filter(|e| e[0] == 0) {
+                        let text = entry[2..].split(|&b| b == 0).next().unwrap_or_default();
+                        features.push((entry[1], quoted(text)));
+                    }
+                }
+                _ => {}
+            }
+            if magic == EXT_LUKS && self.crypt != 2 {
+                return Err(Error::corrupt(name, "LUKS header extension, but no LUKS encryption"));
+            }
+            at += 8 + len.next_multiple_of(8);
+        }
+        Ok(())
+    }
+
+    /// What does not depend on the rest of the file.
+    fn check(&self, name: &Name) -> Result<()> {
+        let bad = |what: String| Err(Error::corrupt(name, what));
+        let cluster_size = 1u64 << self.cluster_bits;
+        let aligned = |offset: u64| offset % cluster_size == 0;
+        if self.crypt > 2 {
+            return Err(Error::unsupported(name, format!("encryption method {}", self.crypt)));
+        }
+        if self.refcount_order > 6 {
+            return bad(format!(
+                "refcount order at offset 96: found {}, expected at most 6",
+                self.refcount_order
+            ));
+        }
+        let zstd_bit = self.incompatible & incompat::COMPRESSION != 0;
+        if zstd_bit != (self.compression != 0) {
+            return bad(format!(
+                "compression type at offset 104: found {}, but the incompatible feature bit for it is {}",
+                self.compression,
+                if zstd_bit { "set" } else { "clear" }
+            ));
+        }
+        if self.compression > 1 {
+            return Err(Error::unsupported(name, format!("compression type {}", self.compression)));
+        }
+        if self.autoclear & AUTOCLEAR_RAW != 0 && self.incompatible & incompat::DATA_FILE == 0 {
+            // The bit means nothing without a data file; QEMU ignores it too.
+            crate::log::log(
+                crate::log::Level::Debug,
+                format_args!("{name}: raw data file bit without a data file"),
+            );
+        }
+        let entry_bits =
+            if self.incompatible & incompat::EXTENDED_L2 != 0 { 4 } else { 3 };
+        if entry_bits == 4 && self.cluster_bits < 14 {
+            return bad(format!(
+                "cluster bits at offset 20: found {}, expected at least 14 with subclusters",
+                self.cluster_bits
+            ));
+        }
+        let l2_span = 2 * self.cluster_bits - entry_bits;
+        if self.size > i64::MAX as u64 {
+            return bad(format!("size at offset 24: found {}, expected below 2^63", self.size));
+        }
+        let needed = self.size.div_ceil(1 << l2_span);
+        let l1_bytes = u64::from(self.l1_entries) * 8;
+        if l1_bytes > MAX_L1_BYTES {
+            return bad(format!(
+                "L1 table size at offset 36: found {} entries, expected at most {}",
+                self.l1_entries,
+                MAX_L1_BYTES / 8
+            ));
+        }
+        if u64::from(self.l1_entries) < needed {
+            return bad(format!(
+                "L1 table size at offset 36: found {} entries, expected at least {needed} for {} bytes",
+                self.l1_entries, self.size
+            ));
+        }
+        if self.l1_entries > 0
+            && (self.l1_offset == 0
+                || !aligned(self.l1_offset)
+                || self.l1_offset > i64::MAX as u64 - l1_bytes)
+        {
+            return bad(format!(
+                "L1 table offset at offset 40: found {:#x}, expected a multiple of the cluster size",
+                self.l1_offset
+            ));
+        }
+        let reftable_bytes = u64::from(self.reftable_clusters) << self.cluster_bits;
+        if self.reftable_clusters == 0 || reftable_bytes > MAX_REFTABLE_BYTES {
+            return bad(format!(
+                "refcount table clusters at offset 56: found {}, expected 1 to {}",
+                self.reftable_clusters,
+                MAX_REFTABLE_BYTES >> self.cluster_bits
+            ));
+        }
+        if self.reftable_offset == 0
+            || !aligned(self.reftable_offset)
+            || self.reftable_offset > i64::MAX as u64 - reftable_bytes
+        {
+            return bad(format!(
+                "refcount table offset at offset 48: found {:#x}, expected a multiple of the cluster size",
+                self.reftable_offset
+            ));
+        }
+        if self.snapshots > MAX_SNAPSHOTS {
+            return bad(format!(
+                "number of snapshots at offset 60: found {}, expected at most {MAX_SNAPSHOTS}",
+                self.snapshots
+            ));
+        }
+        Ok(())
+    }
+
+    /// The first feature of the image that this build lacks, by name.
+    pub fn unsupported(&self) -> Option<String> {
+        let what = match () {
+            _ if self.crypt == 1 => "encryption (AES)",
+            _ if self.crypt == 2 => "encryption (LUKS)",
+            _ if self.incompatible & incompat::DATA_FILE != 0 => "an external data file",
+            _ if self.incompatible & incompat::EXTENDED_L2 != 0 => "extended L2 entries (subclusters)",
+            _ => return None,
+        };
+        Some(what.to_owned())
+    }
+}
+
+/// Whether what matters of the header may reach past these bytes.
+fn needs_more(head: &[u8]) -> bool {
+    let f = Fields(head);
+    let end = f.u64(8).saturating_add(u64::from(f.u32(16)));
+    if end > head.len() as u64 {
+        return true;
+    }
+    let mut at = if f.u32(4) == 2 { 72 } else { f.u32(100) as u64 };
+    while at + 8 <= head.len() as u64 {
+        let e = Fields(&head[at as usize..]);
+        if e.u32(0) == EXT_END {
+            return false;
+        }
+        at += 8 + u64::from(e.u32(4)).next_multiple_of(8);
+    }
+    true
+}
+
+fn feature_names(unknown: u64, names: &[(u8, String)]) -> String {
+    let mut out = String::from("incompatible feature");
+    for bit in (0..64).filter(|b| unknown >> b & 1 != 0) {
+        match names.iter().find(|(b, _)| u32::from(*b) == bit) {
+            Some((_, name)) => out.push_str(&format!(" {name} (bit {bit})")),
+            None => out.push_str(&format!(" bit {bit}")),
+        }
+    }
+    out
+}

@@ -1,0 +1,278 @@
+//! The cache of L2 tables, in slices of at most 4 KiB, kept as they are on disk.
+//!
+//! A hit takes no lock: a slot's tag says which slice it holds and carries a count of its refills;
+//! a reader loads the tag, the entries, and the tag again, and starts over if it changed. Slices are
+//! named by their place in the guest's address space, not in the file, so that moving a table does
+//! not touch them.
+//!
+//! Lock order: a set's `fill` lock comes after the image's `Meta` lock. It is held while a slice is
+//! read from the file (which holds up misses of the same few sets only) and while entries change.
+
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::*, fence};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use crate::block::{Error, Result};
+
+/// Slots in a set: their tags fill one cache line.
+const WAYS: usize = 8;
+/// Locks that the sets share.
+const FILL_LOCKS: usize = 64;
+/// Bits of a tag that count refills.
+const GENERATION_BITS: u32 = 24;
+/// Largest cache unless asked for otherwise, bytes.
+pub const DEFAULT_MAX: u64 = 64 << 20;
+/// Smallest, so that an image that grows has something to grow into (memory is taken as used).
+const MIN: u64 = 256 << 10;
+
+/// The slot's slice was changed and is not written yet.
+const DIRTY: u8 = 1;
+/// A copy of it is being written: the file has not got it yet.
+const WRITING: u8 = 2;
+
+/// Slices of L2 tables.
+pub struct L2Cache {
+    /// Entries in a slice, as a power of two.
+    slice_bits: u32,
+    /// Sets, less one: a power of two less one.
+    set_mask: u64,
+    /// Which slice a slot holds: (slice + 1) above the count of refills; 0 above it = none.
+    tags: Box<[AtomicU64]>,
+    /// Entries, big-endian as on disk.
+    data: Box<[AtomicU64]>,
+    /// Slots looked at since the hand last passed.
+    used: Box<[AtomicU8]>,
+    state: Box<[AtomicU8]>,
+    fill: [Mutex<()>; FILL_LOCKS],
+    hand: AtomicU64,
+}
+
+/// A slot found to hold a slice.
+#[derive(Clone, Copy)]
+pub struct Hit {
+    slot: usize,
+    tag: u64,
+}
+
+/// A set under its lock, with the slice asked for in it.
+pub struct Held<'a> {
+    cache: &'a L2Cache,
+    slot: usize,
+    _fill: MutexGuard<'a, ()>,
+}
+
+/// Every slot that could take the slice holds changes: they must be written first.
+pub struct AllDirty;
+
+fn zeroed_words(n: usize) -> Box<[AtomicU64]> {
+    // From calloc: pages that are never used cost nothing.
+    let words = Box::into_raw(vec![0u64; n].into_boxed_slice());
+    // SAFETY: AtomicU64 has the size, alignment (on 64-bit hosts) and representation of u64.
+    unsafe { Box::from_raw(words as *mut [AtomicU64]) }
+}
+
+fn zeroed_bytes(n: usize) -> Box<[AtomicU8]> {
+    let bytes = Box::into_raw(vec![0u8; n].into_boxed_slice());
+    // SAFETY: AtomicU8 has the layout of u8.
+    unsafe { Box::from_raw(bytes as *mut [AtomicU8]) }
+}
+
+impl L2Cache {
+    /// A cache for `slices` slices of 2^`slice_bits` entries, of at most `limit` bytes.
+    pub fn new(slice_bits: u32, slices: u64, limit: Option<u64>) -> Self {
+        let slice_bytes = 8u64 << slice_bits;
+        let whole = slices.saturating_mul(slice_bytes);
+        let set_bytes = slice_bytes * WAYS as u64;
+        let sets = match limit {
+            None if whole <= DEFAULT_MAX => {
+                whole.max(MIN).div_ceil(set_bytes).next_power_of_two()
+            }
+            limit => {
+                let sets = limit.unwrap_or(DEFAULT_MAX).clamp(set_bytes, 16 << 30) / set_bytes;
+                let enough = whole.max(MIN).div_ceil(set_bytes).next_power_of_two();
+                (1 << sets.ilog2()).min(enough)
+            }
+        };
+        let slots = sets as usize * WAYS;
+        Self {
+            slice_bits,
+            set_mask: sets - 1,
+            tags: zeroed_words(slots),
+            data: zeroed_words(slots << slice_bits),
+            used: zeroed_bytes(slots),
+            state: zeroed_bytes(slots),
+            fill: [const { Mutex::new(()) }; FILL_LOCKS],
+            hand: AtomicU64::new(0),
+        }
+    }
+
+    fn first_slot(&self, slice: u64) -> usize {
+        (slice & self.set_mask) as usize * WAYS
+    }
+
+    /// The slot that holds `slice`, if one does. No lock.
+    #[inline]
+    pub fn find(&self, slice: u64) -> Option<Hit> {
+        let first = self.first_slot(slice);
+        let tags = &self.tags[first..first + WAYS];
+        for (way, tag) in tags.iter().enumerate() {
+            let tag = tag.load(Acquire);
+            if tag >> GENERATION_BITS == slice + 1 {
+                let slot = first + way;
+                // Looking first keeps the line shared between cores.
+                if self.used[slot].load(Relaxed) == 0 {
+                    self.used[slot].store(1, Relaxed);
+                }
+                return Some(Hit { slot, tag });
+            }
+        }
+        None
+    }
+
+    /// Entry `index` of a found slice. Means nothing unless [`L2Cache::still`] holds afterwards.
+    #[inline]
+    pub fn entry(&self, hit: Hit, index: usize) -> u64 {
+        let i = (hit.slot << self.slice_bits) + (index & ((1 << self.slice_bits) - 1));
+        self.data.get(i).map_or(0, |e| u64::from_be(e.load(Acquire)))
+    }
+
+    /// Whether the slot still holds what it held when it was found.
+    #[inline]
+    pub fn still(&self, hit: Hit) -> bool {
+        fence(Acquire);
+        self.tags[hit.slot].load(Relaxed) == hit.tag
+    }
+
+    /// Hold the set of `slice` with the slice in it, reading it by `read` if it is not there.
+    pub fn hold(
+        &self,
+        slice: u64,
+        read: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<std::result::Result<Held<'_>, AllDirty>> {
+        let first = self.first_slot(slice);
+        let fill = self.fill[(first / WAYS) % FILL_LOCKS].lock();
+        if let Some(hit) = self.find(slice) {
+            return Ok(Ok(Held { cache: self, slot: hit.slot, _fill: fill }));
+        }
+        let Some(slot) = self.victim(first) else { return Ok(Err(AllDirty)) };
+        let tag = &self.tags[slot];
+        let generation = (tag.load(Relaxed) + 1) & ((1 << GENERATION_BITS) - 1);
+        // Readers that found the old slice must see the tag gone before they can see new entries.
+        tag.store(generation, Relaxed);
+        fence(Release);
+        let words = &self.data[slot << self.slice_bits..(slot + 1) << self.slice_bits];
+        // SAFETY: the fill lock makes this the only writer; readers use atomic loads and drop what
+        // they saw when they find the tag changed.
+        let bytes = unsafe {
+            std::slice::from_raw_parts_mut(words.as_ptr().cast_mut().cast::<u8>(), words.len() * 8)
+        };
+        read(bytes)?;
+        self.used[slot].store(1, Relaxed);
+        tag.store((slice + 1) << GENERATION_BITS | generation, Release);
+        Ok(Ok(Held { cache: self, slot, _fill: fill }))
+    }
+
+    /// A slot of the set at `first` that can be given up: an empty one, else by the clock.
+    fn victim(&self, first: usize) -> Option<usize> {
+        let clean = |slot: usize| self.state[slot].load(Acquire) == 0;
+        let empty = |slot: usize| self.tags[slot].load(Relaxed) >> GENERATION_BITS == 0;
+        if let Some(slot) = (first..first + WAYS).find(|&s| empty(s) && clean(s)) {
+            return Some(slot);
+        }
+        let hand = self.hand.fetch_add(1, Relaxed) as usize;
+        for round in 0..2 * WAYS {
+            let slot = first + (hand + round) % WAYS;
+            if clean(slot) && self.used[slot].swap(0, Relaxed) == 0 {
+                return Some(slot);
+            }
+        }
+        (first..first + WAYS).find(|&s| clean(s))
+    }
+
+    /// Copy the dirty slice in `slot` out to be written: which slice it is, and its bytes. The slot
+    /// is no longer dirty, and stays until [`L2Cache::written`]. Under the image's `Meta` lock.
+    pub fn take_dirty(&self, slot: usize) -> Result<(u64, Box<[u8]>)> {
+        let Some(tag) = self.tags.get(slot).map(|t| t.load(Acquire) >> GENERATION_BITS) else {
+            return Err(Error::Internal("a slot that is not there".into()));
+        };
+        let mut bytes = Vec::with_capacity(8 << self.slice_bits);
+        for word in &self.data[slot << self.slice_bits..(slot + 1) << self.slice_bits] {
+            bytes.extend_from_slice(&word.load(Relaxed).to_ne_bytes());
+        }
+        self.state[slot].store(WRITING, Release);
+        Ok((tag.wrapping_sub(1), bytes.into_boxed_slice()))
+    }
+
+    /// What was taken from `slot` is in the file.
+    pub fn written(&self, slot: usize) {
+        self.state[slot].fetch_and(!WRITING, Release);
+    }
+}
+
+impl Held<'_> {
+    /// Entry `index` of the slice.
+    pub fn get(&self, index: usize) -> u64 {
+        u64::from_be(self.word(index).load(Relaxed))
+    }
+
+    /// Change entry `index`.
+    pub fn set(&self, index: usize, value: u64) {
+        self.word(index).store(value.to_be(), Release);
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        let bits = self.cache.slice_bits;
+        &self.cache.data[(self.slot << bits) + (index & ((1 << bits) - 1))]
+    }
+
+    /// Mark the slice as changed: `Some(slot)` if it was not yet.
+    pub fn mark_dirty(&self) -> Option<usize> {
+        let before = self.cache.state[self.slot].fetch_or(DIRTY, AcqRel);
+        (before & DIRTY == 0).then_some(self.slot)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fill(value: u64) -> impl FnOnce(&mut [u8]) -> Result<()> {
+        move |bytes| {
+            bytes.chunks_exact_mut(8).for_each(|c| c.copy_from_slice(&value.to_be_bytes()));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_slice_given_up_is_noticed_by_who_found_it() {
+        let cache = L2Cache::new(9, 1 << 20, Some(32 << 10));
+        cache.hold(0, fill(7)).unwrap().ok().unwrap();
+        let hit = cache.find(0).unwrap();
+        assert_eq!(cache.entry(hit, 3), 7);
+        assert!(cache.still(hit));
+        for slice in 1..100 {
+            cache.hold(slice, fill(slice)).unwrap().ok().unwrap();
+        }
+        assert!(!cache.still(hit));
+        assert!(cache.find(0).is_none());
+    }
+
+    #[test]
+    fn dirty_slices_are_never_given_up() {
+        let cache = L2Cache::new(9, 1 << 20, Some(32 << 10));
+        for slice in 0..WAYS as u64 {
+            let held = cache.hold(slice, fill(slice)).unwrap().ok().unwrap();
+            held.set(0, 99);
+            assert!(held.mark_dirty().is_some());
+            assert!(held.mark_dirty().is_none());
+        }
+        assert!(cache.hold(1000, fill(0)).unwrap().is_err());
+        let hit = cache.find(3).unwrap();
+        assert_eq!(cache.entry(hit, 0), 99);
+        let (slice, bytes) = cache.take_dirty(hit.slot).unwrap();
+        assert_eq!((slice, &bytes[..8]), (3, &99u64.to_be_bytes()[..]));
+        assert!(cache.hold(1000, fill(0)).unwrap().is_err(), "being written still holds it");
+        cache.written(hit.slot);
+        assert!(cache.hold(1000, fill(0)).unwrap().is_ok());
+    }
+}

@@ -1,0 +1,558 @@
+//! The qcow2 format, versions 2 and 3.
+//!
+//! What it promises:
+//! * A read of an allocated cluster takes no lock: the L1 table and the cached L2 slices are read
+//!   with atomic loads ([`l2cache`]).
+//! * A write is prepare (find or allocate where), move the data, commit (make the mapping visible);
+//!   no lock is held while data moves, and an allocation that comes to nothing gives its clusters
+//!   back ([`write`]).
+//! * What may point must be on disk before what it points from. Tables change in memory only, and
+//!   [`flush`] alone writes them, in an order that every crash leaves consistent.
+//! * A freed cluster is handed out again only when no table on disk and no call under way can still
+//!   point to it.
+//!
+//! Source: the QCOW2 specification (QEMU, docs/interop/qcow2).
+//!
+//! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache.
+
+mod compressed;
+mod create;
+mod discard;
+mod entry;
+mod flush;
+mod header;
+mod l2cache;
+mod refcount;
+mod resize;
+mod write;
+
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering::*};
+
+use parking_lot::{Condvar, Mutex};
+
+use super::{BackingRef, Params, walk};
+use crate::block::*;
+pub use create::{Geometry, create};
+use entry::{COPIED, Entry};
+pub use header::MAGIC;
+use header::{Header, incompat};
+use l2cache::{AllDirty, Held, L2Cache};
+use refcount::Refcounts;
+
+/// The L1 table in memory: entries as numbers.
+struct L1 {
+    offset: u64,
+    entries: Box<[AtomicU64]>,
+}
+
+/// What a writable image keeps in memory beside its cached tables.
+struct Meta {
+    refs: Refcounts,
+    /// Guest clusters that a write has allocated and not yet committed: first and end.
+    busy: Vec<(u64, u64)>,
+    /// Slots of the L2 cache that were changed.
+    dirty_slices: Vec<usize>,
+    /// Entries of the L1 table that were changed.
+    dirty_l1: Vec<u64>,
+    /// Host clusters that nothing in memory points to any more, but a table on disk may.
+    unmapped: Vec<refcount::Run>,
+    /// Those that no table on disk points to either, but a call under way at the mark may.
+    limbo: Vec<(u64, Vec<refcount::Run>)>,
+}
+
+impl Meta {
+    /// Whether the tables on disk say what those in memory do.
+    fn tables_written(&self) -> bool {
+        self.dirty_slices.is_empty() && self.dirty_l1.is_empty()
+    }
+}
+
+/// The parts that only a writable image has.
+struct Writer {
+    meta: Mutex<Meta>,
+    /// A write has committed or given up.
+    settled: Condvar,
+    /// One flush at a time.
+    turn: Mutex<()>,
+    /// Flushes begun, and the number of the last one that ended well.
+    begun: AtomicU64,
+    ended: AtomicU64,
+    /// A mapping has changed since the last flush: a write in place may depend on it.
+    changed: AtomicBool,
+    /// The error number of a flush that failed: writes are refused from then on.
+    failed: AtomicI32,
+}
+
+/// An open qcow2 image.
+pub struct Qcow2 {
+    file: Device,
+    header: Header,
+    backing: Option<Device>,
+    cluster_bits: u32,
+    /// Entries in an L2 table, as a power of two.
+    l2_bits: u32,
+    /// Entries in a cached slice of one, as a power of two.
+    slice_bits: u32,
+    v3: bool,
+    size: AtomicU64,
+    l1: AtomicPtr<L1>,
+    cache: L2Cache,
+    compressed: compressed::Store,
+    writer: Option<Writer>,
+    calls: Arc<InFlight>,
+}
+
+/// What was found for a guest offset.
+struct Found {
+    /// The first cluster's entry.
+    entry: Entry,
+    /// Bytes from the offset on for which it goes on alike.
+    len: u64,
+    /// The L2 table belongs to the active image alone.
+    own_table: bool,
+}
+
+impl Drop for Qcow2 {
+    fn drop(&mut self) {
+        // SAFETY: made by Box::into_raw; nobody else has the image any more.
+        drop(unsafe { Box::from_raw(*self.l1.get_mut()) });
+    }
+}
+
+impl Qcow2 {
+    /// Open the image in `file`; its backing image, if any, is attached afterwards.
+    pub fn open(file: Device, params: Params) -> Result<Self> {
+        let header = Header::read(&file)?;
+        if !params.info_only
+            && let Some(feature) = header.unsupported()
+        {
+            return Err(Error::unsupported(file.name(), feature));
+        }
+        if params.write {
+            Self::check_writable(&file, &header)?;
+        }
+        let cluster_bits = header.cluster_bits;
+        let l2_bits = cluster_bits - 3;
+        let slice_bits = cluster_bits.min(12) - 3;
+        let l1 = if params.info_only {
+            L1 { offset: 0, entries: Box::new([]) }
+        } else {
+            Self::load_l1(&file, &header)?
+        };
+        let slices = (l1.entries.len() as u64) << (l2_bits - slice_bits);
+        let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
+        let writer = if params.write { Some(Self::writer(&file, &header)?) } else { None };
+        let limit = if params.info_only { Some(0) } else { params.l2_cache };
+        let image = Self {
+            cluster_bits,
+            l2_bits,
+            slice_bits,
+            v3: header.version >= 3,
+            size: AtomicU64::new(header.size),
+            l1: AtomicPtr::new(Box::into_raw(Box::new(l1))),
+            cache: L2Cache::new(slice_bits, used, limit),
+            compressed: compressed::Store::new(header.compression, cluster_bits),
+            file,
+            header,
+            backing: None,
+            writer,
+            calls: params.calls,
+        };
+        image.clear_autoclear()?;
+        Ok(image)
+    }
+
+    fn check_writable(file: &Device, header: &Header) -> Result<()> {
+        let name = file.name();
+        if header.incompatible & incompat::CORRUPT != 0 {
+            return Err(Error::corrupt(
+                name,
+                "it is marked as corrupt; it can be read, or repaired with qemu-img check -r all",
+            ));
+        }
+        if header.incompatible & incompat::DIRTY != 0 {
+            return Err(Error::unsupported(
+                name,
+                "writing to an image that was not closed cleanly (dirty bit; its refcounts need a repair)",
+            ));
+        }
+        if header.has_bitmaps && header.autoclear & header::AUTOCLEAR_BITMAPS != 0 {
+            return Err(Error::unsupported(
+                name,
+                "writing to an image with persistent dirty bitmaps (they would become wrong)",
+            ));
+        }
+        Ok(())
+    }
+
+    fn load_l1(file: &Device, header: &Header) -> Result<L1> {
+        let bytes = u64::from(header.l1_entries) * 8;
+        let end = header.l1_offset.saturating_add(bytes);
+        if bytes > 0 && end > file.size() {
+            return Err(Error::corrupt(
+                file.name(),
+                format!(
+                    "the L1 table ends at {end:#x}, past the end of the file ({} bytes): is it cut off?",
+                    file.size()
+                ),
+            ));
+        }
+        let mut raw = vec![0; bytes as usize];
+        file.read_slice(&mut raw, header.l1_offset)?;
+        let entries = raw
+            .chunks_exact(8)
+            .map(|e| AtomicU64::new(u64::from_be_bytes(e.try_into().unwrap_or_default())))
+            .collect();
+        Ok(L1 { offset: header.l1_offset, entries })
+    }
+
+    fn writer(file: &Device, header: &Header) -> Result<Writer> {
+        let refs = Refcounts::load(
+            file,
+            header.cluster_bits,
+            header.refcount_order,
+            header.reftable_offset,
+            header.reftable_clusters,
+        )?;
+        Ok(Writer {
+            meta: Mutex::new(Meta {
+                refs,
+                busy: Vec::new(),
+                dirty_slices: Vec::new(),
+                dirty_l1: Vec::new(),
+                unmapped: Vec::new(),
+                limbo: Vec::new(),
+            }),
+            settled: Condvar::new(),
+            turn: Mutex::new(()),
+            begun: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+            changed: AtomicBool::new(false),
+            failed: AtomicI32::new(0),
+        })
+    }
+
+    /// Clear the autoclear bits that a program which does not know them must clear before it writes.
+    fn clear_autoclear(&self) -> Result<()> {
+        let (old, known) = (self.header.autoclear, 0);
+        if self.writer.is_none() || !self.v3 || old & !known == 0 {
+            return Ok(());
+        }
+        self.file.write_slice(&(old & known).to_be_bytes(), header::at::AUTOCLEAR, ReqFlags::NONE)?;
+        self.file.flush()
+    }
+
+    /// What the image says it is backed by.
+    pub fn backing_ref(&self) -> Option<&BackingRef> {
+        self.header.backing.as_ref()
+    }
+
+    /// Put the image that it stands on beneath it.
+    pub fn attach(&mut self, below: Device) {
+        self.backing = Some(below);
+    }
+
+    fn cluster_size(&self) -> u64 {
+        1 << self.cluster_bits
+    }
+
+    #[inline]
+    fn l1(&self) -> &L1 {
+        // SAFETY: a table that is replaced is freed only when no call is under way any more, and
+        // whoever gets here is one, or replaces tables itself (resize).
+        unsafe { &*self.l1.load(Acquire) }
+    }
+
+    /// The writable parts; an image opened read-only has none.
+    fn writer_parts(&self) -> Result<&Writer> {
+        let writer =
+            self.writer.as_ref().ok_or_else(|| Error::ReadOnly(self.file.name().clone()))?;
+        match writer.failed.load(Acquire) {
+            0 => Ok(writer),
+            errno => Err(Error::Failed { file: self.file.name().clone(), errno }),
+        }
+    }
+
+    /// Look up a guest offset: the entry of its cluster, and how far it goes on alike.
+    #[inline]
+    fn lookup(&self, offset: u64, count: u64) -> Result<Found> {
+        let cluster = offset >> self.cluster_bits;
+        let l1_index = cluster >> self.l2_bits;
+        let raw = match self.l1().entries.get(l1_index as usize) {
+            Some(entry) => entry.load(Acquire),
+            None => 0,
+        };
+        if raw & !COPIED == 0 {
+            let span = self.cluster_size() << self.l2_bits;
+            let len = count.min(span - (offset & (span - 1)));
+            return Ok(Found { entry: Entry::Unallocated, len, own_table: false });
+        }
+        let own_table = raw & COPIED != 0;
+        let slice = cluster >> self.slice_bits;
+        let index = (cluster & ((1 << self.slice_bits) - 1)) as usize;
+        let in_cluster = offset & (self.cluster_size() - 1);
+        let wanted = (in_cluster + count).div_ceil(self.cluster_size());
+        let most = (wanted as usize).min((1 << self.slice_bits) - index);
+        loop {
+            let Some(hit) = self.cache.find(slice) else {
+                self.load_slice(slice)?;
+                continue;
+            };
+            let first = self.cache.entry(hit, index);
+            let entry = entry::decode(first, self.cluster_bits, self.v3);
+            let step = match entry {
+                Ok(Entry::Normal { .. }) => self.cluster_size(),
+                Ok(Entry::Zero { host, .. }) if host != 0 => self.cluster_size(),
+                _ => 0,
+            };
+            let mut n = 1;
+            if !matches!(entry, Ok(Entry::Compressed { .. })) {
+                let mut expect = first.wrapping_add(step);
+                while n < most && self.cache.entry(hit, index + n) == expect {
+                    expect = expect.wrapping_add(step);
+                    n += 1;
+                }
+            }
+            if self.cache.still(hit) {
+                let entry = entry.map_err(|what| self.bad_entry(cluster, first, what))?;
+                let len = count.min(((n as u64) << self.cluster_bits) - in_cluster);
+                return Ok(Found { entry, len, own_table });
+            }
+        }
+    }
+
+    #[cold]
+    fn bad_entry(&self, cluster: u64, raw: u64, what: &str) -> Error {
+        Error::corrupt(
+            self.file.name(),
+            format!(
+                "the L2 entry of guest offset {:#x} {what}: found {raw:#018x}",
+                cluster << self.cluster_bits
+            ),
+        )
+    }
+
+    /// Bring a slice into the cache.
+    #[cold]
+    fn load_slice(&self, slice: u64) -> Result<()> {
+        while self.hold(slice)?.is_err() {
+            self.writeback()?;
+        }
+        Ok(())
+    }
+
+    /// Hold the set of a slice with the slice in it.
+    fn hold(&self, slice: u64) -> Result<std::result::Result<Held<'_>, AllDirty>> {
+        self.cache.hold(slice, |bytes| {
+            let Some(offset) = self.slice_offset(slice)? else {
+                bytes.fill(0);
+                return Ok(());
+            };
+            if offset >= self.file.size() {
+                return Err(self.cut_off("an L2 table", offset));
+            }
+            self.file.read_slice(bytes, offset)
+        })
+    }
+
+    /// Where a slice lies in the file, if its table is there.
+    fn slice_offset(&self, slice: u64) -> Result<Option<u64>> {
+        let l1_index = slice >> (self.l2_bits - self.slice_bits);
+        let raw = self.l1().entries.get(l1_index as usize).map_or(0, |e| e.load(Acquire));
+        let (table, _) = entry::decode_l1(raw, self.cluster_bits).map_err(|what| {
+            Error::corrupt(
+                self.file.name(),
+                format!("L1 entry {l1_index} {what}: found {raw:#018x}"),
+            )
+        })?;
+        let within = slice & ((1 << (self.l2_bits - self.slice_bits)) - 1);
+        Ok((table != 0).then(|| table + (within << (self.slice_bits + 3))))
+    }
+
+    #[cold]
+    fn cut_off(&self, what: &str, offset: u64) -> Error {
+        Error::corrupt(
+            self.file.name(),
+            format!(
+                "{what} at {offset:#x} lies past the end of the file ({} bytes): is it cut off?",
+                self.file.size()
+            ),
+        )
+    }
+
+    /// How much of a range is also in the image below.
+    fn below(&self, offset: u64) -> Option<&Device> {
+        self.backing.as_ref().filter(|b| offset < b.size())
+    }
+}
+
+impl refcount::Host for Qcow2 {
+    fn file(&self) -> &Device {
+        &self.file
+    }
+
+    fn switch_table(&self, run: refcount::Run, content: &[u8]) -> Result<()> {
+        let offset = run.first << self.cluster_bits;
+        self.file.write_slice(content, offset, ReqFlags::NONE)?;
+        self.file.flush()?;
+        let mut field = [0; 12];
+        field[..8].copy_from_slice(&offset.to_be_bytes());
+        field[8..].copy_from_slice(&(run.count as u32).to_be_bytes());
+        self.file.write_slice(&field, header::at::REFTABLE, ReqFlags::NONE)?;
+        self.file.flush()
+    }
+}
+
+impl Driver for Qcow2 {
+    fn name(&self) -> &Name {
+        self.file.name()
+    }
+    fn kind(&self) -> &'static str {
+        "qcow2"
+    }
+    fn caps(&self) -> Caps {
+        let below = self.file.caps();
+        Caps {
+            read_only: self.writer.is_none(),
+            optimal_io: self.cluster_size() as u32,
+            fua: self.file.can_fua() != Can::Not,
+            flush: below.flush,
+            trim: true,
+            zero: true,
+            cache: true,
+            extents: true,
+            rotational: below.rotational,
+            ..Caps::default()
+        }
+    }
+    #[inline]
+    fn size(&self) -> u64 {
+        self.size.load(Acquire)
+    }
+
+    #[inline]
+    fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        walk::read(self, buf, offset)
+    }
+
+    #[inline]
+    fn map(&self, offset: u64, count: u64) -> Result<Run<'_>> {
+        let found = self.lookup(offset, count)?;
+        let in_cluster = offset & (self.cluster_size() - 1);
+        let mut len = found.len;
+        let place = match found.entry {
+            Entry::Normal { host, .. } => {
+                if host >= self.file.size() {
+                    return Err(self.cut_off("a data cluster", host));
+                }
+                Place::At { dev: &self.file, offset: host + in_cluster }
+            }
+            Entry::Zero { host: 0, .. } => Place::Zero { allocated: true, kept: None },
+            Entry::Zero { host, .. } => {
+                Place::Zero { allocated: true, kept: Some((&self.file, host + in_cluster)) }
+            }
+            Entry::Compressed { offset, .. } => Place::Compressed { dev: &self.file, offset },
+            Entry::Unallocated => match self.below(offset) {
+                Some(below) => {
+                    len = len.min(below.size().saturating_sub(offset)).max(1);
+                    Place::Below(below)
+                }
+                None => Place::Zero { allocated: false, kept: None },
+            },
+        };
+        Ok(Run { len, place })
+    }
+
+    fn read_compressed(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        self.inflate_into(buf, offset)
+    }
+
+    fn write(&self, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()> {
+        self.write_data(buf, offset, flags)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.flush_all()
+    }
+
+    fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        self.zero_range(offset, count, flags)
+    }
+
+    fn trim(&self, offset: u64, count: u64) -> Result<()> {
+        self.trim_range(offset, count)
+    }
+
+    fn cache(&self, mut offset: u64, count: u64) -> Result<()> {
+        let end = offset + count;
+        while offset < end {
+            let found = walk::locate_from_driver(self, offset, end - offset)?;
+            if let Place::At { dev, offset } = found.place {
+                dev.cache(offset, found.len)?;
+            }
+            offset += found.len;
+        }
+        Ok(())
+    }
+
+    fn resize(&self, size: u64, prealloc: Prealloc, _shrink: bool) -> Result<()> {
+        self.change_size(size, prealloc)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        self.file.driver().allocated()
+    }
+
+    fn close(&self) -> Result<()> {
+        self.settle()
+    }
+
+    fn backing(&self) -> Option<&Device> {
+        self.backing.as_ref()
+    }
+
+    fn describe(&self) -> Description {
+        let h = &self.header;
+        let mut state = 0;
+        for (on, bit) in [
+            (h.incompatible & incompat::DIRTY != 0, 2),
+            (h.incompatible & incompat::CORRUPT != 0, 4),
+            (h.crypt != 0, 8),
+            (h.backing.is_some(), 16),
+            (h.incompatible & incompat::DATA_FILE != 0, 32),
+        ] {
+            state |= if on { bit } else { 0 };
+        }
+        let on_off = |on: bool| (if on { "on" } else { "off" }).as_bytes().to_vec();
+        let mut properties = Vec::new();
+        if let Some(b) = &h.backing {
+            properties.push(("backing-filename", b.name.clone()));
+            properties.push(("backing-format", b.format.clone().unwrap_or_default()));
+        }
+        if h.incompatible & incompat::DATA_FILE != 0 {
+            properties.push(("data-file", h.data_file.clone().unwrap_or_default()));
+        }
+        let compat = if self.v3 { "1.1" } else { "0.10" };
+        let compression = if h.compression == 0 { "zlib" } else { "zstd" };
+        let encryption = ["none", "aes", "luks"][(h.crypt as usize).min(2)];
+        properties.extend([
+            ("qcow2.compat", compat.into()),
+            ("qcow2.refcount-bits", (1u32 << h.refcount_order).to_string().into_bytes()),
+            ("qcow2.compression-type", compression.into()),
+            ("qcow2.lazy-refcounts", on_off(h.compatible & header::COMPAT_LAZY != 0)),
+            ("qcow2.extended-l2", on_off(h.incompatible & incompat::EXTENDED_L2 != 0)),
+            ("qcow2.data-file-raw", on_off(h.autoclear & header::AUTOCLEAR_RAW != 0)),
+            ("qcow2.encryption", encryption.into()),
+            ("qcow2.bitmaps", on_off(h.has_bitmaps)),
+            ("qcow2.snapshots", h.snapshots.to_string().into_bytes()),
+        ]);
+        Description {
+            state,
+            cluster_size: self.cluster_size() as u32,
+            format: "qcow2",
+            properties,
+        }
+    }
+}

@@ -1,0 +1,528 @@
+//! Writing: prepare (find or allocate where), move the data, commit (make the mapping visible).
+//!
+//! A cluster that only this image points to is written in place, without any lock. Else the write
+//! takes a [`Grant`]: clusters on the host, and the claim on the guest clusters, for which other
+//! writes wait. No lock is held while data moves. A grant that is dropped gives everything back.
+
+use libc::iovec;
+use parking_lot::MutexGuard;
+
+use super::refcount::{Run, Stop};
+use super::*;
+
+/// Guest bytes that one grant covers, at most: bounds what copying needs of memory.
+const MAX_GRANT: u64 = 8 << 20;
+/// Bytes by which a file is lengthened ahead of need.
+const GROW_MIN: u64 = 1 << 20;
+const GROW_MAX: u64 = 256 << 20;
+/// Pieces of memory in one write that need no allocation.
+const FEW: usize = 64;
+/// What changes may wait in memory: bytes of L2 slices, runs of unmapped clusters.
+const MAX_DIRTY_BYTES: usize = 4 << 20;
+const MAX_UNMAPPED: usize = 4096;
+
+/// The result of changing tables.
+pub(super) type Change<T> = std::result::Result<T, Stop>;
+
+/// What came of preparing a write.
+enum Step<'a> {
+    /// Things changed; look again.
+    Again,
+    /// Write here, then commit.
+    Granted(Grant<'a>),
+}
+
+/// Host clusters for guest clusters, not visible yet.
+pub(super) struct Grant<'a> {
+    image: &'a Qcow2,
+    writer: &'a Writer,
+    /// First guest cluster.
+    first: u64,
+    /// Where on the host it goes, and how many follow.
+    host: Run,
+    /// The file has nothing but zeroes there.
+    blank: bool,
+    /// The space was kept for these clusters all along.
+    kept: bool,
+    committed: bool,
+}
+
+impl Drop for Grant<'_> {
+    fn drop(&mut self) {
+        let mut meta = self.writer.meta.lock();
+        if !self.committed && !self.kept {
+            for cluster in self.host.first..self.host.first + self.host.count {
+                // If even that fails the cluster is leaked, which check finds; no data is at stake.
+                if let Err(e) = meta.refs.release(&self.image.file, cluster) {
+                    crate::log::log(crate::log::Level::Error, format_args!("{e}"));
+                }
+            }
+        }
+        let mine = (self.first, self.first + self.host.count);
+        if let Some(i) = meta.busy.iter().position(|b| *b == mine) {
+            meta.busy.swap_remove(i);
+        }
+        drop(meta);
+        self.writer.settled.notify_all();
+    }
+}
+
+impl Qcow2 {
+    /// Write guest data.
+    pub(super) fn write_data(&self, mut buf: Src<'_>, mut offset: u64, flags: ReqFlags) -> Result<()> {
+        let writer = self.writer_parts()?;
+        let fua = flags.has(ReqFlags::FUA);
+        let mut flush = false;
+        while !buf.is_empty() {
+            let found = self.lookup(offset, buf.len() as u64)?;
+            let in_cluster = offset & (self.cluster_size() - 1);
+            let done = match found.entry {
+                Entry::Normal { host, copied: true } if found.own_table => {
+                    if host >= self.file.size() {
+                        return Err(self.cut_off("a data cluster", host));
+                    }
+                    let part = buf.split_at(found.len as usize).0;
+                    // It is on stable storage by itself, unless the way to it is not yet.
+                    let late = fua && writer.changed.load(Acquire);
+                    flush |= late;
+                    let own = if late { ReqFlags::NONE } else { flags };
+                    self.file.write(part, host + in_cluster, own)?;
+                    part.len()
+                }
+                _ => match self.prepare_or_grow(writer, offset, found.len)? {
+                    Step::Again => 0,
+                    Step::Granted(grant) => {
+                        let end = (grant.first + grant.host.count) << self.cluster_bits;
+                        let part = buf.split_at((end - offset) as usize).0;
+                        self.fill(&grant, part, offset)?;
+                        self.commit(grant)?;
+                        flush |= fua;
+                        part.len()
+                    }
+                },
+            };
+            offset += done as u64;
+            buf = buf.split_at(done).1;
+        }
+        if flush { self.flush_all() } else { Ok(()) }
+    }
+
+    /// Make sure that L1 entry `index` points to a table that only this image points to.
+    pub(super) fn own_table(&self, meta: &mut Meta, index: u64) -> Change<()> {
+        let name = self.file.name();
+        let Some(slot) = self.l1().entries.get(index as usize) else {
+            return Err(Error::Internal("a guest cluster past the L1 table".into()).into());
+        };
+        let raw = slot.load(Acquire);
+        let (table, owned) = entry::decode_l1(raw, self.cluster_bits).map_err(|what| {
+            Error::corrupt(name, format!("L1 entry {index} {what}: found {raw:#018x}"))
+        })?;
+        if owned && table != 0 {
+            return Ok(());
+        }
+        if table != 0 && meta.refs.get(&self.file, table >> self.cluster_bits)? == 1 {
+            slot.store(entry::normal(table), Release);
+            return Ok(());
+        }
+        let (run, _) = self.allocate(meta, 1)?;
+        let new = run.first << self.cluster_bits;
+        let written = if table == 0 {
+            // Zeroes are written, not punched: later writes of entries must not run out of space.
+            self.file.zero(new, self.cluster_size(), ReqFlags::NONE)
+        } else {
+            self.copy_cluster(table, new)
+        };
+        if let Err(e) = written {
+            meta.refs.release(&self.file, run.first)?;
+            return Err(e.into());
+        }
+        self.writer_parts()?.changed.store(true, Release);
+        slot.store(entry::normal(new), Release);
+        meta.dirty_l1.push(index);
+        if table != 0 {
+            meta.unmapped.push(Run { first: table >> self.cluster_bits, count: 1 });
+        }
+        Ok(())
+    }
+
+    fn copy_cluster(&self, from: u64, to: u64) -> Result<()> {
+        if from >= self.file.size() {
+            return Err(self.cut_off("an L2 table", from));
+        }
+        let mut bytes = vec![0; self.cluster_size() as usize];
+        self.file.read_slice(&mut bytes, from)?;
+        self.file.write_slice(&bytes, to, ReqFlags::NONE)
+    }
+
+    /// Take host clusters, and make the file long enough for them.
+    fn allocate(&self, meta: &mut Meta, want: u64) -> Change<(Run, bool)> {
+        let (run, blank) = meta.refs.allocate(&self.file, want)?;
+        match self.lengthen((run.first + run.count) << self.cluster_bits) {
+            Ok(()) => Ok((run, blank)),
+            Err(e) => {
+                for cluster in run.first..run.first + run.count {
+                    meta.refs.release(&self.file, cluster)?;
+                }
+                Err(e.into())
+            }
+        }
+    }
+
+    /// Make the file reach to `end`, and some way beyond so that this is seldom needed.
+    pub(super) fn lengthen(&self, end: u64) -> Result<()> {
+        if end <= self.file.size() {
+            return Ok(());
+        }
+        if self.file.driver().kind() == "host_device" {
+            return Err(Error::TooBig {
+                file: self.file.name().clone(),
+                what: format!("the device has no room at offset {end:#x}"),
+            });
+        }
+        let ahead = (end / 8).clamp(GROW_MIN, GROW_MAX);
+        let grow = |to: u64| self.file.driver().resize(to, Prealloc::Off, false);
+        // Where the host limits a file's size, what is needed may still fit.
+        grow(end + ahead).or_else(|_| grow(end))
+    }
+
+    fn prepare_or_grow<'a>(&'a self, writer: &'a Writer, offset: u64, count: u64) -> Result<Step<'a>> {
+        self.or_grow(self.prepare(writer, offset, count)).map(|s| s.unwrap_or(Step::Again))
+    }
+
+    /// Where a change stopped because the refcount table is too small, let it grow: `None`, try again.
+    pub(super) fn or_grow<T>(&self, change: Change<T>) -> Result<Option<T>> {
+        match change {
+            Ok(done) => Ok(Some(done)),
+            Err(Stop::Failed(e)) => Err(e),
+            Err(Stop::GrowTable(index)) => {
+                let writer = self.writer_parts()?;
+                let _turn = writer.turn.lock();
+                let mut meta = writer.meta.lock();
+                // Another may have done it meanwhile; growing twice does no harm but takes space.
+                if !meta.refs.has_entry(index) {
+                    meta.refs.grow_table(self, index)?;
+                }
+                Ok(None)
+            }
+        }
+    }
+
+    /// Find where `count` guest bytes at `offset`, which can not be written in place, go.
+    fn prepare<'a>(&'a self, writer: &'a Writer, offset: u64, count: u64) -> Change<Step<'a>> {
+        let first = offset >> self.cluster_bits;
+        let slice = first >> self.slice_bits;
+        let slice_end = (slice + 1) << self.slice_bits;
+        let most = (MAX_GRANT >> self.cluster_bits).max(1);
+        let end = (offset + count).div_ceil(self.cluster_size()).min(slice_end).min(first + most);
+        let mut meta = writer.meta.lock();
+        if meta.busy.iter().any(|b| (b.0..b.1).contains(&first)) {
+            writer.settled.wait(&mut meta);
+            return Ok(Step::Again);
+        }
+        let end = meta.busy.iter().map(|b| b.0).filter(|b| *b > first).fold(end, u64::min);
+        self.own_table(&mut meta, first >> self.l2_bits)?;
+        let Ok(held) = self.hold(slice)? else {
+            drop(meta);
+            self.writeback()?;
+            return Ok(Step::Again);
+        };
+        let read = |cluster: u64| {
+            let raw = held.get(cluster as usize);
+            entry::decode(raw, self.cluster_bits, self.v3)
+                .map_err(|what| self.bad_entry(cluster, raw, what))
+        };
+        let only_ours = |meta: &mut Meta, copied: bool, host: u64| -> Result<bool> {
+            Ok(copied || meta.refs.get(&self.file, host >> self.cluster_bits)? == 1)
+        };
+        match read(first)? {
+            Entry::Normal { host, copied } if only_ours(&mut meta, copied, host)? => {
+                if !copied {
+                    held.set(first as usize, entry::normal(host));
+                    self.dirtied(writer, &mut meta, &held);
+                }
+                return Ok(Step::Again);
+            }
+            Entry::Zero { host, copied } if host != 0 && only_ours(&mut meta, copied, host)? => {
+                let host = Run { first: host >> self.cluster_bits, count: 1 };
+                meta.busy.push((first, first + 1));
+                let (image, blank, kept, committed) = (self, false, true, false);
+                return Ok(Step::Granted(Grant { image, writer, first, host, blank, kept, committed }));
+            }
+            _ => {}
+        }
+        let mut want = 1;
+        while first + want < end
+            && !matches!(
+                read(first + want)?,
+                Entry::Normal { copied: true, .. } | Entry::Zero { host: 1.., .. }
+            )
+        {
+            want += 1;
+        }
+        drop(held);
+        let (host, blank) = match self.allocate(&mut meta, want) {
+            Err(Stop::Failed(e))
+                if e.is_no_space() && !(meta.limbo.is_empty() && meta.unmapped.is_empty()) =>
+            {
+                drop(meta);
+                return Ok(self.make_room(e)?);
+            }
+            other => other?,
+        };
+        meta.busy.push((first, first + host.count));
+        let (image, kept, committed) = (self, false, false);
+        Ok(Step::Granted(Grant { image, writer, first, host, blank, kept, committed }))
+    }
+
+    /// Try to win back what was freed but not yet given up, once.
+    #[cold]
+    fn make_room(&self, e: Error) -> Result<Step<'_>> {
+        let before = self.reclaimable();
+        self.writeback()?;
+        if self.reclaimable() < before { Ok(Step::Again) } else { Err(e) }
+    }
+
+    fn reclaimable(&self) -> usize {
+        self.writer.as_ref().map_or(0, |w| {
+            let meta = w.meta.lock();
+            meta.unmapped.len() + meta.limbo.iter().map(|l| l.1.len()).sum::<usize>()
+        })
+    }
+
+    /// Put `part`, and around it what its clusters held before, into granted clusters.
+    fn fill(&self, grant: &Grant<'_>, part: Src<'_>, offset: u64) -> Result<()> {
+        let start = grant.first << self.cluster_bits;
+        let end = (grant.first + grant.host.count) << self.cluster_bits;
+        let part_end = offset + part.len() as u64;
+        let host = grant.host.first << self.cluster_bits;
+        if start == offset && end == part_end {
+            return self.file.write(part, host, ReqFlags::NONE);
+        }
+        let mut around = Around::default();
+        self.around(&mut around, grant.blank, start, offset, true)?;
+        let head = around.pieces.len();
+        self.around(&mut around, grant.blank, part_end, end, true)?;
+        match self.write_around(&around, head, part, host, start, offset) {
+            // Memory mapped from a file that has shrunk since: read it, to tell what is wrong.
+            Err(Error::Io { errno: libc::EFAULT, .. }) => {}
+            other => return other,
+        }
+        around = Around::default();
+        self.around(&mut around, grant.blank, start, offset, false)?;
+        let head = around.pieces.len();
+        self.around(&mut around, grant.blank, part_end, end, false)?;
+        self.write_around(&around, head, part, host, start, offset)
+    }
+
+    fn write_around(
+        &self,
+        around: &Around,
+        head: usize,
+        part: Src<'_>,
+        host: u64,
+        start: u64,
+        offset: u64,
+    ) -> Result<()> {
+        let none = iovec { iov_base: ptr::null_mut(), iov_len: 0 };
+        let (before, after) = around.pieces.split_at(head);
+        let own = part.pieces().count();
+        let total = before.len() + own + after.len();
+        let (mut few, mut many) = ([none; FEW], Vec::new());
+        let vecs = if total <= FEW {
+            &mut few[..total]
+        } else {
+            many.resize(total, none);
+            &mut many[..]
+        };
+        let mut len = part.len();
+        for (slot, piece) in vecs.iter_mut().zip(before) {
+            *slot = around.iovec(piece);
+            len += slot.iov_len;
+        }
+        part.fill(&mut vecs[before.len()..before.len() + own]);
+        for (slot, piece) in vecs[before.len() + own..].iter_mut().zip(after) {
+            *slot = around.iovec(piece);
+            len += slot.iov_len;
+        }
+        let at = if before.is_empty() { host + (offset - start) } else { host };
+        // SAFETY: the pieces are the caller's memory, the static zeroes, `around`'s own bytes, and
+        // mappings that live as long as their drivers, which are below this one.
+        self.file.write(unsafe { Src::from_raw(vecs, len) }, at, ReqFlags::NONE)
+    }
+
+    /// Gather what guest range `from..to` holds at present, nothing if it is zeroes and the host has
+    /// zeroes already.
+    fn around(&self, out: &mut Around, blank: bool, from: u64, to: u64, map: bool) -> Result<()> {
+        let (first, mut at, mut all_zero) = (out.pieces.len(), from, true);
+        while at < to {
+            let run = walk::locate_from_driver(self, at, to - at)?;
+            let len = run.len.min(to - at);
+            let mapped = match run.place {
+                Place::Zero { .. } => {
+                    out.zeroes(len);
+                    at += len;
+                    continue;
+                }
+                Place::At { dev, offset } if map => dev.driver().mapped(offset, len),
+                _ => None,
+            };
+            all_zero = false;
+            match mapped {
+                Some(base) => out.pieces.push(Piece::Mapped(base, len as usize)),
+                None => {
+                    let room = out.room(len as usize);
+                    walk::read(self, OneIov::dst(&mut out.bytes[room..]).iov(), at)?;
+                }
+            }
+            at += len;
+        }
+        if all_zero && blank {
+            out.pieces.truncate(first);
+        }
+        Ok(())
+    }
+
+    /// Make a grant's clusters visible.
+    fn commit(&self, mut grant: Grant<'_>) -> Result<()> {
+        let writer = grant.writer;
+        let (slice, mut meta) = (grant.first >> self.slice_bits, writer.meta.lock());
+        let held = loop {
+            match self.hold(slice)? {
+                Ok(held) => break held,
+                Err(AllDirty) => MutexGuard::unlocked(&mut meta, || self.writeback())?,
+            }
+        };
+        // Before the entries: who sees one must also see that it is not on disk yet.
+        writer.changed.store(true, Release);
+        for i in 0..grant.host.count {
+            let index = (grant.first + i) as usize;
+            let old = held.get(index);
+            held.set(index, entry::normal((grant.host.first + i) << self.cluster_bits));
+            if !grant.kept {
+                self.unmap(&mut meta, old);
+            }
+        }
+        self.dirtied(writer, &mut meta, &held);
+        drop(held);
+        grant.committed = true;
+        let much = self.much_waits(&meta);
+        drop(meta);
+        drop(grant);
+        if much { self.writeback() } else { Ok(()) }
+    }
+
+    /// Note that entries of a held slice were changed.
+    pub(super) fn dirtied(&self, writer: &Writer, meta: &mut Meta, held: &Held<'_>) {
+        writer.changed.store(true, Release);
+        meta.dirty_slices.extend(held.mark_dirty());
+    }
+
+    /// Whether so many changes wait in memory that they should be written.
+    pub(super) fn much_waits(&self, meta: &Meta) -> bool {
+        meta.dirty_slices.len() << (self.slice_bits + 3) > MAX_DIRTY_BYTES
+            || meta.unmapped.len() > MAX_UNMAPPED
+    }
+
+    /// Note that nothing in memory points any more to what L2 entry `raw` pointed to.
+    pub(super) fn unmap(&self, meta: &mut Meta, raw: u64) {
+        let bits = self.cluster_bits;
+        let run = match entry::decode(raw, bits, self.v3) {
+            Ok(Entry::Normal { host, .. }) => Run { first: host >> bits, count: 1 },
+            Ok(Entry::Zero { host, .. }) if host != 0 => Run { first: host >> bits, count: 1 },
+            Ok(Entry::Compressed { offset, len }) => {
+                self.compressed.forget();
+                let first = offset >> bits;
+                Run { first, count: ((offset + len - 1) >> bits) - first + 1 }
+            }
+            _ => return,
+        };
+        if let Some(last) = meta.unmapped.last_mut()
+            && last.first + last.count == run.first
+        {
+            last.count += run.count;
+            return;
+        }
+        meta.unmapped.push(run);
+    }
+
+    /// Allocate clusters for all of a guest range that has none, filled with what they read as.
+    pub fn preallocate(&self, from: u64, to: u64, how: Prealloc) -> Result<()> {
+        let writer = self.writer_parts()?;
+        let mut at = from;
+        while at < to {
+            let found = self.lookup(at, to - at)?;
+            if matches!(found.entry, Entry::Normal { copied: true, .. }) && found.own_table {
+                at += found.len;
+                continue;
+            }
+            let Step::Granted(grant) = self.prepare_or_grow(writer, at, found.len)? else { continue };
+            let host = grant.host.first << self.cluster_bits;
+            let bytes = grant.host.count << self.cluster_bits;
+            match how {
+                // ZERO_RANGE reserves space where the host has it; else zeroes are written.
+                Prealloc::Falloc => self.file.zero(host, bytes, ReqFlags::NONE)?,
+                Prealloc::Full => self.write_zeroes(host, bytes)?,
+                _ if grant.blank => {}
+                _ => self.file.zero(host, bytes, ReqFlags::MAY_TRIM)?,
+            }
+            at = (grant.first + grant.host.count) << self.cluster_bits;
+            self.commit(grant)?;
+        }
+        Ok(())
+    }
+
+    fn write_zeroes(&self, mut host: u64, bytes: u64) -> Result<()> {
+        let end = host + bytes;
+        let mut vecs = [iovec { iov_base: ptr::null_mut(), iov_len: 0 }; FEW];
+        while host < end {
+            let (n, len) = zero_iovecs(&mut vecs, end - host);
+            // SAFETY: the pieces lie in the static zeroes, which are only read.
+            self.file.write(unsafe { Src::from_raw(&vecs[..n], len) }, host, ReqFlags::NONE)?;
+            host += len as u64;
+        }
+        Ok(())
+    }
+}
+
+/// What surrounds a write in its clusters: pieces of memory in order.
+#[derive(Default)]
+struct Around {
+    pieces: Vec<Piece>,
+    /// Bytes that had to be read.
+    bytes: Vec<u8>,
+}
+
+enum Piece {
+    Zeroes(usize),
+    /// Memory of a driver below; for the kernel only.
+    Mapped(*const u8, usize),
+    /// Range of `Around::bytes`.
+    Read(usize, usize),
+}
+
+impl Around {
+    fn zeroes(&mut self, mut len: u64) {
+        while len > 0 {
+            let n = len.min(ZEROES.0.len() as u64);
+            self.pieces.push(Piece::Zeroes(n as usize));
+            len -= n;
+        }
+    }
+
+    /// Room for `len` more bytes: where it begins.
+    fn room(&mut self, len: usize) -> usize {
+        let at = self.bytes.len();
+        self.bytes.resize(at + len, 0);
+        self.pieces.push(Piece::Read(at, len));
+        at
+    }
+
+    fn iovec(&self, piece: &Piece) -> iovec {
+        let (base, iov_len) = match *piece {
+            Piece::Zeroes(n) => (ZEROES.0.as_ptr(), n),
+            Piece::Mapped(base, n) => (base, n),
+            Piece::Read(at, n) => (self.bytes[at..].as_ptr(), n),
+        };
+        iovec { iov_base: base.cast_mut().cast(), iov_len }
+    }
+}

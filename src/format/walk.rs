@@ -1,0 +1,179 @@
+//! Walking a chain of images down to where bytes are: reading and describing are built on it.
+
+use crate::block::*;
+
+/// Where a run of bytes was found in a chain.
+pub struct Found<'a> {
+    /// Bytes.
+    pub len: u64,
+    /// The image that has them.
+    pub dev: &'a Device,
+    /// Where in it. Never [`Place::Below`].
+    pub place: Place<'a>,
+    /// How many images below the first.
+    pub depth: u32,
+}
+
+/// Find where the bytes of `dev` from `offset` on live: the first run of at most `count` bytes.
+#[inline]
+pub fn locate(dev: &Device, offset: u64, count: u64) -> Result<Found<'_>> {
+    locate_from(dev, dev.driver().map(offset, count)?, offset, 0)
+}
+
+/// [`locate`] for a driver that looks at itself; `dev` of the answer says nothing where it is its own.
+pub fn locate_from_driver(driver: &dyn Driver, offset: u64, count: u64) -> Result<Run<'_>> {
+    let mut run = driver.map(offset, count)?;
+    while let Place::Below(below) = run.place {
+        let left = below.size().saturating_sub(offset);
+        if left == 0 {
+            run.place = Place::Zero { allocated: false, kept: None };
+            break;
+        }
+        run = below.driver().map(offset, run.len.min(left))?;
+        if matches!(run.place, Place::Own) {
+            run.place = Place::At { dev: below, offset };
+        }
+    }
+    Ok(run)
+}
+
+/// Follow a run of `dev` that may lie below.
+#[inline]
+pub fn locate_from<'a>(
+    mut dev: &'a Device,
+    mut run: Run<'a>,
+    offset: u64,
+    mut depth: u32,
+) -> Result<Found<'a>> {
+    loop {
+        let Place::Below(below) = run.place else {
+            return Ok(Found { len: run.len, dev, place: run.place, depth });
+        };
+        let left = below.size().saturating_sub(offset);
+        if left == 0 {
+            // Past the end of what is below: nobody has these bytes.
+            let place = Place::Zero { allocated: false, kept: None };
+            return Ok(Found { len: run.len, dev, place, depth });
+        }
+        (dev, depth) = (below, depth + 1);
+        run = below.driver().map(offset, run.len.min(left))?;
+    }
+}
+
+/// Read `buf` from `dev` at `offset`, where `read_own` reads what a driver of `dev` or below must
+/// read itself (compressed clusters, bytes that it carries).
+#[inline]
+pub fn read(driver: &dyn Driver, mut buf: Dst<'_>, mut offset: u64) -> Result<()> {
+    while !buf.is_empty() {
+        let mut run = driver.map(offset, buf.len() as u64)?;
+        let mut owner: Option<&Device> = None;
+        while let Place::Below(below) = run.place {
+            let left = below.size().saturating_sub(offset);
+            if left == 0 {
+                run.place = Place::Zero { allocated: false, kept: None };
+                break;
+            }
+            owner = Some(below);
+            run = below.driver().map(offset, run.len.min(left))?;
+        }
+        let (part, rest) = buf.split_at(run.len as usize);
+        match run.place {
+            Place::At { dev, offset } => dev.read(part, offset)?,
+            Place::Zero { .. } => part.zero_fill(),
+            Place::Compressed { .. } => match owner {
+                Some(dev) => dev.driver().read_compressed(part, offset)?,
+                None => driver.read_compressed(part, offset)?,
+            },
+            Place::Own | Place::Below(_) => match owner {
+                Some(dev) => dev.read(part, offset)?,
+                None => return Err(Error::Internal("a format carries no bytes of its own".into())),
+            },
+        }
+        offset += part.len() as u64;
+        buf = rest;
+    }
+    Ok(())
+}
+
+/// Describe a range of `dev` and of what is below it.
+pub fn extents(dev: &Device, mut offset: u64, count: u64, out: &mut ExtentList<'_>) -> Result<()> {
+    let end = offset.saturating_add(count).min(dev.size());
+    while offset < end && !out.is_full() {
+        let found = locate(dev, offset, end - offset)?;
+        describe(&found, offset, out)?;
+        offset += found.len;
+    }
+    Ok(())
+}
+
+fn describe(found: &Found<'_>, offset: u64, out: &mut ExtentList<'_>) -> Result<()> {
+    let here = if found.depth == 0 { Extent::ALLOCATED } else { 0 };
+    let mut e = Extent::new(offset, found.len, 0);
+    e.depth = found.depth;
+    match found.place {
+        Place::At { dev, offset: host } if found.dev.driver().kind() == "raw" => {
+            // A raw image has the holes of its file.
+            return holes(dev, host, offset, found, out);
+        }
+        Place::Own => return holes(found.dev, offset, offset, found, out),
+        Place::At { offset: host, .. } => {
+            e.flags = here | Extent::DATA | Extent::HOST;
+            e.host_offset = host;
+        }
+        Place::Compressed { offset: host, .. } => {
+            e.flags = here | Extent::DATA | Extent::COMPRESSED | Extent::HOST;
+            e.host_offset = host;
+        }
+        Place::Zero { allocated, kept } => {
+            e.flags = Extent::ZERO | if allocated { here } else { 0 };
+            if let Some((_, host)) = kept {
+                e.flags |= Extent::HOST;
+                e.host_offset = host;
+            }
+        }
+        Place::Below(_) => {}
+    }
+    out.push(e);
+    Ok(())
+}
+
+/// The holes of a device that carries bytes, put at `offset` of the image that stands on it.
+fn holes(dev: &Device, host: u64, offset: u64, found: &Found<'_>, out: &mut ExtentList<'_>) -> Result<()> {
+    if !dev.caps().extents {
+        let mut e = Extent::data(offset, found.len);
+        e.host_offset = host;
+        push_at_depth(e, found.depth, out);
+        return Ok(());
+    }
+    let mut done = 0;
+    while done < found.len && !out.is_full() {
+        let mut some = [Extent::default(); 32];
+        let mut list = ExtentList::new(&mut some);
+        dev.driver().extents(host + done, found.len - done, &mut list)?;
+        let n = list.len();
+        let before = done;
+        for e in &some[..n] {
+            let mut e = *e;
+            e.host_offset = e.offset;
+            e.offset = e.offset - host + offset;
+            e.length = e.length.min(found.len - done);
+            done += e.length;
+            push_at_depth(e, found.depth, out);
+        }
+        if done == before {
+            return Err(Error::Internal("a driver described no extent".into()));
+        }
+    }
+    Ok(())
+}
+
+fn push_at_depth(mut e: Extent, depth: u32, out: &mut ExtentList<'_>) {
+    e.depth = depth;
+    if depth > 0 {
+        e.flags &= !Extent::ALLOCATED;
+    }
+    if e.has(Extent::ZERO) {
+        (e.flags, e.host_offset) = (e.flags & !Extent::HOST, 0);
+    }
+    out.push(e);
+}

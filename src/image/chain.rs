@@ -1,0 +1,394 @@
+//! Opening by name: what a name means, what format a file has, and which files an image may bring
+//! with it (the open policy of docs/abi.md).
+
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{OpenFlags, Options, Tree, Use};
+use crate::block::*;
+use crate::file;
+use crate::format::{self, BackingRef, Params};
+pub use crate::format::Probe;
+
+/// Images in a chain, at most.
+const MAX_DEPTH: usize = 200;
+
+/// Which files that an image names are opened.
+#[derive(Clone, Copy, PartialEq)]
+enum Implicit {
+    Deny,
+    Local,
+    Any,
+}
+
+/// What a name that the caller or an image gave means.
+pub(super) enum Source<'a> {
+    Path(&'a OsStr),
+    Memory(u64),
+}
+
+/// One image on its way to being opened, and those above it.
+struct Opening<'a> {
+    calls: &'a Arc<InFlight>,
+    /// Files of the chain so far: device and inode numbers.
+    seen: Vec<(u64, u64)>,
+    implicit: Implicit,
+}
+
+/// Read a name. Unknown schemes are paths.
+pub(super) fn parse_name(name: &OsStr) -> Result<Source<'_>> {
+    let bytes = name.as_bytes();
+    if bytes.is_empty() {
+        return Err(Error::invalid("the name is empty"));
+    }
+    if bytes.contains(&0) {
+        return Err(Error::invalid("the name has a NUL byte in it"));
+    }
+    if let Some(path) = bytes.strip_prefix(b"file:") {
+        return match path {
+            [] => Err(Error::invalid("file: without a path")),
+            path => Ok(Source::Path(OsStr::from_bytes(path))),
+        };
+    }
+    if let Some(size) = bytes.strip_prefix(b"mem:") {
+        let size = std::str::from_utf8(size).ok().and_then(super::parse_size);
+        return size.map(Source::Memory).ok_or_else(|| {
+            Error::invalid(format!("{}: expected mem:SIZE, as in mem:64M", quoted(bytes)))
+        });
+    }
+    if let Some(scheme) = foreign_scheme(bytes) {
+        return Err(Error::unsupported(
+            &name.to_owned().into(),
+            format!("names that begin with '{scheme}:' (a file of that name is reached as file:PATH)"),
+        ));
+    }
+    Ok(Source::Path(name))
+}
+
+/// A scheme that is not a path's, and that no path should be mistaken for.
+fn foreign_scheme(name: &[u8]) -> Option<&'static str> {
+    ["nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock", "nbd+exec", "plugin", "json"]
+        .into_iter()
+        .find(|s| name.strip_prefix(s.as_bytes()).is_some_and(|rest| rest.starts_with(b":")))
+}
+
+/// Open `name` and what it stands on.
+pub(super) fn open(
+    name: &OsStr,
+    options: &Options,
+    flags: OpenFlags,
+    calls: &Arc<InFlight>,
+) -> Result<Tree> {
+    let how = check(options, flags)?;
+    let shown = Name::from(name.to_owned());
+    let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
+    let driver = match parse_name(name)? {
+        Source::Memory(size) => file::memory(size)?,
+        Source::Path(path) => {
+            let path = Name::from(path.to_owned());
+            if options.os("backing-file").is_none_or(|b| !b.is_empty()) {
+                opening.note(&path, &shown)?;
+            }
+            file::open(&path, how)?
+        }
+    };
+    let kind = driver.kind();
+    let (top, probed) = opening.image(driver, options, flags, false)?;
+    Ok(Tree { top, name: shown, options: options.clone(), flags, probed, driver: kind, by_fd: false })
+}
+
+/// Use `fd` and open what the image behind it stands on.
+pub(super) fn open_fd(
+    fd: OwnedFd,
+    options: &Options,
+    flags: OpenFlags,
+    calls: &Arc<InFlight>,
+) -> Result<Tree> {
+    use std::os::fd::AsRawFd;
+    let how = check(options, flags)?;
+    // The file's real name: what its backing file is relative to, and what messages show.
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let name = match std::fs::read_link(&link) {
+        Ok(path) => Name::from(path.into_os_string()),
+        Err(_) => Name::from(format!("descriptor {}", fd.as_raw_fd())),
+    };
+    let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
+    let driver = file::from_fd(fd, &name, how)?;
+    let kind = driver.kind();
+    let (top, probed) = opening.image(driver, options, flags, false)?;
+    Ok(Tree { top, name, options: options.clone(), flags, probed, driver: kind, by_fd: true })
+}
+
+/// What can be refused before anything is opened.
+fn check(options: &Options, flags: OpenFlags) -> Result<file::How> {
+    options.check(Use::Open)?;
+    if flags.0 & !OpenFlags::ALL.0 != 0 {
+        return Err(Error::invalid(format!("unknown open flags {:#x}", flags.0 & !OpenFlags::ALL.0)));
+    }
+    let write = flags.has(OpenFlags::RDWR);
+    if write && flags.has(OpenFlags::SHARED) {
+        return Err(Error::invalid("QBLK_OPEN_SHARED is for read-only opens"));
+    }
+    if flags.has(OpenFlags::UNTRUSTED) && options.get("format").is_none() {
+        return Err(Error::invalid("QBLK_OPEN_UNTRUSTED needs the option 'format'"));
+    }
+    for key in ["nbd.connections", "nbd.timeout", "nbd.reconnect", "nbd.connect-timeout"] {
+        if options.get(key).is_some() {
+            return Err(Error::invalid(format!("option '{key}' has no use here (not an NBD URI)")));
+        }
+    }
+    for key in ["key", "key-file", "data-file", "lock-wait"] {
+        if options.get(key).is_some() {
+            return Err(Error::unsupported(&Name::from("option"), format!("option '{key}'")));
+        }
+    }
+    if options.one_of("lock", &["off", "auto", "on"])? == Some(2) {
+        return Err(Error::unsupported(&Name::from("option"), "lock=on"));
+    }
+    let mmap = options.one_of("io", &["auto", "mmap"])? == Some(1);
+    // A description is read through a plain read-only descriptor, whatever else is asked.
+    let info = flags.has(OpenFlags::INFO_ONLY);
+    Ok(file::How {
+        write: write && !info,
+        direct: flags.has(OpenFlags::DIRECT) && !info,
+        mmap: mmap && !info,
+    })
+}
+
+fn implicit(options: &Options) -> Result<Implicit> {
+    Ok(match options.one_of("implicit-open", &["deny", "local", "any"])? {
+        Some(0) => Implicit::Deny,
+        Some(2) => Implicit::Any,
+        _ => Implicit::Local,
+    })
+}
+
+impl Opening<'_> {
+    /// Remember a file of the chain; refuse one that is there already.
+    fn note(&mut self, path: &Name, named_by: &Name) -> Result<()> {
+        if let Ok(meta) = std::fs::metadata(path.as_path()) {
+            let id = (meta.dev(), meta.ino());
+            if self.seen.contains(&id) {
+                return Err(Error::policy(
+                    named_by,
+                    format!("its backing chain is a loop: {path} is in it already"),
+                ));
+            }
+            self.seen.push(id);
+        }
+        Ok(())
+    }
+
+    /// Open the image in `file` and, below it, what it stands on. `guessing` is set for a backing
+    /// image whose format its overlay does not record: such an image may name no files of its own.
+    fn image(
+        &mut self,
+        file: Box<dyn Driver>,
+        options: &Options,
+        flags: OpenFlags,
+        guessing: bool,
+    ) -> Result<(Device, bool)> {
+        let file = Device::new(file);
+        let asked = match options.text("format")? {
+            None => None,
+            Some(name) => Some(format::by_name(name).ok_or_else(|| {
+                let known = "expected qcow2 or raw";
+                Error::invalid(format!("format {}: {known}", quoted(name.as_bytes())))
+            })?),
+        };
+        let probed = asked.is_none();
+        let kind = match asked {
+            Some(kind) => kind,
+            None => match format::probe(&file)? {
+                Probe::Known(kind) => kind,
+                Probe::Foreign(name) => {
+                    return Err(Error::unsupported(
+                        file.name(),
+                        format!(
+                            "format {name} (found by probing; option format=raw opens its bytes as they are)"
+                        ),
+                    ));
+                }
+            },
+        };
+        let params = Params {
+            write: flags.has(OpenFlags::RDWR) && !flags.has(OpenFlags::INFO_ONLY),
+            info_only: flags.has(OpenFlags::INFO_ONLY),
+            probed,
+            l2_cache: options.size("cache.l2-size")?,
+            calls: self.calls.clone(),
+        };
+        let mut opened = format::open(kind, file, params)?;
+        if flags.has(OpenFlags::INFO_ONLY) {
+            return Ok((Device::new(opened.into_driver()), probed));
+        }
+        let name = opened.name().clone();
+        let backing = self.backing(&name, opened.backing(), options, flags, guessing)?;
+        if let Some(device) = backing {
+            opened.attach(device);
+        }
+        Ok((Device::new(opened.into_driver()), probed))
+    }
+
+    /// Open what the image `name` stands on, if anything.
+    fn backing(
+        &mut self,
+        name: &Name,
+        recorded: Option<&BackingRef>,
+        options: &Options,
+        flags: OpenFlags,
+        guessing: bool,
+    ) -> Result<Option<Device>> {
+        if flags.has(OpenFlags::NO_BACKING) {
+            return Ok(None);
+        }
+        let mut below = options.for_backing();
+        if below.get("format").is_none()
+            && let Some(fmt) = options.get("backing-fmt")
+        {
+            below.set("format", Some(fmt));
+        }
+        // Chosen by the caller: opened as the caller says.
+        if let Some(chosen) = options.os("backing-file") {
+            if chosen.is_empty() {
+                return Ok(None);
+            }
+            return self.below(name, chosen, &below, flags, false).map(Some);
+        }
+        let Some(recorded) = recorded else {
+            return Ok(None);
+        };
+        if flags.has(OpenFlags::UNTRUSTED) {
+            return Err(Error::policy(
+                name,
+                format!(
+                    "names the backing file {}, which QBLK_OPEN_UNTRUSTED does not open; \
+                     QBLK_OPEN_NO_BACKING or the option 'backing-file' settles it",
+                    quoted(&recorded.name)
+                ),
+            ));
+        }
+        if guessing {
+            return Err(Error::policy(
+                name,
+                format!(
+                    "its overlay does not record its format, so it must not name the backing file {}; \
+                     option backing-fmt says the format",
+                    quoted(&recorded.name)
+                ),
+            ));
+        }
+        let path = self.allowed(name, recorded)?;
+        if below.get("format").is_none()
+            && let Some(fmt) = &recorded.format
+        {
+            below.set("format", Some(fmt));
+        }
+        let guess = below.get("format").is_none();
+        self.below(name, path.as_os_str(), &below, flags, guess).map(Some)
+    }
+
+    /// The path of a backing file that an image names, if the policy lets it be opened.
+    fn allowed(&self, name: &Name, recorded: &BackingRef) -> Result<PathBuf> {
+        let denied = |why: &str| {
+            Error::policy(
+                name,
+                format!(
+                    "names the backing file {}, {why}; option implicit-open, QBLK_OPEN_NO_BACKING or \
+                     the option 'backing-file' settles it",
+                    quoted(&recorded.name)
+                ),
+            )
+        };
+        if self.implicit == Implicit::Deny {
+            return Err(denied("which implicit-open=deny does not open"));
+        }
+        let bytes = recorded.name.strip_prefix(b"file:").unwrap_or(&recorded.name);
+        if bytes.is_empty() || bytes.contains(&0) {
+            return Err(denied("which is no file name"));
+        }
+        if recorded.name == bytes && looks_like_uri(bytes) {
+            return Err(match self.implicit {
+                Implicit::Any => Error::unsupported(
+                    name,
+                    format!("the backing file {}: not a path", quoted(&recorded.name)),
+                ),
+                _ => denied("which is not a local file"),
+            });
+        }
+        let path = beside(name.as_path(), Path::new(OsStr::from_bytes(bytes)));
+        if self.implicit != Implicit::Any
+            && let Ok(meta) = std::fs::metadata(&path)
+        {
+            let kind = meta.file_type();
+            // A directory gets the clearer error of opening it.
+            if !(kind.is_file() || kind.is_block_device() || kind.is_dir()) {
+                return Err(denied("which is neither a regular file nor a block device"));
+            }
+        }
+        Ok(path)
+    }
+
+    fn below(
+        &mut self,
+        above: &Name,
+        name: &OsStr,
+        options: &Options,
+        flags: OpenFlags,
+        guess: bool,
+    ) -> Result<Device> {
+        if self.seen.len() >= MAX_DEPTH {
+            return Err(Error::policy(above, format!("its chain is deeper than {MAX_DEPTH} images")));
+        }
+        let keep = OpenFlags::DIRECT.0 | OpenFlags::UNTRUSTED.0 | OpenFlags::NO_LOCK.0;
+        let mut flags = OpenFlags(flags.0 & keep);
+        // The caller chose this one; whether to trust what it names is asked again there.
+        if options.get("format").is_none() {
+            flags.0 &= !OpenFlags::UNTRUSTED.0;
+        }
+        let how = check(options, flags)?;
+        let driver = match parse_name(name)? {
+            Source::Memory(size) => file::memory(size)?,
+            Source::Path(path) => {
+                let path = Name::from(path.to_owned());
+                self.note(&path, above)?;
+                file::open(&path, how).map_err(|e| backing_error(e, above))?
+            }
+        };
+        Ok(self.image(driver, options, flags, guess)?.0)
+    }
+}
+
+/// Say whose backing file it was that could not be opened.
+fn backing_error(e: Error, above: &Name) -> Error {
+    match e {
+        Error::Os { op: _, file, errno } => {
+            let name = format!("{} (backing file of {})", file.as_path().display(), above.as_path().display());
+            Error::Os { op: "open", file: Name::from(name), errno }
+        }
+        e => e,
+    }
+}
+
+/// Whether a name that an image gives is something other than a path: `scheme:` before any slash.
+fn looks_like_uri(name: &[u8]) -> bool {
+    let end = name.iter().position(|&b| b == b'/').unwrap_or(name.len());
+    match name[..end].iter().position(|&b| b == b':') {
+        None | Some(0) => false,
+        Some(i) => name[..i].iter().all(|&b| b.is_ascii_alphanumeric() || b"+-.".contains(&b)),
+    }
+}
+
+/// A path that an image gives, seen from the directory that the image is in.
+pub(super) fn beside(image: &Path, path: &Path) -> PathBuf {
+    let image = image.as_os_str().as_bytes();
+    let image = Path::new(OsStr::from_bytes(image.strip_prefix(b"file:").unwrap_or(image)));
+    match image.parent() {
+        Some(dir) if path.is_relative() && !dir.as_os_str().is_empty() => dir.join(path),
+        _ => PathBuf::from(std::ffi::OsString::from_vec(path.as_os_str().as_bytes().to_vec())),
+    }
+}

@@ -1,0 +1,163 @@
+//! Making images.
+
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use super::chain::{self, Source};
+use super::{OpenFlags, Options, Use};
+use crate::block::*;
+use crate::file;
+use crate::format::{self, Kind, qcow2};
+
+/// Make the image `name` of `size` bytes. Leaves no half file behind when it fails.
+pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Result<()> {
+    options.check(Use::Create)?;
+    let Some(kind) = format::by_name(format) else {
+        let known = "expected qcow2 or raw";
+        return Err(Error::invalid(format!("format {}: {known}", quoted(format.as_bytes()))));
+    };
+    let path = match chain::parse_name(name)? {
+        Source::Path(path) => Name::from(path.to_owned()),
+        Source::Memory(_) => return Err(Error::invalid("mem: is made by opening it")),
+    };
+    if size > i64::MAX as u64 {
+        return Err(Error::TooBig {
+            file: path,
+            what: format!("{size} bytes are more than a file can have ({})", i64::MAX),
+        });
+    }
+    let exclusive = options.switch("exclusive")?.unwrap_or(false);
+    match kind {
+        Kind::Raw => {
+            for key in ["cluster-size", "compat", "compression-type", "data-file", "data-file-raw",
+                "encrypt.format", "encryption", "extended-l2", "lazy-refcounts", "refcount-bits",
+                "backing-file", "backing-fmt"]
+            {
+                if options.get(key).is_some() {
+                    return Err(Error::invalid(format!("option '{key}' has no use here (format raw)")));
+                }
+            }
+            let prealloc = preallocation(options)?;
+            if prealloc == Prealloc::Metadata {
+                return Err(Error::invalid("preallocation=metadata: a raw image has no metadata"));
+            }
+            let file = file::create(&path, exclusive)?;
+            let driver = file.open()?;
+            if driver.kind() != "file" {
+                // A block device is as it is: it has to be large enough, that is all.
+                if driver.size() < size {
+                    return Err(too_small(&path, driver.size(), size));
+                }
+            } else {
+                driver.resize(size, prealloc, true)?;
+            }
+            driver.close()?;
+            file.keep();
+            Ok(())
+        }
+        Kind::Qcow2 => {
+            let geometry = qcow2_options(&path, size, options)?;
+            let file = file::create(&path, exclusive)?;
+            let device = Device::new(file.open()?);
+            qcow2::create(&device, size, &geometry)?;
+            if geometry.prealloc != Prealloc::Off {
+                preallocate(device, size, geometry.prealloc)?;
+            } else {
+                device.driver().close()?;
+            }
+            file.keep();
+            Ok(())
+        }
+    }
+}
+
+fn too_small(path: &Name, has: u64, wants: u64) -> Error {
+    Error::invalid(format!("{path}: the device has {has} bytes, too few for {wants}"))
+}
+
+/// Give a new, empty image its clusters.
+fn preallocate(device: Device, size: u64, prealloc: Prealloc) -> Result<()> {
+    let params = format::Params {
+        write: true,
+        info_only: false,
+        probed: false,
+        l2_cache: None,
+        calls: Arc::new(InFlight::default()),
+    };
+    let image = qcow2::Qcow2::open(device, params)?;
+    image.preallocate(0, size, prealloc)?;
+    image.settle()
+}
+
+/// The option `preallocation`.
+pub(super) fn preallocation(options: &Options) -> Result<Prealloc> {
+    let names = ["off", "metadata", "falloc", "full"];
+    let i = options.one_of("preallocation", &names)?.unwrap_or(0);
+    Ok(Prealloc::parse(names[i]).unwrap_or_default())
+}
+
+fn qcow2_options(path: &Name, size: u64, options: &Options) -> Result<qcow2::Geometry> {
+    for key in ["data-file", "data-file-raw", "extended-l2", "encryption", "encrypt.format"] {
+        let off = matches!(options.get(key), None | Some(b"off"));
+        if !off {
+            return Err(Error::unsupported(path, format!("creating with option '{key}'")));
+        }
+    }
+    let v3 = match options.one_of("compat", &["0.10", "v2", "1.1", "v3"])? {
+        Some(i) => i >= 2,
+        None => true,
+    };
+    let cluster_size = options.size("cluster-size")?.unwrap_or(65536);
+    if !cluster_size.is_power_of_two() || !(512..=2 << 20).contains(&cluster_size) {
+        return Err(Error::invalid(format!(
+            "option 'cluster-size': found {cluster_size}, expected a power of two from 512 to 2M"
+        )));
+    }
+    let widths = ["1", "2", "4", "8", "16", "32", "64"];
+    let refcount_order = options.one_of("refcount-bits", &widths)?.unwrap_or(4) as u32;
+    let lazy = options.switch("lazy-refcounts")?.unwrap_or(false);
+    let zstd = options.one_of("compression-type", &["zlib", "zstd"])? == Some(1);
+    if !v3 && (refcount_order != 4 || lazy || zstd) {
+        return Err(Error::invalid(
+            "compat=0.10 has refcount-bits=16, lazy-refcounts=off and compression-type=zlib only",
+        ));
+    }
+    let backing = match options.get("backing-file") {
+        None | Some(b"") if options.get("backing-fmt").is_some() => {
+            return Err(Error::invalid("option 'backing-fmt' has no use without 'backing-file'"));
+        }
+        None | Some(b"") => None,
+        Some(name) => Some(backing(path, name, options)?),
+    };
+    let prealloc = preallocation(options)?;
+    if prealloc != Prealloc::Off && backing.is_some() {
+        return Err(Error::invalid(
+            "option 'preallocation' with 'backing-file': allocated clusters would hide the backing file",
+        ));
+    }
+    let geometry = qcow2::Geometry {
+        v3,
+        cluster_bits: cluster_size.trailing_zeros(),
+        refcount_order,
+        lazy,
+        zstd,
+        backing,
+        prealloc,
+    };
+    geometry.check(path, size)?;
+    Ok(geometry)
+}
+
+/// The backing file to record, which must be there, and its format: given, or found now, when it is
+/// still the caller's word and not a guest's.
+fn backing(path: &Name, name: &[u8], options: &Options) -> Result<format::BackingRef> {
+    use std::os::unix::ffi::OsStrExt;
+    let below = chain::beside(path.as_path(), std::path::Path::new(OsStr::from_bytes(name)));
+    let mut how = Options::new();
+    if let Some(fmt) = options.get("backing-fmt") {
+        how.set("format", Some(fmt));
+    }
+    let image = super::Image::open(below.as_os_str(), &how, OpenFlags::INFO_ONLY)?;
+    let format = image.info()?.format.as_bytes().to_vec();
+    Ok(format::BackingRef { name: name.to_vec(), format: Some(format) })
+}

@@ -1,0 +1,517 @@
+//! Whole images: opened by name with their chain, created, resized, described.
+//!
+//! An [`Image`] is a context: an independent way into a source that may be shared. What is shared,
+//! the open chain and its calls under way, is a [`Shared`]; reopening swaps the chain beneath all
+//! contexts at once, so that there is never more than one owner of an image's metadata.
+//!
+//! Lock order: `Shared::admin`, then whatever the drivers lock. No call holds `admin` while data
+//! moves but those that change what a handle is (resize, reopen, close).
+
+mod chain;
+mod create;
+mod options;
+
+use std::ffi::OsStr;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering::*};
+
+use parking_lot::Mutex;
+
+use crate::block::*;
+pub use chain::Probe;
+pub use create::create;
+pub use options::{Options, Use, parse_size};
+
+/// How to open. The values are those of the C ABI (`QBLK_OPEN_*`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenFlags(pub u32);
+
+impl OpenFlags {
+    /// Write too.
+    pub const RDWR: Self = Self(1);
+    /// Do not open what the image is backed by; its holes read as zeroes.
+    pub const NO_BACKING: Self = Self(2);
+    /// Read the header and stop.
+    pub const INFO_ONLY: Self = Self(4);
+    /// The image is hostile: format required, nothing that it names is opened.
+    pub const UNTRUSTED: Self = Self(8);
+    /// Take no part in locking beyond what a cautious reader needs.
+    pub const SHARED: Self = Self(16);
+    /// No locks at all.
+    pub const NO_LOCK: Self = Self(32);
+    /// Bypass the page cache.
+    pub const DIRECT: Self = Self(64);
+    /// All flags that there are.
+    pub const ALL: Self = Self(127);
+
+    /// Whether all bits of `other` are set.
+    pub const fn has(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+impl std::ops::BitOr for OpenFlags {
+    type Output = Self;
+    fn bitor(self, rhs: Self) -> Self {
+        Self(self.0 | rhs.0)
+    }
+}
+
+/// State bits of an image (`QBLK_STATE_*`).
+pub mod state {
+    /// Not open for writing.
+    pub const READ_ONLY: u32 = 1;
+    /// Marked as not closed cleanly.
+    pub const DIRTY: u32 = 2;
+    /// Marked as corrupt.
+    pub const CORRUPT: u32 = 4;
+    /// Its data is encrypted.
+    pub const ENCRYPTED: u32 = 8;
+    /// It names a backing image.
+    pub const HAS_BACKING: u32 = 16;
+    /// Its data lies in another file.
+    pub const HAS_DATA_FILE: u32 = 32;
+    /// The format was found by probing.
+    pub const PROBED: u32 = 64;
+    /// It is locked.
+    pub const LOCKED: u32 = 128;
+    /// The medium turns.
+    pub const ROTATIONAL: u32 = 256;
+}
+
+/// What an image is. Sizes are in bytes.
+#[derive(Clone, Debug)]
+pub struct Info {
+    /// Size of the device.
+    pub size: u64,
+    /// In use on the host; `None` = not known.
+    pub allocated: Option<u64>,
+    /// In one request; 0 = no limit.
+    pub max_transfer: u64,
+    /// What requests are best aligned to; 1 = any.
+    pub request_alignment: u32,
+    /// What a request is best a multiple of.
+    pub optimal_io_size: u32,
+    /// 0 = none.
+    pub cluster_size: u32,
+    /// Images below this one.
+    pub backing_depth: u32,
+    /// Bits of [`state`].
+    pub state: u32,
+    /// Flush.
+    pub can_flush: Can,
+    /// Force unit access.
+    pub can_fua: Can,
+    /// Trim.
+    pub can_trim: Can,
+    /// Zero.
+    pub can_zero: Can,
+    /// Zero, or fail at once.
+    pub can_fast_zero: Can,
+    /// Bring near.
+    pub can_cache: Can,
+    /// Tell extents.
+    pub can_extents: Can,
+    /// Flush on one connection holds for all.
+    pub can_multi_conn: Can,
+    /// "qcow2", "raw", …
+    pub format: &'static str,
+    /// "file", "host_device", "mem", …: what holds the bytes.
+    pub driver: &'static str,
+}
+
+/// An open chain of images.
+pub(crate) struct Tree {
+    pub(crate) top: Device,
+    pub(crate) name: Name,
+    pub(crate) options: Options,
+    pub(crate) flags: OpenFlags,
+    pub(crate) probed: bool,
+    /// Kind of the driver that holds the top image's bytes.
+    pub(crate) driver: &'static str,
+    /// What the top image stands on was opened from a descriptor, and can not be opened by name.
+    pub(crate) by_fd: bool,
+}
+
+/// What all contexts of a source share.
+struct Shared {
+    /// Calls under way; they use `tree`.
+    calls: Arc<InFlight>,
+    /// The open chain, owned; null while it is being replaced and after close.
+    tree: AtomicPtr<Tree>,
+    /// Held by what changes `tree` or the size.
+    admin: Mutex<()>,
+    closed: AtomicBool,
+}
+
+// SAFETY: `tree` is a Box<Tree>, whose parts are Send and Sync.
+unsafe impl Send for Shared {}
+// SAFETY: as above; it is replaced under `admin` once `calls` has drained.
+unsafe impl Sync for Shared {}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let tree = *self.tree.get_mut();
+        if !tree.is_null() {
+            // SAFETY: made by Box::into_raw, and no context is left to use it.
+            drop(unsafe { Box::from_raw(tree) });
+        }
+    }
+}
+
+/// An open image: a context. Cheap to share between threads by reference.
+pub struct Image {
+    shared: Arc<Shared>,
+    write: AtomicBool,
+}
+
+/// A call under way on an image: as long as it lives, the tree does.
+pub(crate) struct Call<'a> {
+    tree: &'a Tree,
+    _guard: Guard<'a>,
+}
+
+impl std::ops::Deref for Call<'_> {
+    type Target = Tree;
+    #[inline]
+    fn deref(&self) -> &Tree {
+        self.tree
+    }
+}
+
+impl Image {
+    /// Open the image `name`: a path, `file:PATH` or `mem:SIZE`.
+    pub fn open(name: &OsStr, options: &Options, flags: OpenFlags) -> Result<Self> {
+        let calls = Arc::new(InFlight::default());
+        let tree = chain::open(name, options, flags, &calls)?;
+        Ok(Self::from_tree(tree, calls, flags))
+    }
+
+    /// Open the image behind a descriptor, which is now the library's.
+    pub fn open_fd(fd: std::os::fd::OwnedFd, options: &Options, flags: OpenFlags) -> Result<Self> {
+        let calls = Arc::new(InFlight::default());
+        let tree = chain::open_fd(fd, options, flags, &calls)?;
+        Ok(Self::from_tree(tree, calls, flags))
+    }
+
+    fn from_tree(tree: Tree, calls: Arc<InFlight>, flags: OpenFlags) -> Self {
+        let shared = Shared {
+            calls,
+            tree: AtomicPtr::new(Box::into_raw(Box::new(tree))),
+            admin: Mutex::new(()),
+            closed: AtomicBool::new(false),
+        };
+        Self { shared: Arc::new(shared), write: AtomicBool::new(flags.has(OpenFlags::RDWR)) }
+    }
+
+    /// Another context of the same source, with its own flags (of which [`OpenFlags::RDWR`] matters).
+    pub fn context(&self, options: &Options, flags: OpenFlags) -> Result<Self> {
+        options.check(Use::Context)?;
+        let call = self.call()?;
+        if flags.0 & !(OpenFlags::RDWR | OpenFlags::NO_LOCK | OpenFlags::SHARED).0 != 0 {
+            return Err(Error::invalid("a context takes QBLK_OPEN_RDWR, SHARED and NO_LOCK only"));
+        }
+        let write = flags.has(OpenFlags::RDWR);
+        if write && !call.flags.has(OpenFlags::RDWR) {
+            return Err(Error::ReadOnly(call.name.clone()));
+        }
+        drop(call);
+        Ok(Self { shared: self.shared.clone(), write: AtomicBool::new(write) })
+    }
+
+    /// Begin a call: what it looks up stays valid until the answer is dropped.
+    #[inline]
+    pub(crate) fn call(&self) -> Result<Call<'_>> {
+        loop {
+            let guard = self.shared.calls.enter();
+            let tree = self.shared.tree.load(SeqCst);
+            if !tree.is_null() {
+                // SAFETY: whoever replaces the tree waits for the guard to go before freeing it.
+                return Ok(Call { tree: unsafe { &*tree }, _guard: guard });
+            }
+            drop(guard);
+            self.wait_for_reopen()?;
+        }
+    }
+
+    #[cold]
+    fn wait_for_reopen(&self) -> Result<()> {
+        drop(self.shared.admin.lock());
+        if self.shared.closed.load(SeqCst) {
+            return Err(Error::BadHandle("the device was closed when the program ended".into()));
+        }
+        Ok(())
+    }
+
+    /// Begin a data call on `count` bytes at `offset`.
+    #[inline]
+    fn data_call(&self, offset: u64, count: u64) -> Result<Call<'_>> {
+        let call = self.call()?;
+        if call.flags.has(OpenFlags::INFO_ONLY) {
+            return Err(info_only(&call.name));
+        }
+        let size = call.top.size();
+        match offset.checked_add(count) {
+            Some(end) if end <= size => Ok(call),
+            _ => Err(Error::Range { file: call.name.clone(), offset, count, size }),
+        }
+    }
+
+    fn write_call(&self, offset: u64, count: u64) -> Result<Call<'_>> {
+        let call = self.data_call(offset, count)?;
+        if !self.write.load(Relaxed) {
+            return Err(Error::ReadOnly(call.name.clone()));
+        }
+        Ok(call)
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> Result<u64> {
+        Ok(self.call()?.top.size())
+    }
+
+    /// Fill `buf` with the bytes from `offset` on.
+    #[inline]
+    pub fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        self.data_call(offset, buf.len() as u64)?.top.read(buf, offset)
+    }
+
+    /// [`Image::read`] into one slice.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        self.read(OneIov::dst(buf).iov(), offset)
+    }
+
+    /// Write `buf` at `offset`. Flag: [`ReqFlags::FUA`].
+    #[inline]
+    pub fn write(&self, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()> {
+        let call = self.write_call(offset, buf.len() as u64)?;
+        if buf.is_empty() && !flags.has(ReqFlags::FUA) {
+            return Ok(());
+        }
+        call.top.write(buf, offset, flags)
+    }
+
+    /// [`Image::write`] from one slice.
+    pub fn write_at(&self, buf: &[u8], offset: u64, flags: ReqFlags) -> Result<()> {
+        self.write(OneIov::src(buf).iov(), offset, flags)
+    }
+
+    /// Make all that was written survive a power cut.
+    pub fn flush(&self) -> Result<()> {
+        self.data_call(0, 0)?.top.flush()
+    }
+
+    /// Make a range read as zeroes. Flags: all of [`ReqFlags`].
+    pub fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        self.write_call(offset, count)?.top.zero(offset, count, flags)
+    }
+
+    /// Give a range back; afterwards it reads as before or as zeroes. Flag: [`ReqFlags::FUA`].
+    pub fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        self.write_call(offset, count)?.top.trim(offset, count, flags)
+    }
+
+    /// Bring a range near; a hint.
+    pub fn cache(&self, offset: u64, count: u64) -> Result<()> {
+        self.data_call(offset, count)?.top.cache(offset, count)
+    }
+
+    /// Describe a range: fills `out` from its beginning with extents that follow one another from
+    /// `offset` on, and returns how many; they may end before the range does.
+    pub fn extents(&self, offset: u64, count: u64, out: &mut [Extent]) -> Result<usize> {
+        let call = self.data_call(offset, count)?;
+        let mut list = ExtentList::new(out);
+        crate::format::extents(&call.top, offset, count, &mut list)?;
+        Ok(list.len())
+    }
+
+    /// What the image is.
+    pub fn info(&self) -> Result<Info> {
+        let call = self.call()?;
+        let tree = &*call;
+        let (dev, caps) = (&tree.top, tree.top.caps());
+        let about = dev.driver().describe();
+        let write = self.write.load(Relaxed);
+        let mut state = about.state;
+        for (on, bit) in [
+            (!write, state::READ_ONLY),
+            (tree.probed, state::PROBED),
+            (caps.rotational, state::ROTATIONAL),
+        ] {
+            state |= if on { bit } else { 0 };
+        }
+        let if_write = |can: Can| if write { can } else { Can::Not };
+        let native_or = |native: bool, other: Can| if native { Can::Native } else { other };
+        let mut depth = 0;
+        let mut below = dev.driver().backing();
+        while let Some(b) = below {
+            depth += 1;
+            below = b.driver().backing();
+        }
+        Ok(Info {
+            size: dev.size(),
+            allocated: dev.driver().allocated(),
+            max_transfer: 0,
+            request_alignment: caps.align.max(1),
+            optimal_io_size: caps.optimal_io,
+            cluster_size: about.cluster_size,
+            backing_depth: depth,
+            state,
+            can_flush: native_or(caps.flush, Can::Not),
+            can_fua: if_write(dev.can_fua()),
+            can_trim: if_write(native_or(caps.trim, Can::Not)),
+            can_zero: if_write(dev.can_zero()),
+            // Failing at once is always possible.
+            can_fast_zero: if_write(native_or(caps.zero, Can::Emulate)),
+            can_cache: native_or(caps.cache, Can::Emulate),
+            can_extents: native_or(caps.extents, Can::Emulate),
+            can_multi_conn: Can::Native,
+            format: about.format,
+            driver: tree.driver,
+        })
+    }
+
+    /// The property `key`, `None` if there is no such key here. `properties` lists all, a line each.
+    pub fn property(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let call = self.call()?;
+        let mut all = vec![("filename", call.name.as_bytes().to_vec())];
+        all.extend(call.top.driver().describe().properties);
+        if key == "properties" {
+            return Ok(Some(all.iter().map(|p| p.0).collect::<Vec<_>>().join("\n").into_bytes()));
+        }
+        Ok(all.into_iter().find(|p| p.0 == key).map(|p| p.1))
+    }
+
+    /// Change the size; bytes that come into being read as zeroes. `shrink` must be set to lose some.
+    pub fn resize(&self, size: u64, options: &Options, shrink: bool) -> Result<()> {
+        options.check(Use::Resize)?;
+        let prealloc = create::preallocation(options)?;
+        let _admin = self.shared.admin.lock();
+        // No guard: a driver that shrinks waits for the calls under way. `admin` keeps the tree.
+        let tree = self.shared.tree.load(SeqCst);
+        if tree.is_null() {
+            return Err(Error::BadHandle("the device is closed".into()));
+        }
+        // SAFETY: the tree is replaced and freed under `admin` only, which is held.
+        let tree = unsafe { &*tree };
+        if tree.flags.has(OpenFlags::INFO_ONLY) {
+            return Err(info_only(&tree.name));
+        }
+        if !self.write.load(Relaxed) {
+            return Err(Error::ReadOnly(tree.name.clone()));
+        }
+        if size < tree.top.size() && !shrink {
+            return Err(Error::invalid(format!(
+                "{}: {size} bytes are fewer than the present {}: QBLK_RESIZE_SHRINK must be given",
+                tree.name,
+                tree.top.size()
+            )));
+        }
+        tree.top.driver().resize(size, prealloc, shrink)
+    }
+
+    /// Open the source anew with other flags (and options, or the same as before), beneath all of
+    /// its contexts. Calls wait meanwhile; if it fails, all stays as it was.
+    pub fn reopen(&self, options: Option<&Options>, flags: OpenFlags) -> Result<()> {
+        let _admin = self.shared.admin.lock();
+        let old = self.shared.tree.load(SeqCst);
+        if old.is_null() {
+            return Err(Error::BadHandle("the device is closed".into()));
+        }
+        self.shared.tree.store(ptr::null_mut(), SeqCst);
+        self.shared.calls.wait();
+        // SAFETY: we took it out, and no call uses it any more.
+        let old = unsafe { Box::from_raw(old) };
+        let new = (|| {
+            if old.by_fd {
+                return Err(Error::invalid(format!("{}: opened by descriptor, not by name", old.name)));
+            }
+            // What the old one still holds in memory must be in the file before the new one reads
+            // it. One that refuses writes holds nothing that it could still give.
+            match close_tree(&old) {
+                Ok(()) | Err(Error::Failed { .. }) => {}
+                Err(e) => return Err(e),
+            }
+            let options = options.unwrap_or(&old.options);
+            chain::open(old.name.as_os_str(), options, flags, &self.shared.calls)
+        })();
+        let (tree, result) = match new {
+            Ok(new) => {
+                self.write.store(flags.has(OpenFlags::RDWR), Relaxed);
+                (Box::new(new), Ok(()))
+            }
+            Err(e) => (old, Err(e)),
+        };
+        self.shared.tree.store(Box::into_raw(tree), SeqCst);
+        result
+    }
+
+    /// Flush, and close the source if this is its last context. The handle answers nothing more.
+    pub fn close(self) -> Result<()> {
+        let result = self.flush_for_close();
+        match Arc::try_unwrap(self.shared) {
+            Ok(shared) => {
+                let closed = shared.close();
+                result.and(closed)
+            }
+            Err(_) => result,
+        }
+    }
+
+    fn flush_for_close(&self) -> Result<()> {
+        let call = self.call()?;
+        if call.flags.has(OpenFlags::INFO_ONLY) || !call.flags.has(OpenFlags::RDWR) {
+            return Ok(());
+        }
+        call.top.flush()
+    }
+
+    /// Flush and close now, whoever still has the handle: its calls answer `EBADF` from then on.
+    /// For the end of the program.
+    pub(crate) fn shut(&self) -> Result<()> {
+        let _admin = self.shared.admin.lock();
+        self.shared.closed.store(true, SeqCst);
+        let tree = self.shared.tree.swap(ptr::null_mut(), SeqCst);
+        if tree.is_null() {
+            return Ok(());
+        }
+        // A call that hangs must not keep the program from ending: what is under way is not waited
+        // for beyond a moment, and then its tree is left to it.
+        let mark = self.shared.calls.mark();
+        for _ in 0..200 {
+            if self.shared.calls.passed(mark) {
+                // SAFETY: we took it out, and no call uses it any more.
+                let tree = unsafe { Box::from_raw(tree) };
+                return close_tree(&tree);
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        // SAFETY: never freed.
+        unsafe { &*tree }.top.flush()
+    }
+}
+
+impl Shared {
+    fn close(mut self) -> Result<()> {
+        let tree = std::mem::replace(self.tree.get_mut(), ptr::null_mut());
+        if tree.is_null() {
+            return Ok(());
+        }
+        // SAFETY: made by Box::into_raw; this was the last context.
+        let tree = unsafe { Box::from_raw(tree) };
+        close_tree(&tree)
+    }
+}
+
+fn close_tree(tree: &Tree) -> Result<()> {
+    if tree.flags.has(OpenFlags::RDWR) && !tree.flags.has(OpenFlags::INFO_ONLY) {
+        tree.top.driver().close()
+    } else {
+        Ok(())
+    }
+}
+
+fn info_only(name: &Name) -> Error {
+    Error::BadHandle(format!("{name}: opened for its description only (QBLK_OPEN_INFO_ONLY)"))
+}

@@ -1,0 +1,234 @@
+//! `key=value` settings of a call: which keys there are, what each call has a use for, and how
+//! values are read. docs/options.md tells them all to the user.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+use crate::block::{Error, Result, quoted};
+
+/// What a key may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// Opening an image.
+    Open,
+    /// Making a context of an open one.
+    Context,
+    /// Making an image.
+    Create,
+    /// Changing an image's size.
+    Resize,
+}
+
+const OPEN: u8 = 1;
+const CREATE: u8 = 2;
+const RESIZE: u8 = 4;
+
+/// Every key, with the calls that have a use for it.
+const KEYS: &[(&str, u8)] = &[
+    ("backing-file", OPEN | CREATE),
+    ("backing-fmt", OPEN | CREATE),
+    ("cache.l2-size", OPEN),
+    ("cluster-size", CREATE),
+    ("compat", CREATE),
+    ("compression-type", CREATE),
+    ("data-file", OPEN | CREATE),
+    ("data-file-raw", CREATE),
+    ("encrypt.format", CREATE),
+    ("encryption", CREATE),
+    ("exclusive", CREATE),
+    ("extended-l2", CREATE),
+    ("format", OPEN),
+    ("implicit-open", OPEN),
+    ("io", OPEN),
+    ("key", OPEN),
+    ("key-file", OPEN),
+    ("lazy-refcounts", CREATE),
+    ("lock", OPEN),
+    ("lock-wait", OPEN),
+    ("nbd.connect-timeout", OPEN),
+    ("nbd.connections", OPEN),
+    ("nbd.reconnect", OPEN),
+    ("nbd.timeout", OPEN),
+    ("preallocation", CREATE | RESIZE),
+    ("refcount-bits", CREATE),
+];
+
+/// Settings for a call. Keys are kept in lower case with hyphens; values are bytes.
+#[derive(Clone, Debug, Default)]
+pub struct Options(BTreeMap<String, Vec<u8>>);
+
+impl Options {
+    /// No settings.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Set `key` to a copy of `value`, or remove it. An underscore in a key is the same as a hyphen.
+    pub fn set(&mut self, key: &str, value: Option<&[u8]>) {
+        let key = key.replace('_', "-");
+        match value {
+            Some(v) => drop(self.0.insert(key, v.to_vec())),
+            None => drop(self.0.remove(&key)),
+        }
+    }
+
+    /// [`Options::set`] in a chain.
+    pub fn with(mut self, key: &str, value: impl AsRef<[u8]>) -> Self {
+        self.set(key, Some(value.as_ref()));
+        self
+    }
+
+    /// Refuse keys that there are not, or that a call has no use for.
+    pub(crate) fn check(&self, what: Use) -> Result<()> {
+        let bit = match what {
+            Use::Open => OPEN,
+            Use::Context => 0,
+            Use::Create => CREATE,
+            Use::Resize => RESIZE,
+        };
+        for full in self.0.keys() {
+            let mut key = full.as_str();
+            while what == Use::Open
+                && let Some(rest) = key.strip_prefix("backing.")
+            {
+                key = rest;
+            }
+            match KEYS.iter().find(|(k, _)| *k == key) {
+                Some((_, uses)) if uses & bit != 0 => {}
+                Some(_) => {
+                    return Err(Error::invalid(format!(
+                        "option {} has no use here ({})",
+                        quoted(full.as_bytes()),
+                        match what {
+                            Use::Open => "opening",
+                            Use::Context => "making a context",
+                            Use::Create => "creating",
+                            Use::Resize => "resizing",
+                        }
+                    )));
+                }
+                None => {
+                    return Err(Error::invalid(format!(
+                        "unknown option {}; the nearest known one is '{}'",
+                        quoted(full.as_bytes()),
+                        nearest(key, bit)
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The settings of the backing image: what stands behind `backing.`.
+    pub(crate) fn for_backing(&self) -> Self {
+        Self(
+            self.0
+                .iter()
+                .filter_map(|(k, v)| Some((k.strip_prefix("backing.")?.to_owned(), v.clone())))
+                .collect(),
+        )
+    }
+
+    /// The value of `key`.
+    pub fn get(&self, key: &str) -> Option<&[u8]> {
+        self.0.get(key).map(Vec::as_slice)
+    }
+
+    /// The value of `key` as a name of a file.
+    pub(crate) fn os(&self, key: &str) -> Option<&OsStr> {
+        self.get(key).map(OsStr::from_bytes)
+    }
+
+    /// The value of `key` as text.
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&str>> {
+        self.get(key).map(|v| std::str::from_utf8(v).map_err(|_| bad(key, v, "text"))).transpose()
+    }
+
+    /// The value of `key` as one of `names`: its place among them.
+    pub(crate) fn one_of(&self, key: &str, names: &[&str]) -> Result<Option<usize>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        match names.iter().position(|n| n.as_bytes() == v) {
+            Some(i) => Ok(Some(i)),
+            None => Err(bad(key, v, &names.join(", "))),
+        }
+    }
+
+    /// The value of `key` as a switch.
+    pub(crate) fn switch(&self, key: &str) -> Result<Option<bool>> {
+        Ok(self.one_of(key, &["off", "on"])?.map(|i| i == 1))
+    }
+
+    /// The value of `key` as a size in bytes.
+    pub(crate) fn size(&self, key: &str) -> Result<Option<u64>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        let size = std::str::from_utf8(v).ok().and_then(parse_size);
+        size.map(Some).ok_or_else(|| bad(key, v, "a size such as 512, 64k, 2M, 1G"))
+    }
+}
+
+fn bad(key: &str, value: &[u8], expected: &str) -> Error {
+    Error::invalid(format!("option '{key}': found {}, expected {expected}", quoted(value)))
+}
+
+/// A size in bytes: a whole number, and one of k, M, G, T, P, E (times 1024 each) behind it.
+pub fn parse_size(s: &str) -> Option<u64> {
+    let digits = s.bytes().take_while(u8::is_ascii_digit).count();
+    let number: u64 = s[..digits].parse().ok()?;
+    let shift = match &s[digits..] {
+        "" | "b" | "B" => 0,
+        "k" | "K" => 10,
+        "m" | "M" => 20,
+        "g" | "G" => 30,
+        "t" | "T" => 40,
+        "p" | "P" => 50,
+        "e" | "E" => 60,
+        _ => return None,
+    };
+    number.checked_mul(1 << shift)
+}
+
+/// The known key, with a use of `bit`, that takes the fewest edits to reach.
+fn nearest(key: &str, bit: u8) -> &'static str {
+    let usable = || KEYS.iter().filter(|(_, uses)| uses & bit != 0 || bit == 0);
+    let short: &str = key.get(..key.len().min(64)).unwrap_or("");
+    usable().min_by_key(|(k, _)| distance(k, short)).map_or("", |(k, _)| k)
+}
+
+/// Levenshtein distance in bytes.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, ca) in a.bytes().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, cb) in b.bytes().enumerate() {
+            let next = (diagonal + usize::from(ca != cb)).min(row[j] + 1).min(row[j + 1] + 1);
+            diagonal = std::mem::replace(&mut row[j + 1], next);
+        }
+    }
+    row[b.len()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_suffixes_and_limits() {
+        assert_eq!(parse_size("64k"), Some(65536));
+        assert_eq!(parse_size("1T"), Some(1 << 40));
+        assert_eq!(parse_size("15E"), Some(15 << 60));
+        for bad in ["", "k", "16E", "-1", "1.5G", "1 G", "0x10", "99999999999999999999"] {
+            assert_eq!(parse_size(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_misspelt_key_is_answered_with_the_nearest() {
+        let e = Options::new().with("clutser_size", "1").check(Use::Create).unwrap_err();
+        assert!(e.to_string().contains("'cluster-size'"), "{e}");
+        let e = Options::new().with("compat", "1.1").check(Use::Open).unwrap_err();
+        assert!(e.to_string().contains("no use"), "{e}");
+        Options::new().with("backing.backing.io", "mmap").check(Use::Open).unwrap();
+    }
+}

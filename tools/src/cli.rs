@@ -1,0 +1,391 @@
+//! The command line: what may be given, and the help that says so. No command does work here.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+
+use clap::builder::{OsStringValueParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::units::{parse_byte, parse_nonzero_size, parse_size};
+
+/// Look into disk images, make them, copy, resize, read, write and measure them.
+#[derive(Parser)]
+#[command(name = "qblk", version, disable_help_subcommand = true, after_help = AFTER)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const AFTER: &str = "\
+Sizes and offsets are bytes, or take k, M, G, T, P, E (times 1024 each): 64k, 10G.
+Exit status: 0 done, 1 failed, 2 called wrongly, 128+N ended by signal N.
+See qblk(1) for everything, and for the keys of -o.";
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Say what an image is
+    Info(InfoArgs),
+    /// Make a new, empty image
+    Create(CreateArgs),
+    /// Say, or draw, where an image's bytes live
+    Map(MapArgs),
+    /// Copy an image into a new one, keeping holes
+    Copy(CopyArgs),
+    /// Change an image's size
+    Resize(ResizeArgs),
+    /// Read bytes of the disk that an image holds
+    Read(ReadArgs),
+    /// Write bytes of the disk that an image holds
+    Write(WriteArgs),
+    /// Measure how fast an image is read or written
+    Bench(BenchArgs),
+}
+
+/// One `KEY=VALUE`. Keys are text; values are bytes, for they may be names of files.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    pub key: String,
+    pub value: Vec<u8>,
+}
+
+fn setting() -> impl TypedValueParser<Value = Setting> {
+    OsStringValueParser::new().try_map(|text: OsString| {
+        let bytes = text.as_bytes();
+        let at = bytes.iter().position(|&b| b == b'=').filter(|&at| at > 0);
+        let at = at.ok_or("expected KEY=VALUE, as in cluster-size=64k")?;
+        match std::str::from_utf8(&bytes[..at]) {
+            Ok(key) => Ok(Setting { key: key.to_owned(), value: bytes[at + 1..].to_vec() }),
+            Err(_) => Err("the key is not text"),
+        }
+    })
+}
+
+/// How an image is opened.
+#[derive(Args, Default)]
+pub struct OpenArgs {
+    /// Format of the image: qcow2 or raw [default: found by probing]
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// Option for opening the image; may be given again
+    #[arg(short, long = "option", value_name = "KEY=VALUE", value_parser = setting())]
+    pub options: Vec<Setting>,
+    /// The image is hostile: open nothing that it names (needs -f)
+    #[arg(long, requires = "format")]
+    pub untrusted: bool,
+    /// Do not open the backing file: what is not in the image reads as zeroes
+    #[arg(long)]
+    pub no_backing: bool,
+    /// Bypass the page cache
+    #[arg(long)]
+    pub direct: bool,
+    /// Read although a writer has the image
+    #[arg(long)]
+    pub shared: bool,
+    /// Take no locks
+    #[arg(long)]
+    pub no_lock: bool,
+}
+
+/// What a command that changes something says of it.
+#[derive(Args)]
+pub struct Told {
+    /// Say what was done as JSON
+    #[arg(long, conflicts_with = "quiet")]
+    pub json: bool,
+    /// Say nothing but errors
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+#[derive(Args)]
+pub struct InfoArgs {
+    /// The image
+    pub image: OsString,
+    #[command(flatten)]
+    pub open: OpenArgs,
+    /// Also tell of the images below it
+    #[arg(long, conflicts_with_all = ["untrusted", "no_backing"])]
+    pub backing_chain: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct CreateArgs {
+    /// The image to make
+    pub image: OsString,
+    /// Size of the disk, as in 10G [default: that of the backing file]
+    #[arg(value_parser = parse_size, required_unless_present = "backing")]
+    pub size: Option<u64>,
+    /// Format of the image: qcow2 or raw
+    #[arg(short, long, value_name = "FMT", default_value = "qcow2")]
+    pub format: String,
+    /// What is not written in the image is read from FILE (relative to the image's directory)
+    #[arg(short, long, value_name = "FILE")]
+    pub backing: Option<OsString>,
+    /// Format of the backing file [default: found by probing, now, and recorded]
+    #[arg(short = 'F', long, value_name = "FMT", requires = "backing")]
+    pub backing_format: Option<String>,
+    /// Option for the image, as qemu-img create has them; may be given again
+    #[arg(short, long = "option", value_name = "KEY=VALUE", value_parser = setting())]
+    pub options: Vec<Setting>,
+    /// Overwrite a file that is not empty
+    #[arg(long)]
+    pub force: bool,
+    #[command(flatten)]
+    pub told: Told,
+}
+
+#[derive(Args)]
+pub struct MapArgs {
+    /// The image
+    pub image: OsString,
+    #[command(flatten)]
+    pub open: OpenArgs,
+    /// Begin at this offset
+    #[arg(long, value_name = "OFFSET", value_parser = parse_size, default_value = "0")]
+    pub offset: u64,
+    /// So many bytes [default: to the end]
+    #[arg(long, value_name = "LENGTH", value_parser = parse_size)]
+    pub length: Option<u64>,
+    /// Stop after so many extents
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub max_extents: Option<u64>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Draw it: an SVG picture in FILE (- for standard output)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "max_extents"])]
+    pub svg: Option<OsString>,
+}
+
+#[derive(Args)]
+pub struct CopyArgs {
+    /// The image to copy
+    pub source: OsString,
+    /// The image to make, or with --no-create to write into
+    pub target: OsString,
+    /// Format of the source: qcow2 or raw [default: found by probing]
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// Format of the target: qcow2 or raw [default: that of the source]
+    #[arg(short = 'O', long, value_name = "FMT")]
+    pub target_format: Option<String>,
+    /// Option for making the target (with --no-create: for opening it); may be given again
+    #[arg(short, long = "option", value_name = "KEY=VALUE", value_parser = setting())]
+    pub options: Vec<Setting>,
+    /// Option for opening the source; may be given again
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting())]
+    pub source_option: Vec<Setting>,
+    /// Make the target an overlay of FILE that holds only what differs from it
+    #[arg(short, long, value_name = "FILE", conflicts_with = "no_create")]
+    pub backing: Option<OsString>,
+    /// Format of the backing file [default: found by probing, now, and recorded]
+    #[arg(short = 'F', long, value_name = "FMT", requires = "backing")]
+    pub backing_format: Option<String>,
+    /// Write into the target that is there; it must be at least as large
+    #[arg(long)]
+    pub no_create: bool,
+    /// Overwrite a file that is not empty
+    #[arg(long, conflicts_with = "no_create")]
+    pub force: bool,
+    /// Shortest run of zeroes in data that is kept as a hole, a multiple of 4k; 0 writes all out
+    #[arg(short = 'S', long, value_name = "SIZE", value_parser = parse_sparse, default_value = "4k")]
+    pub sparse: u64,
+    /// Threads that copy [default: one a processor, 2 to 8]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub threads: Option<u32>,
+    /// The source is hostile: open nothing that it names (needs -f)
+    #[arg(long, requires = "format")]
+    pub untrusted: bool,
+    /// Do not open the source's backing file: copy only what is in the source itself
+    #[arg(long)]
+    pub no_backing: bool,
+    /// Bypass the page cache
+    #[arg(long)]
+    pub direct: bool,
+    /// Read although a writer has the source
+    #[arg(long)]
+    pub shared: bool,
+    /// Take no locks
+    #[arg(long)]
+    pub no_lock: bool,
+    /// Show progress even if standard error is no terminal (as lines)
+    #[arg(short, long, conflicts_with = "quiet")]
+    pub progress: bool,
+    #[command(flatten)]
+    pub told: Told,
+}
+
+fn parse_sparse(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        size if size % 4096 == 0 && size <= 2 << 20 => Ok(size),
+        _ => Err("expected 0 or a multiple of 4k up to 2M".into()),
+    }
+}
+
+#[derive(Args)]
+pub struct ResizeArgs {
+    /// The image
+    pub image: OsString,
+    /// The new size, as in 20G; +SIZE grows and -SIZE shrinks by so much
+    #[arg(allow_hyphen_values = true, value_parser = parse_new_size)]
+    pub size: NewSize,
+    /// Allow the image to become smaller, which loses what lies beyond
+    #[arg(long)]
+    pub shrink: bool,
+    /// Room for what is added: off, metadata, falloc or full
+    #[arg(long, value_name = "HOW")]
+    pub preallocation: Option<String>,
+    #[command(flatten)]
+    pub open: OpenArgs,
+    #[command(flatten)]
+    pub told: Told,
+}
+
+/// A new size, perhaps told by the difference.
+#[derive(Clone, Copy, Debug)]
+pub enum NewSize {
+    To(u64),
+    By(u64),
+    Less(u64),
+}
+
+fn parse_new_size(text: &str) -> Result<NewSize, String> {
+    if let Some(size) = text.strip_prefix('+') {
+        parse_size(size).map(NewSize::By)
+    } else if let Some(size) = text.strip_prefix('-') {
+        parse_size(size).map(NewSize::Less)
+    } else {
+        parse_size(text).map(NewSize::To)
+    }
+}
+
+#[derive(Args)]
+pub struct ReadArgs {
+    /// The image
+    pub image: OsString,
+    /// Where to begin
+    #[arg(value_parser = parse_size, default_value = "0")]
+    pub offset: u64,
+    /// How many bytes [default: to the end]
+    #[arg(value_parser = parse_size)]
+    pub length: Option<u64>,
+    /// Put them in FILE instead of on standard output
+    #[arg(long, value_name = "FILE", visible_alias = "output")]
+    pub to: Option<OsString>,
+    /// Print a hexadecimal dump (as is done on a terminal)
+    #[arg(long)]
+    pub hex: bool,
+    /// Print the bytes as they are, even on a terminal
+    #[arg(long, conflicts_with = "hex")]
+    pub raw: bool,
+    #[command(flatten)]
+    pub open: OpenArgs,
+}
+
+#[derive(Args)]
+pub struct WriteArgs {
+    /// The image
+    pub image: OsString,
+    /// Where to begin
+    #[arg(value_parser = parse_size)]
+    pub offset: u64,
+    /// Write what FILE holds (- for standard input, which is also the default)
+    #[arg(long, value_name = "FILE", group = "what")]
+    pub from: Option<OsString>,
+    /// Write this byte over and over, as in 0x5a
+    #[arg(long, value_name = "BYTE", value_parser = parse_byte, group = "what", requires = "length")]
+    pub pattern: Option<u8>,
+    /// Make the range read as zeroes
+    #[arg(long, group = "what", requires = "length")]
+    pub zero: bool,
+    /// Give the range back: what it reads as afterwards is the image's choice
+    #[arg(long, group = "what", requires = "length")]
+    pub trim: bool,
+    /// How many bytes [default, for a file: to its end]
+    #[arg(long, value_parser = parse_size)]
+    pub length: Option<u64>,
+    /// --zero may leave a hole
+    #[arg(long, requires = "zero")]
+    pub may_trim: bool,
+    /// Each write is on stable storage before the next begins
+    #[arg(long)]
+    pub fua: bool,
+    #[command(flatten)]
+    pub open: OpenArgs,
+    #[command(flatten)]
+    pub told: Told,
+}
+
+#[derive(Args)]
+pub struct BenchArgs {
+    /// The image; mem:SIZE measures the library alone
+    pub image: OsString,
+    /// Write instead of reading. DESTROYS what is in the range
+    #[arg(long)]
+    pub write: bool,
+    /// Bytes of a request
+    #[arg(short, long, value_name = "SIZE", value_parser = parse_block_size, default_value = "4k")]
+    pub block_size: u64,
+    /// Threads, each with one request at a time
+    #[arg(short, long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub threads: u32,
+    /// Where requests go
+    #[arg(short, long, value_name = "P", default_value = "random")]
+    pub pattern: Pattern,
+    /// How long [default: 5, unless --count is given]
+    #[arg(short, long, value_name = "S", value_parser = parse_seconds)]
+    pub seconds: Option<f64>,
+    /// How many requests, of all threads together
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    pub count: Option<u64>,
+    /// Flush after every N writes of a thread
+    #[arg(long, value_name = "N", requires = "write", value_parser = clap::value_parser!(u64).range(1..))]
+    pub flush_every: Option<u64>,
+    /// Begin of the range that is used
+    #[arg(long, value_name = "OFFSET", value_parser = parse_size, default_value = "0")]
+    pub offset: u64,
+    /// Length of the range that is used [default: to the end]
+    #[arg(long, value_name = "LENGTH", value_parser = parse_nonzero_size)]
+    pub length: Option<u64>,
+    /// Start of the random numbers: the same gives the same offsets
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub seed: u64,
+    #[command(flatten)]
+    pub open: OpenArgs,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Pattern {
+    Random,
+    Sequential,
+}
+
+fn parse_block_size(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        size @ 1..=0x1000_0000 => Ok(size),
+        _ => Err("expected 1 to 256M".into()),
+    }
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.001..=1e6).contains(&seconds) => Ok(seconds),
+        _ => Err("expected seconds from 0.001 to 1000000".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}
