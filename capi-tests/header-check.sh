@@ -29,7 +29,7 @@ for std in c99 gnu99 c11 gnu11 c17 gnu17 c2x gnu2x; do
     gcc -std=$std $strict -Wstrict-prototypes -Wmissing-prototypes -Wc++-compat -I"$include" \
         -c -o "$dir/h.o" "$dir/h.c"
     clang -std=$std -Weverything -Werror -Wno-padded -Wno-unsafe-buffer-usage -Wno-unknown-warning-option \
-        -Wno-declaration-after-statement -isystem /usr/include -I"$include" -c -o "$dir/h.o" "$dir/h.c"
+        -Wno-declaration-after-statement -I"$include" -c -o "$dir/h.o" "$dir/h.c"
 done
 for std in c++11 c++14 c++17 c++20 c++2b; do
     g++ -std=$std $strict -Wold-style-cast -Wzero-as-null-pointer-constant -I"$include" \

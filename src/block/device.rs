@@ -245,7 +245,7 @@ impl Device {
             let (part, rest);
             if offset % align == 0
                 && whole > 0
-                && buf.sub(0, whole as usize).is_aligned(self.caps.mem_align as usize)
+                && buf.sub(0, whole as usize).is_aligned(self.mem_align(), align as usize)
             {
                 (part, rest) = buf.split_at(whole as usize);
                 self.driver.read(part, offset)?;
@@ -253,7 +253,7 @@ impl Device {
                 // Where only memory is at fault the whole range bounces; where an edge is, its block.
                 let from = offset - offset % align;
                 let to = self.bounce_end(offset, n, align);
-                let mut bounce = Aligned::new((to - from) as usize, self.mem_align())?;
+                let mut bounce = Aligned::new((to - from) as usize, self.mem_align().max(align as usize))?;
                 let vecs = bounce.iovec((to - from) as usize);
                 // SAFETY: the memory is `bounce`'s, which outlives the call.
                 self.driver.read(unsafe { Dst::from_raw(&vecs, (to - from) as usize) }, from)?;
@@ -275,7 +275,7 @@ impl Device {
     }
 
     fn mem_align(&self) -> usize {
-        self.caps.mem_align.max(self.caps.align).max(1) as usize
+        self.caps.mem_align.max(1) as usize
     }
 
     fn write_emulated(&self, mut buf: Src<'_>, mut offset: u64, flags: ReqFlags) -> Result<()> {
@@ -286,7 +286,7 @@ impl Device {
             let (part, rest);
             if offset % align == 0
                 && whole > 0
-                && buf.sub(0, whole as usize).is_aligned(self.caps.mem_align as usize)
+                && buf.sub(0, whole as usize).is_aligned(self.mem_align(), align as usize)
             {
                 (part, rest) = buf.split_at(whole as usize);
                 let _shared = self.blocks.lock(offset, offset + whole, false);
@@ -308,7 +308,7 @@ impl Device {
     fn write_bounced(&self, part: Src<'_>, offset: u64, from: u64, to: u64, flags: ReqFlags) -> Result<()> {
         let align = u64::from(self.caps.align.max(1));
         let end = offset + part.len() as u64;
-        let mut bounce = Aligned::new((to - from) as usize, self.mem_align())?;
+        let mut bounce = Aligned::new((to - from) as usize, self.mem_align().max(align as usize))?;
         let edges = offset != from || end != to;
         let _blocks = self.blocks.lock(from, to, edges);
         // The device must not come out longer than it is to be.

@@ -158,9 +158,11 @@ impl<'a, D> Iov<'a, D> {
         (n, bytes)
     }
 
-    /// Whether every piece's address and length are multiples of `align` (a power of two).
-    pub fn is_aligned(&self, align: usize) -> bool {
-        align <= 1 || self.pieces().all(|(p, n)| (p as usize | n) & (align - 1) == 0)
+    /// Whether every piece's address is a multiple of `mem`, and its length one of `block` (powers of
+    /// two).
+    pub fn is_aligned(&self, mem: usize, block: usize) -> bool {
+        (mem <= 1 && block <= 1)
+            || self.pieces().all(|(p, n)| (p as usize & (mem - 1)) | (n & (block - 1)) == 0)
     }
 }
 

@@ -19,9 +19,7 @@ pub fn alignment(file: &File, is_block: bool) -> Option<(u32, u32)> {
     match sys::direct_alignment(file) {
         Some((_, 0)) => return None,
         Some((memory, offset)) if offset.is_power_of_two() => {
-            // The pieces of one request must be multiples of `offset` long each, but only begin at
-            // multiples of `memory`; `Caps::mem_align` is asked of both.
-            return Some((offset, memory.max(offset).next_power_of_two()));
+            return Some((offset, memory.max(1).next_power_of_two()));
         }
         _ => {}
     }

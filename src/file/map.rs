@@ -21,13 +21,13 @@
 //! number, odd while it changes.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::ptr;
 use std::sync::OnceLock;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, fence};
 
 use libc::{c_int, c_void, siginfo_t};
+use memmap2::{Mmap, MmapOptions};
 
 use super::sys::{self, Errno};
 use crate::block::Dst;
@@ -37,28 +37,20 @@ const HUGETLBFS: u64 = 0x958458f6;
 
 /// A whole file in memory, for reading.
 pub struct Mapping {
-    base: *mut u8,
-    len: usize,
+    map: Mmap,
     /// Its place in the table, if it may be read by the process itself.
     slot: Option<&'static Slot>,
 }
-
-// SAFETY: the mapping is only read, and lives until it is dropped.
-unsafe impl Send for Mapping {}
-// SAFETY: as for Send.
-unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Memory that only the kernel is ever handed: a fault there is EFAULT, not a signal.
     pub fn for_kernel(file: &File, len: u64) -> Result<Self, Errno> {
         let len = usize::try_from(len).map_err(|_| libc::EOVERFLOW)?;
-        let (base, fd) = (ptr::null_mut(), file.as_raw_fd());
-        // SAFETY: the kernel chooses the address.
-        let at = unsafe { libc::mmap(base, len, libc::PROT_READ, libc::MAP_SHARED, fd, 0) };
-        if at == libc::MAP_FAILED {
-            return Err(std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::ENOMEM));
-        }
-        Ok(Self { base: at.cast(), len, slot: None })
+        // SAFETY: the bytes may change or go at any time, so they are never looked at through a
+        // reference, only copied by address, and a fault is provided for.
+        let map = unsafe { MmapOptions::new().len(len).map(file) }
+            .map_err(|e| e.raw_os_error().unwrap_or(libc::ENOMEM))?;
+        Ok(Self { map, slot: None })
     }
 
     /// Memory that [`Mapping::read`] reads.
@@ -68,7 +60,8 @@ impl Mapping {
         }
         install_handler()?;
         let mut map = Self::for_kernel(file, len)?;
-        map.slot = Some(Slot::take(map.base as usize, map.base as usize + map.len));
+        let start = map.map.as_ptr() as usize;
+        map.slot = Some(Slot::take(start, start + map.map.len()));
         Ok(map)
     }
 
@@ -76,7 +69,7 @@ impl Mapping {
     pub fn at(&self, offset: u64, count: u64) -> Option<*const u8> {
         let end = offset.checked_add(count)?;
         // SAFETY: the place is inside the mapping.
-        (end <= self.len as u64).then(|| unsafe { self.base.add(offset as usize) }.cast_const())
+        (end <= self.map.len() as u64).then(|| unsafe { self.map.as_ptr().add(offset as usize) })
     }
 
     /// Fill `buf` with what is at `offset`, or answer `false`: what `buf` has then means nothing.
@@ -119,13 +112,10 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // Out of the table first: as long as an address is in the table it is ours.
+        // Out of the table before `map` goes: as long as an address is in the table it is ours.
         if let Some(slot) = self.slot.take() {
             slot.give_back();
         }
-        // SAFETY: mapped by us, and nobody can read it any more (a pointer from `at` is good for as
-        // long as the driver lives).
-        unsafe { libc::munmap(self.base.cast(), self.len) };
     }
 }
 

@@ -41,6 +41,8 @@ pub struct Params {
     pub probed: bool,
     /// Bytes of memory for cached tables; `None` = as much as covers the image, within limits.
     pub l2_cache: Option<u64>,
+    /// The image is hostile: limits are tight.
+    pub untrusted: bool,
     /// The calls under way on the chain.
     pub calls: Arc<InFlight>,
 }

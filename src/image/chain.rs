@@ -220,6 +220,7 @@ impl Opening<'_> {
             info_only: flags.has(OpenFlags::INFO_ONLY),
             probed,
             l2_cache: options.size("cache.l2-size")?,
+            untrusted: flags.has(OpenFlags::UNTRUSTED),
             calls: self.calls.clone(),
         };
         let mut opened = format::open(kind, file, params)?;

@@ -82,6 +82,7 @@ fn preallocate(device: Device, size: u64, prealloc: Prealloc) -> Result<()> {
         info_only: false,
         probed: false,
         l2_cache: None,
+        untrusted: false,
         calls: Arc::new(InFlight::default()),
     };
     let image = qcow2::Qcow2::open(device, params)?;

@@ -91,8 +91,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 impl Plan<'_> {
     fn run(&self) -> Result<(Measured, Duration)> {
         std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                (0..self.args.threads).map(|i| scope.spawn(move || self.thread(i.into()))).collect();
+            let threads: Vec<_> = (0..self.args.threads)
+                .map(|i| scope.spawn(move || self.thread(i.into())))
+                .collect();
             self.start.wait();
             let begun = Instant::now();
             let mut all = Measured::default();
@@ -120,7 +121,8 @@ impl Plan<'_> {
         let skip = memory.as_ptr().align_offset(ALIGN);
         let buf = &mut memory[skip..skip + size];
         let mut measured = Measured::default();
-        let mut random = Random(self.args.seed.wrapping_add(number).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let mut random =
+            Random(self.args.seed.wrapping_add(number).wrapping_mul(0x9e37_79b9_7f4a_7c15));
         // One after another, each thread begins in its own part.
         let mut next = self.blocks / u64::from(self.args.threads) * number;
         let mut unflushed = 0;
@@ -199,7 +201,11 @@ fn micro(nanoseconds: u64) -> String {
 
 fn line(h: &Histogram) -> String {
     let [p50, p99, p999] = [50.0, 99.0, 99.9].map(|p| micro(h.percentile(p)));
-    format!("p50 {p50}, p99 {p99}, p99.9 {p999}, max {}, mean {} µs", micro(h.max()), micro(h.mean()))
+    format!(
+        "p50 {p50}, p99 {p99}, p99.9 {p999}, max {}, mean {} µs",
+        micro(h.max()),
+        micro(h.mean())
+    )
 }
 
 fn latency(h: &Histogram) -> Value {
@@ -247,7 +253,8 @@ fn tell(args: &BenchArgs, all: &Measured, elapsed: Duration, flush: Duration) ->
         return json::print(&object.into());
     }
     let mut out = std::io::stdout().lock();
-    let threads = if args.threads == 1 { "1 thread".into() } else { format!("{} threads", args.threads) };
+    let threads =
+        if args.threads == 1 { "1 thread".into() } else { format!("{} threads", args.threads) };
     writeln!(
         out,
         "{}: {pattern} {what}s of {}, {threads}, {seconds:.2} s",

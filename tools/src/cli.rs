@@ -220,7 +220,7 @@ pub struct CopyArgs {
 
 fn parse_sparse(text: &str) -> Result<u64, String> {
     match parse_size(text)? {
-        size if size % 4096 == 0 && size <= 2 << 20 => Ok(size),
+        size if size.is_multiple_of(4096) && size <= 2 << 20 => Ok(size),
         _ => Err("expected 0 or a multiple of 4k up to 2M".into()),
     }
 }

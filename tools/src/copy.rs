@@ -150,7 +150,12 @@ fn make_target(args: &CopyArgs, format: &str, size: u64) -> Result<HalfMade> {
 }
 
 /// Copy all, make it durable and close it; answers how many bytes were written.
-fn copy_into_target(args: &CopyArgs, source: &Image, size: u64, format: Option<&str>) -> Result<u64> {
+fn copy_into_target(
+    args: &CopyArgs,
+    source: &Image,
+    size: u64,
+    format: Option<&str>,
+) -> Result<u64> {
     let mut how = Options::new();
     if args.no_create {
         how = options(&args.options);
@@ -303,7 +308,11 @@ impl Work<'_> {
             }
             _ => {
                 let buf = &mut buf[..length as usize];
-                if zero { buf.fill(0) } else { self.source.read_at(buf, offset)? }
+                if zero {
+                    buf.fill(0)
+                } else {
+                    self.source.read_at(buf, offset)?
+                }
                 match self.known {
                     Target::Overlay => self.write_what_differs(buf, below, offset)?,
                     _ if self.sparse > 0 => self.write_what_is_not_zero(buf, offset)?,
@@ -509,7 +518,13 @@ mod tests {
         buf[BLOCK] = 1;
         buf[3 * BLOCK] = 1;
         let b = BLOCK;
-        let all = [(0, b, true), (b, 2 * b, false), (2 * b, 3 * b, true), (3 * b, 4 * b, false), (4 * b, 5 * b + 100, true)];
+        let all = [
+            (0, b, true),
+            (b, 2 * b, false),
+            (2 * b, 3 * b, true),
+            (3 * b, 4 * b, false),
+            (4 * b, 5 * b + 100, true),
+        ];
         assert_eq!(runs(&buf, b), all);
         assert_eq!(runs(&buf, 2 * b), [(0, 5 * b + 100, false)]);
         assert_eq!(runs(&buf[4 * b..], 1 << 20), [(0, b + 100, true)]);

@@ -9,7 +9,7 @@ use serde_json::{Map, json};
 use crate::cli::CreateArgs;
 use crate::failure::{Failure, Result};
 use crate::json;
-use crate::open::Link;
+use crate::open::{Link, file_name};
 use crate::target::{self, backing_settings};
 use crate::units::{human_and_exact, shown};
 
@@ -19,7 +19,9 @@ pub fn run(args: &CreateArgs) -> Result<()> {
     let size = match (args.size, &args.backing) {
         (Some(size), _) => size,
         (None, Some(backing)) => backing_size(args, backing)?,
-        (None, None) => return Err(Failure::usage("a size is needed where there is no backing file")),
+        (None, None) => {
+            return Err(Failure::usage("a size is needed where there is no backing file"));
+        }
     };
     target::create(&args.image, &args.format, size, &settings, args.force)?;
     if args.told.json {
@@ -32,7 +34,13 @@ pub fn run(args: &CreateArgs) -> Result<()> {
     if !args.told.quiet {
         use std::io::Write;
         let mut out = std::io::stdout().lock();
-        writeln!(out, "{}: new {} image, {}", shown(&args.image), args.format, human_and_exact(size))?;
+        writeln!(
+            out,
+            "{}: new {} image, {}",
+            shown(&args.image),
+            args.format,
+            human_and_exact(size)
+        )?;
     }
     Ok(())
 }
@@ -41,7 +49,7 @@ pub fn run(args: &CreateArgs) -> Result<()> {
 fn backing_size(args: &CreateArgs, backing: &OsStr) -> Result<u64> {
     let path = target::beside(&args.image, backing);
     let how = crate::open::with_format(&[], args.backing_format.as_deref());
-    let link = Link::read(&target::file_name(&path), &how, Default::default())?;
+    let link = Link::read(&file_name(&path), &how, Default::default())?;
     if link.info.size == 0 {
         return Err(Failure::said(format!("{}: is empty", quoted(path.as_os_str().as_bytes()))));
     }

@@ -90,7 +90,9 @@ mod tests {
     #[test]
     fn every_value_falls_in_a_bucket_near_it() {
         for shift in 0..64 {
-            for value in [1u64 << shift, (1u64 << shift) + (1u64 << shift) / 3, u64::MAX >> (63 - shift)] {
+            for value in
+                [1u64 << shift, (1u64 << shift) + (1u64 << shift) / 3, u64::MAX >> (63 - shift)]
+            {
                 let t = top(bucket(value));
                 assert!(t >= value && t - value <= value / 32, "{value}: {t}");
             }

@@ -63,10 +63,13 @@ fn rows(link: &Link) -> Vec<(&str, String)> {
     let info = &link.info;
     let mut rows = vec![("image", shown(&link.name))];
     let probed_raw = info.state & state::PROBED != 0 && info.format == "raw";
-    rows.push(("format", match probed_raw {
-        true => "raw (no other format was recognised)".into(),
-        false => info.format.into(),
-    }));
+    rows.push((
+        "format",
+        match probed_raw {
+            true => "raw (no other format was recognised)".into(),
+            false => info.format.into(),
+        },
+    ));
     if info.driver != "file" {
         rows.push(("kept in", info.driver.into()));
     }

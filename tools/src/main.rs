@@ -17,8 +17,8 @@ mod read;
 mod resize;
 mod signals;
 mod svg;
-mod target;
 mod tally;
+mod target;
 mod units;
 mod write;
 

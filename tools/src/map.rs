@@ -77,16 +77,23 @@ fn print(args: &MapArgs, image: &Image, links: &[Link], end: u64) -> Result<()> 
     let mut out = BufWriter::new(std::io::stdout().lock());
     let mut totals = Totals::default();
     let width = end.to_string().len().max(6);
-    writeln!(out, "{:>width$}  {:>width$}  {:>11}  {:<11}  {:>width$}  in",
-        "offset", "length", "", "what", "there at")?;
+    writeln!(
+        out,
+        "{:>width$}  {:>width$}  {:>11}  {:<11}  {:>width$}  in",
+        "offset", "length", "", "what", "there at"
+    )?;
     let stopped = walk(args, image, end, |e| {
         totals.add(e);
         let class = Class::of(e);
         let host = if e.has(Extent::HOST) { e.host_offset.to_string() } else { "-".into() };
-        let name = if class.kind == Kind::Unallocated { "-".into() } else { name_at(links, class.depth) };
+        let name =
+            if class.kind == Kind::Unallocated { "-".into() } else { name_at(links, class.depth) };
         let (offset, length) = (e.offset, e.length);
         let (about, word) = (human(length), class.kind.word());
-        writeln!(out, "{offset:>width$}  {length:>width$}  {about:>11}  {word:<11}  {host:>width$}  {name}")?;
+        writeln!(
+            out,
+            "{offset:>width$}  {length:>width$}  {about:>11}  {word:<11}  {host:>width$}  {name}"
+        )?;
         Ok(())
     })?;
     writeln!(out)?;
@@ -118,7 +125,12 @@ fn print_json(args: &MapArgs, image: &Image, links: &[Link], size: u64, end: u64
         one.insert("depth".into(), json!(depth));
         put_name(&mut one, "filename", link.name.as_bytes());
         one.insert("format".into(), json!(link.info.format));
-        writeln!(out, "    {}{}", Value::Object(one), if depth + 1 < links.len() { "," } else { "" })?;
+        writeln!(
+            out,
+            "    {}{}",
+            Value::Object(one),
+            if depth + 1 < links.len() { "," } else { "" }
+        )?;
     }
     write!(out, "  ],\n  \"extents\": [")?;
     let mut totals = Totals::default();
@@ -168,7 +180,10 @@ fn draw(
     if let Some(id) = file_id(file)
         && links.iter().any(|link| file_id(&link.name) == Some(id))
     {
-        return Err(Failure::said(format!("{}: is an image of the chain; not overwritten", shown_file())));
+        return Err(Failure::said(format!(
+            "{}: is an image of the chain; not overwritten",
+            shown_file()
+        )));
     }
     let mut picture = Picture::new(args.offset, end);
     for_each_extent(image, args.offset, end, |e| {

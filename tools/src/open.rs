@@ -85,6 +85,13 @@ pub fn path_of(name: &OsStr) -> Option<PathBuf> {
     Some(PathBuf::from(OsStr::from_bytes(bytes.strip_prefix(b"file:").unwrap_or(bytes))))
 }
 
+/// A path as a name that is nothing but a path, whatever it looks like.
+pub fn file_name(path: &Path) -> OsString {
+    let mut name = OsString::from("file:");
+    name.push(path);
+    name
+}
+
 /// Which file a name of an image stands for, if it is there.
 pub fn file_id(name: &OsStr) -> Option<FileId> {
     let meta = std::fs::metadata(path_of(name)?).ok()?;
@@ -157,7 +164,8 @@ impl Link {
     /// The path of a backing file that this image names, seen from its own directory.
     fn beside(&self, recorded: &[u8]) -> Result<OsString> {
         let path = recorded.strip_prefix(b"file:").unwrap_or(recorded);
-        let dir = path_of(&self.name).and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
+        let dir =
+            path_of(&self.name).and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
         let path = dir.join(OsStr::from_bytes(path));
         // Opening a FIFO would wait for a writer, and a name with a scheme is no path.
         let here = std::fs::metadata(&path).map(|m| m.file_type());
@@ -170,7 +178,7 @@ impl Link {
                 )))
             }
             // A path that begins like a scheme must not be taken for one.
-            _ => Ok([b"file:", path.as_os_str().as_bytes()].concat()).map(OsString::from_vec),
+            _ => Ok(file_name(&path)),
         }
     }
 }
@@ -199,10 +207,9 @@ pub fn chain(name: &OsStr, settings: &[Setting], flags: OpenFlags) -> Result<Vec
             seen.push(id);
         }
         let link = Link::read(&name, &how, OpenFlags::default()).map_err(|e| match e {
-            Failure::Library(e) => Failure::said(format!(
-                "{e} (backing file of {})",
-                quoted(above.as_bytes())
-            )),
+            Failure::Library(e) => {
+                Failure::said(format!("{e} (backing file of {})", quoted(above.as_bytes())))
+            }
             e => e,
         })?;
         links.push(link);

@@ -35,9 +35,15 @@ pub fn run(args: &ReadArgs) -> Result<()> {
         let (settings, flags) = (args.open.settings(), args.open.flags());
         let alone = args.open.no_backing || args.open.untrusted;
         let harms = file_id(&args.image) == Some(id)
-            || !alone && chain(&args.image, &settings, flags)?.iter().any(|l| file_id(&l.name) == Some(id));
+            || !alone
+                && chain(&args.image, &settings, flags)?
+                    .iter()
+                    .any(|l| file_id(&l.name) == Some(id));
         if harms {
-            return Err(Failure::said(format!("{}: is what is read from; not overwritten", name())));
+            return Err(Failure::said(format!(
+                "{}: is what is read from; not overwritten",
+                name()
+            )));
         }
     }
     let file = File::create(to).map_err(|e| Failure::io(name(), &e))?;

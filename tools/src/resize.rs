@@ -46,7 +46,13 @@ pub fn run(args: &ResizeArgs) -> Result<()> {
     }
     if !args.told.quiet {
         let mut out = std::io::stdout().lock();
-        writeln!(out, "{}: now {}, was {}", shown(&args.image), human_and_exact(new), human_and_exact(old))?;
+        writeln!(
+            out,
+            "{}: now {}, was {}",
+            shown(&args.image),
+            human_and_exact(new),
+            human_and_exact(old)
+        )?;
     }
     Ok(())
 }

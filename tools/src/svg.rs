@@ -94,7 +94,15 @@ impl Picture {
         self.bar(&mut body);
         let mut y = self.legend(&mut body, links, 130);
         if self.cells.is_empty() {
-            text(&mut body, LEFT, y + 30, 13, FAINT, "start", "The range is empty: there is nothing to draw.");
+            text(
+                &mut body,
+                LEFT,
+                y + 30,
+                13,
+                FAINT,
+                "start",
+                "The range is empty: there is nothing to draw.",
+            );
             y += 50;
         } else {
             y = self.grid(&mut body, links, y + 24);
@@ -179,7 +187,11 @@ impl Picture {
             }
         }
         if (self.offset, self.end) != (0, size) {
-            facts.push(format!("shown: {} from offset {}", human(self.end - self.offset), human(self.offset)));
+            facts.push(format!(
+                "shown: {} from offset {}",
+                human(self.end - self.offset),
+                human(self.offset)
+            ));
         }
         text(out, 32, 66, 13, FAINT, "start", &facts.join("  ·  "));
     }
@@ -216,8 +228,8 @@ impl Picture {
                 fill(slot(class))
             );
             text(out, 70, y, 13, INK, "start", &shorten(&label(class, links), 78));
-            text(out, 780, y, 13, INK, "end", &human(bytes));
-            text(out, 860, y, 13, INK, "end", &percent(bytes, whole));
+            text(out, 830, y, 13, INK, "end", &human(bytes));
+            text(out, 928, y, 13, INK, "end", &percent(bytes, whole));
             out.push_str("</g>\n");
             y += 22;
         }
@@ -235,7 +247,8 @@ impl Picture {
         let how = match count {
             1 => "One cell is all of it".to_owned(),
             _ => format!(
-                "One cell is {}, a row {}; read like a page. What shares a cell is stacked in it.",
+                "One cell is {}, a row {}; read like a page. What shares a cell is stacked in it, \
+                 the least of it still visible.",
                 human(self.cell),
                 human(self.cell.saturating_mul(columns))
             ),
@@ -247,7 +260,7 @@ impl Picture {
             // With many rows a label each would be noise.
             if row % rows.div_ceil(8) == 0 {
                 let at = self.offset + row * columns * self.cell;
-                text(out, LEFT - 10, y + height.min(13) / 2 + 5, 11, FAINT, "end", &human(at));
+                text(out, LEFT - 10, y + height / 2 + 4, 11, FAINT, "end", &axis(at));
             }
             let first = row * columns;
             self.row(out, links, first, columns.min(count - first), (y, width, height));
@@ -256,25 +269,39 @@ impl Picture {
         grid_lines(out, count, columns, (y0, width, height));
         let last = count - (rows - 1) * columns;
         let x = LEFT + last * width;
-        text(out, x.max(LEFT + 60), bottom + 16, 11, FAINT, "end", &format!("end: {}", human(self.end)));
+        text(
+            out,
+            x.max(LEFT + 60),
+            bottom + 16,
+            11,
+            FAINT,
+            "end",
+            &format!("end: {}", human(self.end)),
+        );
         bottom + 20
     }
 
     fn column_axis(&self, out: &mut String, columns: u64, width: u64, y: u64) {
-        let step = if columns >= 4 { columns.div_ceil(4) } else { columns };
+        let step = columns.div_ceil(4).next_power_of_two();
         for column in (0..=columns).step_by(step as usize) {
             let x = LEFT + column * width;
             let _ = writeln!(out, "<path d=\"M{x},{} v-6\" stroke=\"#9AA5B1\"/>", y - 2);
-            let text_of = format!("+{}", human(column * self.cell));
+            let text_of = format!("+{}", axis(column * self.cell));
             text(out, x, y - 12, 11, FAINT, "middle", &text_of);
         }
     }
 
     /// A row of cells; neighbours that look the same are one shape.
-    fn row(&self, out: &mut String, links: &[Link], first: u64, n: u64, (y, width, height): (u64, u64, u64)) {
-        let layers: Vec<Layers> = (first..first + n)
-            .map(|i| self.layers(&self.cells[i as usize], height))
-            .collect();
+    fn row(
+        &self,
+        out: &mut String,
+        links: &[Link],
+        first: u64,
+        n: u64,
+        (y, width, height): (u64, u64, u64),
+    ) {
+        let layers: Vec<Layers> =
+            (first..first + n).map(|i| self.layers(&self.cells[i as usize], height)).collect();
         let mut from = 0;
         while from < layers.len() {
             let same = layers[from..].iter().take_while(|l| **l == layers[from]).count();
@@ -314,19 +341,21 @@ impl Picture {
     }
 }
 
-/// Share out `whole` pixels by bytes; whatever is there gets at least `least` of them.
+/// Share out `whole` pixels by bytes; whatever is there gets at least `least` of them, or as many as
+/// all can have.
 fn apportion(shares: &[(usize, u64)], bytes: u64, whole: u64, least: u64) -> Vec<(usize, u64)> {
-    if bytes == 0 {
-        return Vec::new();
-    }
-    let exact = |b: u64| (u128::from(b) * u128::from(whole) / u128::from(bytes)) as u64;
+    let least = least.min(whole / shares.len().max(1) as u64);
+    let exact = |b: u64| (u128::from(b) * u128::from(whole) / u128::from(bytes.max(1))) as u64;
     let mut out: Vec<_> = shares.iter().map(|&(slot, b)| (slot, exact(b).max(least))).collect();
-    // The largest pays for, or takes, what rounding and the least have left over.
-    let sum: u64 = out.iter().map(|(_, w)| w).sum();
-    if let Some((_, w)) = out.iter_mut().max_by_key(|(_, w)| *w) {
-        *w = (*w + whole).saturating_sub(sum).max(1);
+    // The largest pay for, or take, what rounding and the least have left over.
+    loop {
+        let sum: u64 = out.iter().map(|(_, w)| w).sum();
+        match out.iter_mut().max_by_key(|(_, w)| *w) {
+            Some((_, w)) if sum > whole => *w -= 1,
+            Some((_, w)) if sum < whole => *w += 1,
+            _ => return out,
+        }
     }
-    out
 }
 
 fn slot_label(s: usize, links: &[Link]) -> String {
@@ -381,8 +410,14 @@ fn grid_lines(out: &mut String, count: u64, columns: u64, (y, width, height): (u
     );
 }
 
+/// A place on an axis.
+fn axis(offset: u64) -> String {
+    if offset == 0 { "0".into() } else { human(offset) }
+}
+
 fn rect(out: &mut String, x: u64, y: u64, w: u64, h: u64, fill: &str) {
-    let _ = writeln!(out, "<rect x=\"{x}\" y=\"{y}\" width=\"{w}\" height=\"{h}\" fill=\"{fill}\"/>");
+    let _ =
+        writeln!(out, "<rect x=\"{x}\" y=\"{y}\" width=\"{w}\" height=\"{h}\" fill=\"{fill}\"/>");
 }
 
 fn text(out: &mut String, x: u64, y: u64, size: u64, colour: &str, anchor: &str, words: &str) {
@@ -430,6 +465,14 @@ mod tests {
         let out = apportion(&shares, (1 << 40) + 6, 13, 3);
         assert_eq!(out.iter().map(|s| s.1).sum::<u64>(), 13);
         assert!(out.iter().all(|s| s.1 >= 3), "{out:?}");
+        // Two large and three small, and more than there is room for.
+        let many: Vec<_> = (0..SLOTS).map(|slot| (slot, 1)).collect();
+        for shares in [&[(0, 400), (1, 400), (2, 1), (3, 1), (4, 1)][..], &many[..7], &many] {
+            let bytes = shares.iter().map(|s| s.1).sum();
+            let out = apportion(shares, bytes, 13, 3);
+            assert_eq!(out.iter().map(|s| s.1).sum::<u64>(), 13, "{out:?}");
+            assert!(shares.len() > 13 || out.iter().all(|s| s.1 >= 1), "{out:?}");
+        }
     }
 
     #[test]

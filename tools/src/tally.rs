@@ -1,5 +1,6 @@
 //! Extents, one after another to the end, and how many bytes there are of each kind.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 use qblk::{Extent, Image};
@@ -22,8 +23,9 @@ pub enum Kind {
     Unallocated,
 }
 
-/// A kind, and in which image of the chain (0 = the topmost) where that matters.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+/// A kind, and in which image of the chain (0 = the topmost) where that matters. In order: what is
+/// stored, from the top image down, then what is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Class {
     /// How many images below the first; 0 for what is nowhere.
     pub depth: u32,
@@ -59,6 +61,19 @@ impl Class {
             Kind::Data
         };
         Self { kind, depth: if kind.is_stored() { e.depth } else { 0 } }
+    }
+}
+
+impl Ord for Class {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let key = |c: &Self| (!c.kind.is_stored(), c.depth, c.kind);
+        key(self).cmp(&key(other))
+    }
+}
+
+impl PartialOrd for Class {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 

@@ -1,6 +1,6 @@
 //! Images that a command makes: never over something that is in the way, never left half-made.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use qblk::block::quoted;
 
 use crate::cli::Setting;
 use crate::failure::{Failure, Result};
-use crate::open::{FileId, file_id, options, path_of, value};
+use crate::open::{FileId, file_id, file_name, options, path_of, value};
 use crate::signals;
 
 /// A file that disappears unless it is kept: the target of a command that has not ended yet.
@@ -47,13 +47,6 @@ impl Drop for HalfMade {
     }
 }
 
-/// A path as a name that is nothing but a path.
-pub fn file_name(path: &Path) -> OsString {
-    let mut name = OsString::from("file:");
-    name.push(path);
-    name
-}
-
 /// A file named beside the image `name`, as a backing file is.
 pub fn beside(name: &OsStr, file: &OsStr) -> PathBuf {
     let file = path_of(file).unwrap_or_else(|| file.into());
@@ -69,10 +62,9 @@ pub fn backing_settings(
     file: Option<&OsStr>,
     format: Option<&str>,
 ) -> Result<()> {
-    for (key, given) in [
-        ("backing-file", file.map(OsStr::as_bytes)),
-        ("backing-fmt", format.map(str::as_bytes)),
-    ] {
+    for (key, given) in
+        [("backing-file", file.map(OsStr::as_bytes)), ("backing-fmt", format.map(str::as_bytes))]
+    {
         let Some(given) = given else { continue };
         if value(settings, key).is_some() {
             return Err(Failure::usage(format!("-o {key}= and the flag for it were both given")));
@@ -146,7 +138,10 @@ fn create_interruptibly(
         match wait.recv_timeout(Duration::from_millis(50)) {
             Ok(result) => return Ok(result?),
             Err(RecvTimeoutError::Disconnected) => {
-                return Err(Failure::said(format!("{}: making it ended early", quoted(made.as_bytes()))));
+                return Err(Failure::said(format!(
+                    "{}: making it ended early",
+                    quoted(made.as_bytes())
+                )));
             }
             Err(RecvTimeoutError::Timeout) => {}
         }

@@ -40,7 +40,7 @@ pub fn parse_byte(text: &str) -> Result<u8, String> {
 pub fn human(bytes: u64) -> String {
     let power = (63 - bytes.max(1).leading_zeros() as usize) / 10;
     let unit = 1u64 << (10 * power);
-    if bytes % unit == 0 {
+    if bytes.is_multiple_of(unit) {
         return match bytes {
             1 => "1 byte".into(),
             _ => format!("{} {}", bytes / unit, UNITS[power]),
@@ -50,7 +50,8 @@ pub fn human(bytes: u64) -> String {
     let digits = if value < 10.0 { 2 } else { 1 };
     let text = format!("{value:.digits$}");
     // 1.00 would claim to be exact.
-    let text = if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
+    let text =
+        if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.') } else { &text };
     let about = if text.contains('.') { "" } else { "~" };
     format!("{about}{text} {}", UNITS[power])
 }

@@ -41,6 +41,11 @@ use header::{Header, incompat};
 use l2cache::{AllDirty, Held, L2Cache};
 use refcount::Refcounts;
 
+/// What a hostile image may make us keep of its L1 table (64 TiB in clusters of 64 KiB) and of its L2
+/// tables, bytes.
+const MAX_UNTRUSTED_L1: u64 = 1 << 20;
+const MAX_UNTRUSTED_CACHE: u64 = 8 << 20;
+
 /// The L1 table in memory: entries as numbers.
 struct L1 {
     offset: u64,
@@ -133,6 +138,15 @@ impl Qcow2 {
         if params.write {
             Self::check_writable(&file, &header)?;
         }
+        let l1_bytes = u64::from(header.l1_entries) * 8;
+        if params.untrusted && l1_bytes > MAX_UNTRUSTED_L1 && !params.info_only {
+            return Err(Error::policy(
+                file.name(),
+                format!(
+                    "its L1 table has {l1_bytes} bytes, and QBLK_OPEN_UNTRUSTED allows {MAX_UNTRUSTED_L1}"
+                ),
+            ));
+        }
         let cluster_bits = header.cluster_bits;
         let l2_bits = cluster_bits - 3;
         let slice_bits = cluster_bits.min(12) - 3;
@@ -144,7 +158,11 @@ impl Qcow2 {
         let slices = (l1.entries.len() as u64) << (l2_bits - slice_bits);
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
         let writer = if params.write { Some(Self::writer(&file, &header)?) } else { None };
-        let limit = if params.info_only { Some(0) } else { params.l2_cache };
+        let limit = match (params.info_only, params.untrusted) {
+            (true, _) => Some(0),
+            (_, true) => Some(params.l2_cache.unwrap_or(u64::MAX).min(MAX_UNTRUSTED_CACHE)),
+            _ => params.l2_cache,
+        };
         let image = Self {
             cluster_bits,
             l2_bits,

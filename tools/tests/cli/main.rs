@@ -1,0 +1,12 @@
+//! The command line as a user meets it: the built binary is run, and judged by its output, its exit
+//! status and what qemu-img says of the images.
+
+mod bench;
+mod copy;
+mod create;
+mod data;
+mod info;
+mod map;
+mod resize;
+mod support;
+mod usage;
