@@ -243,7 +243,7 @@ impl Device {
             let n = (buf.len() as u64).min(self.chunk());
             let whole = n - n % align;
             let (part, rest);
-            if offset % align == 0
+            if offset.is_multiple_of(align)
                 && whole > 0
                 && buf.sub(0, whole as usize).is_aligned(self.mem_align(), align as usize)
             {
@@ -253,7 +253,8 @@ impl Device {
                 // Where only memory is at fault the whole range bounces; where an edge is, its block.
                 let from = offset - offset % align;
                 let to = self.bounce_end(offset, n, align);
-                let mut bounce = Aligned::new((to - from) as usize, self.mem_align().max(align as usize))?;
+                let mut bounce =
+                    Aligned::new((to - from) as usize, self.mem_align().max(align as usize))?;
                 let vecs = bounce.iovec((to - from) as usize);
                 // SAFETY: the memory is `bounce`'s, which outlives the call.
                 self.driver.read(unsafe { Dst::from_raw(&vecs, (to - from) as usize) }, from)?;
@@ -284,7 +285,7 @@ impl Device {
             let n = (buf.len() as u64).min(self.chunk());
             let whole = n - n % align;
             let (part, rest);
-            if offset % align == 0
+            if offset.is_multiple_of(align)
                 && whole > 0
                 && buf.sub(0, whole as usize).is_aligned(self.mem_align(), align as usize)
             {
@@ -305,7 +306,14 @@ impl Device {
     }
 
     /// Write `part` at `offset` by whole blocks `from..to`, keeping the bytes around it.
-    fn write_bounced(&self, part: Src<'_>, offset: u64, from: u64, to: u64, flags: ReqFlags) -> Result<()> {
+    fn write_bounced(
+        &self,
+        part: Src<'_>,
+        offset: u64,
+        from: u64,
+        to: u64,
+        flags: ReqFlags,
+    ) -> Result<()> {
         let align = u64::from(self.caps.align.max(1));
         let end = offset + part.len() as u64;
         let mut bounce = Aligned::new((to - from) as usize, self.mem_align().max(align as usize))?;

@@ -204,7 +204,8 @@ impl Iov<'_, FromMem> {
     /// Whether all bytes are zero.
     pub fn is_zero(self) -> bool {
         // SAFETY: a piece is readable memory of n bytes.
-        self.pieces().all(|(p, n)| unsafe { std::slice::from_raw_parts(p, n) }.iter().all(|&b| b == 0))
+        self.pieces()
+            .all(|(p, n)| unsafe { std::slice::from_raw_parts(p, n) }.iter().all(|&b| b == 0))
     }
 }
 

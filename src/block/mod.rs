@@ -15,7 +15,7 @@ pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
 pub use inflight::{Guard, InFlight};
-pub use iov::{FromMem, Iov, OneIov, Src, Dst, ToMem, ZEROES, zero_iovecs};
+pub use iov::{Dst, FromMem, Iov, OneIov, Src, ToMem, ZEROES, zero_iovecs};
 pub use name::{Name, quoted};
 pub use range_lock::RangeLock;
 

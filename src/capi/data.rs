@@ -167,12 +167,7 @@ pub unsafe extern "C" fn qblk_flush(dev: *mut qblk) -> c_int {
 ///
 /// Returns as qblk_pwrite2(). Any thread. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qblk_zero(
-    dev: *mut qblk,
-    count: u64,
-    offset: u64,
-    flags: u32,
-) -> c_int {
+pub unsafe extern "C" fn qblk_zero(dev: *mut qblk, count: u64, offset: u64, flags: u32) -> c_int {
     // SAFETY: a handle or NULL, as the manual asks.
     unsafe {
         guard::on("qblk_zero", dev, |dev| {
@@ -190,12 +185,7 @@ pub unsafe extern "C" fn qblk_zero(
 ///
 /// Returns as qblk_pwrite2(). Any thread. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qblk_trim(
-    dev: *mut qblk,
-    count: u64,
-    offset: u64,
-    flags: u32,
-) -> c_int {
+pub unsafe extern "C" fn qblk_trim(dev: *mut qblk, count: u64, offset: u64, flags: u32) -> c_int {
     // SAFETY: a handle or NULL, as the manual asks.
     unsafe {
         guard::on("qblk_trim", dev, |dev| {
@@ -211,12 +201,7 @@ pub unsafe extern "C" fn qblk_trim(
 ///
 /// Returns as qblk_pread(). Any thread. Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qblk_cache(
-    dev: *mut qblk,
-    count: u64,
-    offset: u64,
-    flags: u32,
-) -> c_int {
+pub unsafe extern "C" fn qblk_cache(dev: *mut qblk, count: u64, offset: u64, flags: u32) -> c_int {
     // SAFETY: a handle or NULL, as the manual asks.
     unsafe {
         guard::on("qblk_cache", dev, |dev| {

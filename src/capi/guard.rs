@@ -114,10 +114,7 @@ const _: () = assert!(!std::mem::needs_drop::<Thread>());
 static FORKED: AtomicBool = AtomicBool::new(false);
 
 /// A call that needs no handle.
-pub(super) fn call<R: Answer>(
-    what: &'static str,
-    f: impl FnOnce() -> Result<R, Fail>,
-) -> R::C {
+pub(super) fn call<R: Answer>(what: &'static str, f: impl FnOnce() -> Result<R, Fail>) -> R::C {
     guarded(what, None, || {
         life::ready();
         f()

@@ -183,6 +183,5 @@ pub struct qblk_options(Mutex<Options>);
 ///
 /// `message` is one line of UTF-8, valid during the call. The function may be called from any
 /// thread, from several at once. It must return: neither throw a C++ exception nor longjmp().
-pub type qblk_log_fn = Option<
-    unsafe extern "C" fn(opaque: *mut c_void, level: c_int, message: *const c_char),
->;
+pub type qblk_log_fn =
+    Option<unsafe extern "C" fn(opaque: *mut c_void, level: c_int, message: *const c_char)>;

@@ -15,11 +15,7 @@ const NO_NAME: &str = "the name is NULL";
 ///
 /// Since 0.1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qblk_open(
-    name: *const c_char,
-    flags: u32,
-    out: *mut *mut qblk,
-) -> c_int {
+pub unsafe extern "C" fn qblk_open(name: *const c_char, flags: u32, out: *mut *mut qblk) -> c_int {
     guard::call("qblk_open", || {
         // SAFETY: as the manual asks.
         let (out, name) = unsafe { (out_arg(out)?, text_arg(name, NO_NAME)?) };
@@ -149,9 +145,7 @@ pub unsafe extern "C" fn qblk_context_open(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qblk_reopen(dev: *mut qblk, flags: u32) -> c_int {
     // SAFETY: a handle or NULL, as the manual asks.
-    unsafe {
-        guard::on("qblk_reopen", dev, |dev| Ok(image(dev)?.reopen(None, OpenFlags(flags))?))
-    }
+    unsafe { guard::on("qblk_reopen", dev, |dev| Ok(image(dev)?.reopen(None, OpenFlags(flags))?)) }
 }
 
 /// Open the device anew with other options and flags, beneath the handle and all its contexts.

@@ -29,12 +29,11 @@ const fn number(text: &str) -> u32 {
     }
 }
 
-const VERSION_STRING: &CStr = match CStr::from_bytes_with_nul(
-    concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes(),
-) {
-    Ok(s) => s,
-    Err(_) => panic!("a NUL in the version"),
-};
+const VERSION_STRING: &CStr =
+    match CStr::from_bytes_with_nul(concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes()) {
+        Ok(s) => s,
+        Err(_) => panic!("a NUL in the version"),
+    };
 
 /// What this build can do.
 const FEATURES: &[&str] = &[
@@ -160,10 +159,7 @@ pub unsafe extern "C" fn qblk_set_log(
     })
 }
 
-fn sink(
-    f: unsafe extern "C" fn(*mut c_void, c_int, *const c_char),
-    opaque: *mut c_void,
-) -> Sink {
+fn sink(f: unsafe extern "C" fn(*mut c_void, c_int, *const c_char), opaque: *mut c_void) -> Sink {
     struct Opaque(*mut c_void);
     // SAFETY: never looked into; that it may go to any thread is what the manual tells its owner.
     unsafe impl Send for Opaque {}

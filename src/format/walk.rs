@@ -138,7 +138,13 @@ fn describe(found: &Found<'_>, offset: u64, out: &mut ExtentList<'_>) -> Result<
 }
 
 /// The holes of a device that carries bytes, put at `offset` of the image that stands on it.
-fn holes(dev: &Device, host: u64, offset: u64, found: &Found<'_>, out: &mut ExtentList<'_>) -> Result<()> {
+fn holes(
+    dev: &Device,
+    host: u64,
+    offset: u64,
+    found: &Found<'_>,
+    out: &mut ExtentList<'_>,
+) -> Result<()> {
     if !dev.caps().extents {
         let mut e = Extent::data(offset, found.len);
         e.host_offset = host;

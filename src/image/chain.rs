@@ -11,8 +11,8 @@ use std::sync::Arc;
 use super::{OpenFlags, Options, Tree, Use};
 use crate::block::*;
 use crate::file;
-use crate::format::{self, BackingRef, Params};
 pub use crate::format::Probe;
+use crate::format::{self, BackingRef, Params};
 
 /// Images in a chain, at most.
 const MAX_DEPTH: usize = 200;
@@ -63,7 +63,9 @@ pub(super) fn parse_name(name: &OsStr) -> Result<Source<'_>> {
     if let Some(scheme) = foreign_scheme(bytes) {
         return Err(Error::unsupported(
             &name.to_owned().into(),
-            format!("names that begin with '{scheme}:' (a file of that name is reached as file:PATH)"),
+            format!(
+                "names that begin with '{scheme}:' (a file of that name is reached as file:PATH)"
+            ),
         ));
     }
     Ok(Source::Path(name))
@@ -71,9 +73,19 @@ pub(super) fn parse_name(name: &OsStr) -> Result<Source<'_>> {
 
 /// A scheme that is not a path's, and that no path should be mistaken for.
 fn foreign_scheme(name: &[u8]) -> Option<&'static str> {
-    ["nbd", "nbds", "nbd+unix", "nbds+unix", "nbd+vsock", "nbds+vsock", "nbd+exec", "plugin", "json"]
-        .into_iter()
-        .find(|s| name.strip_prefix(s.as_bytes()).is_some_and(|rest| rest.starts_with(b":")))
+    [
+        "nbd",
+        "nbds",
+        "nbd+unix",
+        "nbds+unix",
+        "nbd+vsock",
+        "nbds+vsock",
+        "nbd+exec",
+        "plugin",
+        "json",
+    ]
+    .into_iter()
+    .find(|s| name.strip_prefix(s.as_bytes()).is_some_and(|rest| rest.starts_with(b":")))
 }
 
 /// Open `name` and what it stands on.
@@ -98,7 +110,30 @@ pub(super) fn open(
     };
     let kind = driver.kind();
     let (top, probed) = opening.image(driver, options, flags, false)?;
-    Ok(Tree { top, name: shown, options: options.clone(), flags, probed, driver: kind, by_fd: false })
+    Ok(Tree {
+        top,
+        name: shown,
+        options: options.clone(),
+        flags,
+        probed,
+        driver: kind,
+        by_fd: false,
+    })
+}
+
+/// Refuse `target` as a new image on top of `below` if it is `below` or in its chain.
+pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Result<()> {
+    let calls = Arc::new(InFlight::default());
+    let mut opening = Opening { calls: &calls, seen: Vec::new(), implicit: Implicit::Local };
+    opening.note(target, target)?;
+    if opening.seen.is_empty() {
+        return Ok(());
+    }
+    match opening.below(target, below, options, OpenFlags::default(), false) {
+        Err(e @ Error::Policy { .. }) => Err(e),
+        // What can not be opened here may yet be a good backing file elsewhere.
+        _ => Ok(()),
+    }
 }
 
 /// Use `fd` and open what the image behind it stands on.
@@ -127,7 +162,10 @@ pub(super) fn open_fd(
 fn check(options: &Options, flags: OpenFlags) -> Result<file::How> {
     options.check(Use::Open)?;
     if flags.0 & !OpenFlags::ALL.0 != 0 {
-        return Err(Error::invalid(format!("unknown open flags {:#x}", flags.0 & !OpenFlags::ALL.0)));
+        return Err(Error::invalid(format!(
+            "unknown open flags {:#x}",
+            flags.0 & !OpenFlags::ALL.0
+        )));
     }
     let write = flags.has(OpenFlags::RDWR);
     if write && flags.has(OpenFlags::SHARED) {
@@ -343,7 +381,10 @@ impl Opening<'_> {
         guess: bool,
     ) -> Result<Device> {
         if self.seen.len() >= MAX_DEPTH {
-            return Err(Error::policy(above, format!("its chain is deeper than {MAX_DEPTH} images")));
+            return Err(Error::policy(
+                above,
+                format!("its chain is deeper than {MAX_DEPTH} images"),
+            ));
         }
         let keep = OpenFlags::DIRECT.0 | OpenFlags::UNTRUSTED.0 | OpenFlags::NO_LOCK.0;
         let mut flags = OpenFlags(flags.0 & keep);
@@ -368,7 +409,11 @@ impl Opening<'_> {
 fn backing_error(e: Error, above: &Name) -> Error {
     match e {
         Error::Os { op: _, file, errno } => {
-            let name = format!("{} (backing file of {})", file.as_path().display(), above.as_path().display());
+            let name = format!(
+                "{} (backing file of {})",
+                file.as_path().display(),
+                above.as_path().display()
+            );
             Error::Os { op: "open", file: Name::from(name), errno }
         }
         e => e,

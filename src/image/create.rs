@@ -29,12 +29,24 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
     let exclusive = options.switch("exclusive")?.unwrap_or(false);
     match kind {
         Kind::Raw => {
-            for key in ["cluster-size", "compat", "compression-type", "data-file", "data-file-raw",
-                "encrypt.format", "encryption", "extended-l2", "lazy-refcounts", "refcount-bits",
-                "backing-file", "backing-fmt"]
-            {
+            for key in [
+                "cluster-size",
+                "compat",
+                "compression-type",
+                "data-file",
+                "data-file-raw",
+                "encrypt.format",
+                "encryption",
+                "extended-l2",
+                "lazy-refcounts",
+                "refcount-bits",
+                "backing-file",
+                "backing-fmt",
+            ] {
                 if options.get(key).is_some() {
-                    return Err(Error::invalid(format!("option '{key}' has no use here (format raw)")));
+                    return Err(Error::invalid(format!(
+                        "option '{key}' has no use here (format raw)"
+                    )));
                 }
             }
             let prealloc = preallocation(options)?;
@@ -159,6 +171,7 @@ fn backing(path: &Name, name: &[u8], options: &Options) -> Result<format::Backin
         how.set("format", Some(fmt));
     }
     let image = super::Image::open(below.as_os_str(), &how, OpenFlags::INFO_ONLY)?;
+    chain::refuse_loop(path, below.as_os_str(), &how)?;
     let format = image.info()?.format.as_bytes().to_vec();
     Ok(format::BackingRef { name: name.to_vec(), format: Some(format) })
 }

@@ -425,7 +425,10 @@ impl Image {
         let old = unsafe { Box::from_raw(old) };
         let new = (|| {
             if old.by_fd {
-                return Err(Error::invalid(format!("{}: opened by descriptor, not by name", old.name)));
+                return Err(Error::invalid(format!(
+                    "{}: opened by descriptor, not by name",
+                    old.name
+                )));
             }
             // What the old one still holds in memory must be in the file before the new one reads
             // it. One that refuses writes holds nothing that it could still give.

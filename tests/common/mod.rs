@@ -109,10 +109,10 @@ impl Rng {
 pub fn seed(test: &str) -> u64 {
     let seed = match std::env::var("QBLK_TEST_SEED") {
         Ok(s) => s.parse().unwrap_or_else(|_| panic!("QBLK_TEST_SEED={s}: expected a number")),
-        Err(_) => std::time::SystemTime::now()
-            .duration_since(std::time::UNIX_EPOCH)
-            .unwrap()
-            .as_micros() as u64,
+        Err(_) => {
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_micros()
+                as u64
+        }
     };
     eprintln!("{test}: QBLK_TEST_SEED={seed}");
     seed
@@ -150,13 +150,7 @@ fn told(out: &Output) -> String {
 pub fn run_ok(program: &str, args: &[&dyn AsRef<OsStr>]) -> String {
     let out = run(program, args);
     let shown: Vec<_> = args.iter().map(|a| a.as_ref().to_string_lossy().into_owned()).collect();
-    assert!(
-        out.status.success(),
-        "{program} {}: {}\n{}",
-        shown.join(" "),
-        out.status,
-        told(&out)
-    );
+    assert!(out.status.success(), "{program} {}: {}\n{}", shown.join(" "), out.status, told(&out));
     String::from_utf8_lossy(&out.stdout).into_owned()
 }
 
@@ -307,7 +301,10 @@ pub fn all_extents(image: &Image, offset: u64, count: u64, bite: usize) -> Vec<E
         assert!(n > 0, "no extent at {at}, {} bytes before the end", end - at);
         for e in &some[..n] {
             assert_eq!(e.offset, at, "extents follow one another");
-            assert!(e.length > 0 && e.offset + e.length <= end, "an extent leaves the range: {e:?}");
+            assert!(
+                e.length > 0 && e.offset + e.length <= end,
+                "an extent leaves the range: {e:?}"
+            );
             assert_eq!(e.reserved, [0; 16]);
             at += e.length;
             all.push(*e);

@@ -10,7 +10,10 @@ use qblk::OpenFlags;
 pub enum Chain {
     None,
     Raw,
-    Qcow2 { compressed: bool, zstd: bool },
+    Qcow2 {
+        compressed: bool,
+        zstd: bool,
+    },
     /// Raw, compressed qcow2, qcow2: each of another length.
     Deep,
 }
@@ -122,7 +125,8 @@ impl Setup {
             let whole = self.backing_view(rng, dir, &backing, model.len());
             model = whole;
         }
-        if self.some_compressed {
+        // Several share a host cluster, whose refcount must be able to say so.
+        if self.some_compressed && self.refcount_bits >= 8 {
             self.compress_some(rng, &path, &mut model);
         }
         (path, model)
@@ -174,7 +178,11 @@ impl Setup {
                     &high,
                     "qcow2",
                     size,
-                    &[("backing-file", "low.qcow2"), ("backing-fmt", "qcow2"), ("cluster-size", bits)],
+                    &[
+                        ("backing-file", "low.qcow2"),
+                        ("backing-fmt", "qcow2"),
+                        ("cluster-size", bits),
+                    ],
                 );
                 for _ in 0..rng.below(20) {
                     let at = rng.below(size / 512) * 512;
@@ -194,8 +202,14 @@ impl Setup {
             return;
         }
         let mut commands = Vec::new();
+        let mut seen = Vec::new();
         for _ in 0..rng.range(1, 30) {
             let at = rng.below(whole) * cluster;
+            // QEMU writes no compressed cluster a second time.
+            if seen.contains(&at) {
+                continue;
+            }
+            seen.push(at);
             let byte = rng.range(1, 256) as u8;
             commands.push(format!("write -c -P {byte} {at} {cluster}"));
             model[at as usize..][..cluster as usize].fill(byte);

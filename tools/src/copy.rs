@@ -7,7 +7,8 @@
 use std::ffi::OsStr;
 use std::io::{IsTerminal, Write};
 use std::os::unix::ffi::OsStrExt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -227,20 +228,33 @@ fn threads(args: &CopyArgs) -> u32 {
     args.threads.unwrap_or(cores.clamp(2, 8))
 }
 
+/// Tells the watching thread when the thread that has it ends.
+struct Ended<'a> {
+    running: &'a AtomicU32,
+    watcher: &'a std::thread::Thread,
+}
+
+impl Drop for Ended<'_> {
+    fn drop(&mut self) {
+        self.running.fetch_sub(1, Release);
+        self.watcher.unpark();
+    }
+}
+
 impl Work<'_> {
     fn run(&self, args: &CopyArgs, size: u64) -> Result<()> {
         let mut progress = Progress::new(args, size);
         let watcher = std::thread::current();
+        let running = AtomicU32::new(threads(args));
         std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..threads(args))
-                .map(|_| {
-                    scope.spawn(|| {
-                        self.copy_pieces();
-                        watcher.unpark();
-                    })
-                })
-                .collect();
-            while !workers.iter().all(|w| w.is_finished()) {
+            for _ in 0..threads(args) {
+                scope.spawn(|| {
+                    // Counted also if it panics, or the watcher would watch for ever.
+                    let _ended = Ended { running: &running, watcher: &watcher };
+                    self.copy_pieces();
+                });
+            }
+            while running.load(Acquire) > 0 {
                 std::thread::park_timeout(Duration::from_millis(50));
                 progress.show(self.done.load(Relaxed));
                 if signals::asked_to_end().is_some() {

@@ -57,14 +57,19 @@ impl Failure {
     /// The exit status.
     pub fn status(&self) -> u8 {
         match self {
-            // `Invalid` is an argument that means nothing (an unknown option, a value out of place);
-            // a range that leaves the image is a variant of its own.
-            Self::Usage(_) | Self::Library(qblk::Error::Invalid(_)) => USAGE,
+            Self::Usage(_) => USAGE,
+            Self::Library(e) if is_usage(e) => USAGE,
             Self::Library(_) | Self::Said(_) => 1,
             Self::OutputGone => 0,
             Self::Signal(signal, _) => 128 + *signal as u8,
         }
     }
+}
+
+/// Whether an error is about what was asked for (an unknown option, a value out of place) rather than
+/// about the file: `Invalid` is said of both, and of a file it begins with its quoted name.
+fn is_usage(e: &qblk::Error) -> bool {
+    matches!(e, qblk::Error::Invalid(text) if !text.starts_with('\''))
 }
 
 impl From<qblk::Error> for Failure {

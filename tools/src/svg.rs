@@ -45,7 +45,7 @@ pub struct Picture {
 type Layers = Vec<(usize, u64)>;
 
 fn slot(class: Class) -> usize {
-    let depth = class.depth.min(DEEPEST) as usize;
+    let depth = class.depth as usize;
     match class.kind {
         Kind::Data => depth * 2,
         Kind::Compressed => depth * 2 + 1,
@@ -74,8 +74,10 @@ impl Picture {
 
     /// Put an extent in.
     pub fn add(&mut self, e: &Extent) {
-        self.totals.add(e);
-        let slot = slot(Class::of(e));
+        let mut class = Class::of(e);
+        class.depth = class.depth.min(DEEPEST);
+        self.totals.add_as(class, e);
+        let slot = slot(class);
         let (mut from, to) = (e.offset - self.offset, e.offset + e.length - self.offset);
         while from < to {
             let cell = from / self.cell;
@@ -142,7 +144,7 @@ impl Picture {
         let mut depths: Vec<_> = self
             .classes()
             .filter(|(class, _)| class.kind == Kind::Compressed)
-            .map(|(class, _)| class.depth.min(DEEPEST) as usize)
+            .map(|(class, _)| class.depth as usize)
             .collect();
         depths.dedup();
         for d in depths {
@@ -383,6 +385,9 @@ fn label(class: Class, links: &[Link]) -> String {
         Kind::Zero => format!("zeroes, by {name}"),
         Kind::Unallocated => "in no image (reads as zeroes)".into(),
         kind => match class.depth {
+            DEEPEST if links.len() > COLOURS.len() => {
+                format!("{} in the images from {DEEPEST} below on", kind.word())
+            }
             0 => format!("{} in {name}", kind.word()),
             d => format!("{} in {name} ({d} below)", kind.word()),
         },

@@ -89,7 +89,12 @@ pub struct Totals {
 impl Totals {
     /// Count an extent.
     pub fn add(&mut self, e: &Extent) {
-        *self.bytes.entry(Class::of(e)).or_default() += e.length;
+        self.add_as(Class::of(e), e);
+    }
+
+    /// Count an extent under another class than its own.
+    pub fn add_as(&mut self, class: Class, e: &Extent) {
+        *self.bytes.entry(class).or_default() += e.length;
         self.extents += 1;
     }
 

@@ -154,7 +154,14 @@ impl Qcow2 {
         Ok(())
     }
 
-    fn inflate_one(&self, part: Dst<'_>, from: usize, host: u64, len: u64, offset: u64) -> Result<()> {
+    fn inflate_one(
+        &self,
+        part: Dst<'_>,
+        from: usize,
+        host: u64,
+        len: u64,
+        offset: u64,
+    ) -> Result<()> {
         let store = &self.compressed;
         if let Some(data) = store.find(host) {
             part.copy_from(data.get(from..).unwrap_or_default());

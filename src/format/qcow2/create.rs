@@ -134,7 +134,7 @@ pub fn create(file: &Device, size: u64, geometry: &Geometry) -> Result<()> {
     let cluster = 1u64 << bits;
     let l1_clusters = (geometry.l1_entries(size) * 8).div_ceil(cluster);
     // The blocks count themselves, so their number is found by trying.
-    let per_block = cluster * 8 >> geometry.refcount_order;
+    let per_block = (cluster * 8) >> geometry.refcount_order;
     let (mut blocks, mut table) = (1, 1);
     loop {
         let all = 1 + table + blocks + l1_clusters;

@@ -58,7 +58,11 @@ impl Qcow2 {
             let run = walk::locate_from_driver(self, from, to - from)?;
             let len = run.len.min(to - from).min(ZEROES.0.len() as u64);
             if !matches!(run.place, Place::Zero { .. }) {
-                self.write_data(OneIov::src(&ZEROES.0[..len as usize]).iov(), from, ReqFlags::NONE)?;
+                self.write_data(
+                    OneIov::src(&ZEROES.0[..len as usize]).iov(),
+                    from,
+                    ReqFlags::NONE,
+                )?;
             }
             from += len;
         }
@@ -79,7 +83,8 @@ impl Qcow2 {
                 .get(l1_index as usize)
                 .is_some_and(|e| e.load(Acquire) & !COPIED != 0);
             // Without a table the clusters are not here; and where nothing is below, they are zeroes.
-            if !has_table && (how == Drop_::Forget || self.below(at << self.cluster_bits).is_none()) {
+            if !has_table && (how == Drop_::Forget || self.below(at << self.cluster_bits).is_none())
+            {
                 at = table_end;
                 continue;
             }
@@ -147,7 +152,13 @@ impl Qcow2 {
             (Drop_::Forget, Entry::Unallocated) => None,
             (Drop_::Forget, _) => Some(0),
             (Drop_::Trim, Entry::Unallocated) => None,
-            (_, Entry::Unallocated) => if below { nothing } else { None },
+            (_, Entry::Unallocated) => {
+                if below {
+                    nothing
+                } else {
+                    None
+                }
+            }
             (_, Entry::Zero { host: 0, .. }) => None,
             (Drop_::ZeroKeep, Entry::Zero { .. }) => None,
             (Drop_::ZeroKeep, Entry::Normal { host, copied: true }) => Some(entry::zero(host)),

@@ -17,20 +17,11 @@ pub enum Entry {
     /// Not here: in the backing image, or zeroes.
     Unallocated,
     /// Reads as zeroes; `host` is space kept for it (0 = none).
-    Zero {
-        host: u64,
-        copied: bool,
-    },
+    Zero { host: u64, copied: bool },
     /// Data at `host`, which may be written in place if `copied`.
-    Normal {
-        host: u64,
-        copied: bool,
-    },
+    Normal { host: u64, copied: bool },
     /// `len` bytes at `offset` that inflate to a cluster.
-    Compressed {
-        offset: u64,
-        len: u64,
-    },
+    Compressed { offset: u64, len: u64 },
 }
 
 /// Decode a standard L2 entry; the error says what is wrong with it.

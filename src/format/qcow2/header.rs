@@ -136,7 +136,9 @@ impl Header {
         let cluster_bits = Fields(&head).u32(20);
         let bad = |what: String| Err(Error::corrupt(name, what));
         if !(9..=21).contains(&cluster_bits) {
-            return bad(format!("cluster bits at offset 20: found {cluster_bits}, expected 9 to 21"));
+            return bad(format!(
+                "cluster bits at offset 20: found {cluster_bits}, expected 9 to 21"
+            ));
         }
         let cluster_size = 1u64 << cluster_bits;
         // Extensions and the backing file's name lie in the first cluster.
@@ -271,7 +273,7 @@ impl Header {
     fn check(&self, name: &Name) -> Result<()> {
         let bad = |what: String| Err(Error::corrupt(name, what));
         let cluster_size = 1u64 << self.cluster_bits;
-        let aligned = |offset: u64| offset % cluster_size == 0;
+        let aligned = |offset: u64| offset.is_multiple_of(cluster_size);
         if self.crypt > 2 {
             return Err(Error::unsupported(name, format!("encryption method {}", self.crypt)));
         }
@@ -299,8 +301,7 @@ impl Header {
                 format_args!("{name}: raw data file bit without a data file"),
             );
         }
-        let entry_bits =
-            if self.incompatible & incompat::EXTENDED_L2 != 0 { 4 } else { 3 };
+        let entry_bits = if self.incompatible & incompat::EXTENDED_L2 != 0 { 4 } else { 3 };
         if entry_bits == 4 && self.cluster_bits < 14 {
             return bad(format!(
                 "cluster bits at offset 20: found {}, expected at least 14 with subclusters",
@@ -368,7 +369,9 @@ impl Header {
             _ if self.crypt == 1 => "encryption (AES)",
             _ if self.crypt == 2 => "encryption (LUKS)",
             _ if self.incompatible & incompat::DATA_FILE != 0 => "an external data file",
-            _ if self.incompatible & incompat::EXTENDED_L2 != 0 => "extended L2 entries (subclusters)",
+            _ if self.incompatible & incompat::EXTENDED_L2 != 0 => {
+                "extended L2 entries (subclusters)"
+            }
             _ => return None,
         };
         Some(what.to_owned())

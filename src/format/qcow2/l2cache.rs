@@ -84,9 +84,7 @@ impl L2Cache {
         let whole = slices.saturating_mul(slice_bytes);
         let set_bytes = slice_bytes * WAYS as u64;
         let sets = match limit {
-            None if whole <= DEFAULT_MAX => {
-                whole.max(MIN).div_ceil(set_bytes).next_power_of_two()
-            }
+            None if whole <= DEFAULT_MAX => whole.max(MIN).div_ceil(set_bytes).next_power_of_two(),
             limit => {
                 let sets = limit.unwrap_or(DEFAULT_MAX).clamp(set_bytes, 16 << 30) / set_bytes;
                 let enough = whole.max(MIN).div_ceil(set_bytes).next_power_of_two();

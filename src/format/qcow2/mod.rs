@@ -258,7 +258,11 @@ impl Qcow2 {
         if self.writer.is_none() || !self.v3 || old & !known == 0 {
             return Ok(());
         }
-        self.file.write_slice(&(old & known).to_be_bytes(), header::at::AUTOCLEAR, ReqFlags::NONE)?;
+        self.file.write_slice(
+            &(old & known).to_be_bytes(),
+            header::at::AUTOCLEAR,
+            ReqFlags::NONE,
+        )?;
         self.file.flush()
     }
 
@@ -566,11 +570,6 @@ impl Driver for Qcow2 {
             ("qcow2.bitmaps", on_off(h.has_bitmaps)),
             ("qcow2.snapshots", h.snapshots.to_string().into_bytes()),
         ]);
-        Description {
-            state,
-            cluster_size: self.cluster_size() as u32,
-            format: "qcow2",
-            properties,
-        }
+        Description { state, cluster_size: self.cluster_size() as u32, format: "qcow2", properties }
     }
 }

@@ -222,11 +222,7 @@ impl Refcounts {
 
     /// Take up to `want` free clusters that follow one another, the first that are found. Also says
     /// whether the host has nothing but zeroes there.
-    pub fn allocate(
-        &mut self,
-        file: &Device,
-        want: u64,
-    ) -> std::result::Result<(Run, bool), Stop> {
+    pub fn allocate(&mut self, file: &Device, want: u64) -> std::result::Result<(Run, bool), Stop> {
         let (mut at, mut run) = (self.hint, Run { first: 0, count: 0 });
         while run.count < want.max(1) {
             if at >= self.limit {

@@ -19,7 +19,11 @@ impl Qcow2 {
         if new > i64::MAX as u64 {
             return Err(self.too_big(new));
         }
-        if new < old { self.shrink(writer, old, new) } else { self.grow(writer, old, new, prealloc) }
+        if new < old {
+            self.shrink(writer, old, new)
+        } else {
+            self.grow(writer, old, new, prealloc)
+        }
     }
 
     fn too_big(&self, size: u64) -> Error {

@@ -69,7 +69,12 @@ impl Drop for Grant<'_> {
 
 impl Qcow2 {
     /// Write guest data.
-    pub(super) fn write_data(&self, mut buf: Src<'_>, mut offset: u64, flags: ReqFlags) -> Result<()> {
+    pub(super) fn write_data(
+        &self,
+        mut buf: Src<'_>,
+        mut offset: u64,
+        flags: ReqFlags,
+    ) -> Result<()> {
         let writer = self.writer_parts()?;
         let fua = flags.has(ReqFlags::FUA);
         let mut flush = false;
@@ -185,7 +190,12 @@ impl Qcow2 {
         grow(end + ahead).or_else(|_| grow(end))
     }
 
-    fn prepare_or_grow<'a>(&'a self, writer: &'a Writer, offset: u64, count: u64) -> Result<Step<'a>> {
+    fn prepare_or_grow<'a>(
+        &'a self,
+        writer: &'a Writer,
+        offset: u64,
+        count: u64,
+    ) -> Result<Step<'a>> {
         self.or_grow(self.prepare(writer, offset, count)).map(|s| s.unwrap_or(Step::Again))
     }
 
@@ -246,7 +256,15 @@ impl Qcow2 {
                 let host = Run { first: host >> self.cluster_bits, count: 1 };
                 meta.busy.push((first, first + 1));
                 let (image, blank, kept, committed) = (self, false, true, false);
-                return Ok(Step::Granted(Grant { image, writer, first, host, blank, kept, committed }));
+                return Ok(Step::Granted(Grant {
+                    image,
+                    writer,
+                    first,
+                    host,
+                    blank,
+                    kept,
+                    committed,
+                }));
             }
             _ => {}
         }
@@ -455,7 +473,9 @@ impl Qcow2 {
                 at += found.len;
                 continue;
             }
-            let Step::Granted(grant) = self.prepare_or_grow(writer, at, found.len)? else { continue };
+            let Step::Granted(grant) = self.prepare_or_grow(writer, at, found.len)? else {
+                continue;
+            };
             let host = grant.host.first << self.cluster_bits;
             let bytes = grant.host.count << self.cluster_bits;
             match how {

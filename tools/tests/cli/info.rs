@@ -69,9 +69,7 @@ fn a_chain_that_loops_or_breaks_is_an_error() {
     dir.qblk("info --backing-chain a.qcow2").bad(1, &["gone.qcow2", "a.qcow2"]);
     dir.qblk("info a.qcow2").good();
     // What would wait for ever is not opened.
-    let fifo = std::ffi::CString::new(dir.path("fifo").as_os_str().as_bytes()).unwrap();
-    // SAFETY: a NUL-terminated path.
-    assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+    dir.fifo("fifo");
     dir.qemu_img("rebase -q -u -f qcow2 -b fifo -F raw a.qcow2");
     dir.qblk("info --backing-chain a.qcow2").bad(1, &["'fifo'", "a.qcow2"]);
 }

@@ -5,6 +5,7 @@ mod bench;
 mod copy;
 mod create;
 mod data;
+mod docs;
 mod info;
 mod map;
 mod resize;

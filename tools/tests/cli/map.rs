@@ -170,6 +170,25 @@ fn pictures_of_compressed_huge_small_and_empty_images() {
 }
 
 #[test]
+fn a_picture_of_a_deep_chain_puts_the_deepest_together() {
+    let dir = Dir::new();
+    dir.sparse("0.img", 1 << 20, &[(0, &[1; 4096])]);
+    for i in 1..10u64 {
+        let format = if i == 1 { "raw" } else { "qcow2" };
+        dir.qblk(&format!("create -b {}.img -F {format} {i}.img", i - 1)).good();
+        dir.qblk(&format!("write -q {i}.img {} --pattern 1 --length 64k", i << 16)).good();
+    }
+    let found = legend(&dir.qblk("map --svg - 9.img").good());
+    assert_eq!(found[&("data".into(), 0)], 65536);
+    // Those at depths 6, 7 and 8 have a cluster each, and the raw one at depth 9 a block.
+    assert_eq!(found[&("data".into(), 6)], 3 * 65536 + 4096);
+    assert_eq!(found.len(), 8);
+    assert_eq!(found.values().sum::<u64>(), 1 << 20);
+    let json = dir.qblk("map --json 9.img").json();
+    assert_eq!(json["extents"][0]["depth"], 9);
+}
+
+#[test]
 fn a_picture_of_a_strange_name_is_still_xml_and_harms_no_image() {
     let dir = Dir::new();
     let name = "a<b>&\"c\"\u{7}\u{202e}.qcow2";

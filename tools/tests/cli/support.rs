@@ -130,6 +130,14 @@ impl Dir {
         }
     }
 
+    pub fn fifo(&self, name: &str) {
+        use std::os::unix::ffi::OsStrExt;
+        let path = self.path(name);
+        let path = std::ffi::CString::new(path.as_os_str().as_bytes()).expect("no NUL in it");
+        // SAFETY: a NUL-terminated path.
+        assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
+    }
+
     pub fn exists(&self, name: &str) -> bool {
         self.path(name).exists()
     }

@@ -72,8 +72,11 @@ fn what_cannot_be_opened_is_named() {
     dir.write("garbage.qcow2", &noise(1, 70000));
     std::fs::create_dir(dir.path("folder")).unwrap();
     dir.write("truncated.qcow2", b"QFI\xfb\0\0\0\x03");
+    dir.fifo("fifo");
     for command in ["info", "map", "read", "bench"] {
         dir.qblk(&format!("{command} missing.img")).bad(1, &["'missing.img'", "No such file"]);
+        // Opening it would wait for a writer for ever.
+        dir.qblk(&format!("{command} fifo")).bad(1, &["'fifo'"]);
         dir.qblk(&format!("{command} folder")).bad(1, &["'folder'"]);
         dir.qblk(&format!("{command} -f qcow2 garbage.qcow2")).bad(1, &["'garbage.qcow2'"]);
         dir.qblk(&format!("{command} truncated.qcow2")).bad(1, &["'truncated.qcow2'"]);
