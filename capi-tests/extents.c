@@ -51,6 +51,7 @@ static void qcow2(void)
     CHECK_INT(e[0].flags, QBLK_EXTENT_ZERO);
     OK(qblk_pwrite(dev, data, 2 * C, 10 * C));
     OK(qblk_pwrite(dev, data, 100, 20 * C));
+    OK(qblk_pwrite(dev, data, C, 30 * C));
     OK(qblk_zero(dev, C, 30 * C, 0));
     CHECK_INT(describe(dev, 100 * C + 7, 0, e, 16), 7);
     CHECK_INT(e[0].flags, QBLK_EXTENT_ZERO);

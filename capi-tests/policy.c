@@ -57,7 +57,7 @@ static void what_may_be_a_backing_file(void)
 
 static void loops(void)
 {
-    CHECK_SH("qemu-img create -q -u -f qcow2 -b a -F qcow2 a 1M");
+    CHECK_SH("qemu-img create -q -u -f qcow2 -b ./a -F qcow2 a 1M");
     OPEN_FAILS("a", 0, NULL, QBLK_EPOLICY, "loop");
     CHECK_SH("qemu-img create -q -u -f qcow2 -b ./c -F qcow2 b 1M");
     CHECK_SH("qemu-img create -q -u -f qcow2 -b b -F qcow2 c 1M");

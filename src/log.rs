@@ -62,7 +62,7 @@ pub fn log(level: Level, args: Arguments<'_>) {
         level => level,
     };
     if (level as i32) <= wanted
-        && let Some(sink) = &*SINK.read()
+        && let Some(sink) = &*SINK.read_recursive()
     {
         sink(level, &args.to_string());
     }

@@ -166,6 +166,9 @@ impl Device {
         let plain_flags = flags.without(ReqFlags::FUA);
         let align = u64::from(self.caps.align.max(1));
         let (from, to) = (offset.next_multiple_of(align), end - end % align);
+        if flags.has(ReqFlags::FAST_ZERO) && (from, to) != (offset, end) {
+            return Err(Error::NotSupported("fast zeroing of parts of blocks"));
+        }
         if self.caps.zero && from < to {
             match self.driver.zero(from, to - from, plain_flags) {
                 Ok(()) => {

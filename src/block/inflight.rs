@@ -9,6 +9,7 @@
 //! sets were swapped twice with the old one found empty each time, all earlier calls are over.
 
 use std::cell::Cell;
+use std::ptr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::*};
 
 use parking_lot::Mutex;
@@ -31,6 +32,28 @@ pub struct InFlight {
 
 /// A call under way; ends when dropped.
 pub struct Guard<'a>(&'a AtomicUsize);
+
+thread_local! {
+    /// The counter of a call of this thread that does not count for [`InFlight::passed`] here.
+    static OWN: Cell<*const AtomicUsize> = const { Cell::new(ptr::null()) };
+}
+
+/// While it lives, this thread's call does not hold marks back that are asked for in this thread.
+pub struct Own(*const AtomicUsize);
+
+impl Guard<'_> {
+    /// Say that this call keeps nothing that it has looked up where it asks whether a mark has
+    /// passed, so that it need not wait for itself.
+    pub fn own(&self) -> Own {
+        Own(OWN.replace(self.0))
+    }
+}
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        OWN.set(self.0);
+    }
+}
 
 impl Drop for Guard<'_> {
     #[inline]
@@ -58,8 +81,11 @@ impl InFlight {
     pub fn enter(&self) -> Guard<'_> {
         let set = self.phase.load(Relaxed) as usize & 1;
         let counter = &self.counters[set][stripe()].0;
-        // SeqCst: nothing that follows may be read before the count is seen.
         counter.fetch_add(1, SeqCst);
+        // Nothing that follows may be read before the count is seen. On x86-64 the addition itself
+        // sees to that; elsewhere only its load is ordered.
+        #[cfg(not(target_arch = "x86_64"))]
+        std::sync::atomic::fence(SeqCst);
         Guard(counter)
     }
 
@@ -76,14 +102,21 @@ impl InFlight {
             let phase = self.phase.load(SeqCst);
             // The set that is about to become current must have drained since it was last current.
             let next = (phase as usize + 1) & 1;
-            if self.counters[next].iter().any(|c| c.0.load(SeqCst) != 0) {
+            if !self.is_empty(next) {
                 return false;
             }
             self.phase.store(phase + 1, SeqCst);
         }
         // The last swap only sent new calls elsewhere: those of the set before it must be gone.
         let old = (self.phase.load(SeqCst) as usize + 1) & 1;
-        self.phase.load(SeqCst) > mark || self.counters[old].iter().all(|c| c.0.load(SeqCst) == 0)
+        self.phase.load(SeqCst) > mark || self.is_empty(old)
+    }
+
+    fn is_empty(&self, set: usize) -> bool {
+        let own = OWN.get();
+        self.counters[set]
+            .iter()
+            .all(|c| c.0.load(SeqCst) == usize::from(ptr::eq(own, &raw const c.0)))
     }
 
     /// Wait until every call that is under way now has ended. The caller must not be one of them.
@@ -118,6 +151,21 @@ mod tests {
         drop(late);
         assert!(f.passed(mark));
         f.wait();
+    }
+
+    #[test]
+    fn a_call_need_not_wait_for_itself() {
+        let f = InFlight::default();
+        let me = f.enter();
+        let mark = f.mark();
+        assert!(!f.passed(mark));
+        let own = me.own();
+        assert!(f.passed(mark));
+        let other = std::thread::scope(|s| s.spawn(|| std::mem::forget(f.enter())).join());
+        assert!(other.is_ok());
+        let mark = f.mark();
+        assert!(!f.passed(mark), "another's call still counts");
+        drop(own);
     }
 
     #[test]

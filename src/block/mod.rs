@@ -14,7 +14,7 @@ mod range_lock;
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
-pub use inflight::{Guard, InFlight};
+pub use inflight::{Guard, InFlight, Own};
 pub use iov::{Dst, FromMem, Iov, OneIov, Src, ToMem, ZEROES, zero_iovecs};
 pub use name::{Name, quoted};
 pub use range_lock::RangeLock;

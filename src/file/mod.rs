@@ -101,8 +101,8 @@ pub fn from_fd(fd: OwnedFd, name: &Name, how: How) -> Result<Box<dyn Driver>> {
     Ok(Box::new(Source { file, align, edge, seek }.driver(name, how)?))
 }
 
-/// `size` bytes of memory, none of which cost anything until they are written.
-pub fn memory(size: u64) -> Result<Box<dyn Driver>> {
+/// A descriptor of `size` bytes of memory, none of which cost anything until they are written.
+pub fn memory(size: u64) -> Result<OwnedFd> {
     let name = Name::from(format!("mem:{size}"));
     if size > sys::MAX_SIZE {
         let what = format!("{size} bytes are more than a file can have, {}", sys::MAX_SIZE);
@@ -119,8 +119,15 @@ pub fn memory(size: u64) -> Result<Box<dyn Driver>> {
     // SAFETY: a descriptor that was just made, and is nobody else's.
     let file = unsafe { File::from_raw_fd(fd) };
     sys::ftruncate(&file, size).map_err(|e| os("ftruncate", &name, e))?;
+    Ok(file.into())
+}
+
+/// A driver on what [`memory`] made, or on a duplicate of it.
+pub fn from_memory(fd: OwnedFd) -> Result<Box<dyn Driver>> {
+    let file = File::from(fd);
+    let size = file.metadata().map_err(|e| os_io("fstat", &Name::from("mem:"), &e))?.len();
     let how = How { write: true, ..How::default() };
-    let mut host = Source::plain(file).driver(&name, how)?;
+    let mut host = Source::plain(file).driver(&Name::from(format!("mem:{size}")), how)?;
     host.kind = "mem";
     Ok(Box::new(host))
 }

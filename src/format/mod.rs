@@ -117,7 +117,7 @@ pub fn recognise(head: &[u8; PROBE_LEN]) -> Probe {
 /// Open the image in `file`.
 pub fn open(kind: Kind, file: Device, params: Params) -> Result<Opened> {
     Ok(match kind {
-        Kind::Raw => Opened::Raw(raw::Raw::new(file, params.probed && params.write)),
+        Kind::Raw => Opened::Raw(raw::Raw::new(file, &params)),
         Kind::Qcow2 => Opened::Qcow2(Box::new(qcow2::Qcow2::open(file, params)?)),
     })
 }
@@ -147,11 +147,14 @@ impl Opened {
         }
     }
 
-    /// Done.
-    pub fn into_driver(self) -> Box<dyn Driver> {
-        match self {
+    /// All of the chain is open: tell the image that it is in use.
+    pub fn into_driver(self) -> Result<Box<dyn Driver>> {
+        Ok(match self {
             Self::Raw(r) => Box::new(r),
-            Self::Qcow2(q) => q,
-        }
+            Self::Qcow2(q) => {
+                q.clear_autoclear()?;
+                q
+            }
+        })
     }
 }

@@ -3,44 +3,63 @@
 //! One thing it guards: an image whose format was found by probing must not become another format
 //! by what is written to it, or whoever opens it next would trust a header that a guest wrote.
 
-use super::{Kind, PROBE_LEN, Probe, recognise};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::{Kind, PROBE_LEN, Params, Probe, recognise};
 use crate::block::*;
 
 /// A raw image.
 pub struct Raw {
     file: Device,
-    guard_probe: bool,
+    /// Set where writes must not make it another format; held while the first sector changes, so that
+    /// what is checked is what comes to be.
+    guard: Option<Mutex<()>>,
+    calls: Arc<InFlight>,
 }
 
 impl Raw {
-    /// The raw image in `file`; `guard_probe` refuses writes that would make it another format.
-    pub fn new(file: Device, guard_probe: bool) -> Self {
-        Self { file, guard_probe }
+    /// The raw image in `file`.
+    pub fn new(file: Device, params: &Params) -> Self {
+        let guard = (params.probed && params.write).then(Mutex::default);
+        Self { file, guard, calls: params.calls.clone() }
     }
 
-    #[cold]
-    fn check_probe(&self, buf: Src<'_>, offset: u64) -> Result<()> {
+    /// Do `work`, which makes of the first sector what `change` does, if that is no other format.
+    fn guarded(
+        &self,
+        offset: u64,
+        change: impl FnOnce(&mut [u8]),
+        work: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let Some(guard) = self.guard.as_ref().filter(|_| offset < PROBE_LEN as u64) else {
+            return work();
+        };
+        let _one = guard.lock();
         let mut head = [0; PROBE_LEN];
         let len = self.file.size().min(PROBE_LEN as u64) as usize;
         self.file.read_slice(&mut head[..len], 0)?;
-        buf.copy_to(&mut head[offset as usize..]);
-        match recognise(&head) {
-            Probe::Known(Kind::Raw) => Ok(()),
-            found => {
-                let name = match found {
-                    Probe::Foreign(name) => name,
-                    Probe::Known(_) => "qcow2",
-                };
-                Err(Error::policy(
-                    self.file.name(),
-                    format!(
-                        "found to be raw by probing, and this write would make its first sector look \
-                         like format {name}; open it with option format=raw to allow that"
-                    ),
-                ))
-            }
-        }
+        change(&mut head[offset as usize..]);
+        let name = match recognise(&head) {
+            Probe::Known(Kind::Raw) => return work(),
+            Probe::Foreign(name) => name,
+            Probe::Known(_) => "qcow2",
+        };
+        Err(Error::policy(
+            self.file.name(),
+            format!(
+                "found to be raw by probing, and this would make its first sector look like format \
+                 {name}; open it with option format=raw to allow that"
+            ),
+        ))
     }
+}
+
+/// Zero as many of the bytes as `count` says.
+fn clear(head: &mut [u8], count: u64) {
+    let len = head.len().min(usize::try_from(count).unwrap_or(usize::MAX));
+    head[..len].fill(0);
 }
 
 impl Driver for Raw {
@@ -69,19 +88,24 @@ impl Driver for Raw {
     }
     #[inline]
     fn write(&self, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()> {
-        if self.guard_probe && offset < PROBE_LEN as u64 {
-            self.check_probe(buf, offset)?;
+        if self.guard.is_none() || offset >= PROBE_LEN as u64 {
+            return self.file.write(buf, offset, flags);
         }
-        self.file.write(buf, offset, flags)
+        let change = |head: &mut [u8]| {
+            buf.copy_to(head);
+        };
+        self.guarded(offset, change, || self.file.write(buf, offset, flags))
     }
     fn flush(&self) -> Result<()> {
         self.file.flush()
     }
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
-        self.file.zero(offset, count, flags)
+        let change = |head: &mut [u8]| clear(head, count);
+        self.guarded(offset, change, || self.file.zero(offset, count, flags))
     }
     fn trim(&self, offset: u64, count: u64) -> Result<()> {
-        self.file.trim(offset, count, ReqFlags::NONE)
+        let change = |head: &mut [u8]| clear(head, count);
+        self.guarded(offset, change, || self.file.trim(offset, count, ReqFlags::NONE))
     }
     fn cache(&self, offset: u64, count: u64) -> Result<()> {
         self.file.cache(offset, count)
@@ -93,7 +117,16 @@ impl Driver for Raw {
         if prealloc == Prealloc::Metadata {
             return Err(Error::invalid("preallocation=metadata: a raw image has no metadata"));
         }
-        self.file.driver().resize(size, prealloc, shrink)
+        let file = self.file.driver();
+        file.resize(size, prealloc, shrink)?;
+        // A write that saw the old end may have made the file longer again since.
+        if shrink {
+            self.calls.wait();
+            if file.size() > size {
+                file.resize(size, Prealloc::Off, true)?;
+            }
+        }
+        Ok(())
     }
     fn allocated(&self) -> Option<u64> {
         self.file.driver().allocated()

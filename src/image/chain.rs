@@ -2,13 +2,13 @@
 //! with it (the open policy of docs/abi.md).
 
 use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::{OpenFlags, Options, Tree, Use};
+use super::{Again, OpenFlags, Options, Tree, Use};
 use crate::block::*;
 use crate::file;
 pub use crate::format::Probe;
@@ -95,30 +95,84 @@ pub(super) fn open(
     flags: OpenFlags,
     calls: &Arc<InFlight>,
 ) -> Result<Tree> {
+    check(options, flags)?;
+    let again = match parse_name(name)? {
+        Source::Memory(size) => Again::Memory(file::memory(size)?),
+        Source::Path(path) => Again::Path(
+            std::path::absolute(Path::new(path)).unwrap_or_else(|_| PathBuf::from(path)),
+        ),
+    };
+    open_source(name.to_owned().into(), again, options, flags, calls)
+}
+
+/// Use `fd` and open what the image behind it stands on.
+pub(super) fn open_fd(
+    fd: OwnedFd,
+    options: &Options,
+    flags: OpenFlags,
+    calls: &Arc<InFlight>,
+) -> Result<Tree> {
+    check(options, flags)?;
+    // The file's real name: what its backing file is relative to, and what messages show.
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let name = match std::fs::read_link(&link) {
+        Ok(path) => Name::from(path.into_os_string()),
+        Err(_) => Name::from(format!("descriptor {}", fd.as_raw_fd())),
+    };
+    open_source(name, Again::Descriptor(fd), options, flags, calls)
+}
+
+/// Open anew what `old` has open, in another way.
+pub(super) fn reopen(
+    old: &Tree,
+    options: &Options,
+    flags: OpenFlags,
+    calls: &Arc<InFlight>,
+) -> Result<Tree> {
+    let again = match &old.again {
+        Again::Path(path) => Again::Path(path.clone()),
+        Again::Descriptor(fd) => Again::Descriptor(duplicate(fd, &old.name)?),
+        Again::Memory(fd) => Again::Memory(duplicate(fd, &old.name)?),
+    };
+    open_source(old.name.clone(), again, options, flags, calls)
+}
+
+fn duplicate(fd: &OwnedFd, name: &Name) -> Result<OwnedFd> {
+    let failed = |e: std::io::Error| Error::Os {
+        op: "duplicating its descriptor",
+        file: name.clone(),
+        errno: e.raw_os_error().unwrap_or(libc::EMFILE),
+    };
+    fd.try_clone().map_err(failed)
+}
+
+fn open_source(
+    name: Name,
+    again: Again,
+    options: &Options,
+    flags: OpenFlags,
+    calls: &Arc<InFlight>,
+) -> Result<Tree> {
     let how = check(options, flags)?;
-    let shown = Name::from(name.to_owned());
     let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
-    let driver = match parse_name(name)? {
-        Source::Memory(size) => file::memory(size)?,
-        Source::Path(path) => {
-            let path = Name::from(path.to_owned());
-            if options.os("backing-file").is_none_or(|b| !b.is_empty()) {
-                opening.note(&path, &shown)?;
-            }
-            file::open(&path, how)?
+    let driver = match &again {
+        Again::Memory(fd) => file::from_memory(duplicate(fd, &name)?)?,
+        Again::Descriptor(fd) => file::from_fd(duplicate(fd, &name)?, &name, how)?,
+        Again::Path(path) => {
+            // Shown, and used for what the image names beside itself, as the caller gave it.
+            let shown = match parse_name(name.as_os_str()) {
+                Ok(Source::Path(given)) if std::path::absolute(given).is_ok_and(|p| p == *path) => {
+                    Name::from(given.to_owned())
+                }
+                _ => Name::from(path.clone()),
+            };
+            opening.note(&shown, &name)?;
+            file::open(&shown, how)?
         }
     };
     let kind = driver.kind();
     let (top, probed) = opening.image(driver, options, flags, false)?;
-    Ok(Tree {
-        top,
-        name: shown,
-        options: options.clone(),
-        flags,
-        probed,
-        driver: kind,
-        by_fd: false,
-    })
+    Ok(Tree { top, name, options: options.clone(), flags, probed, driver: kind, again })
 }
 
 /// Refuse `target` as a new image on top of `below` if it is `below` or in its chain.
@@ -129,33 +183,12 @@ pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Re
     if opening.seen.is_empty() {
         return Ok(());
     }
+    let below = Source::Path(below);
     match opening.below(target, below, options, OpenFlags::default(), false) {
         Err(e @ Error::Policy { .. }) => Err(e),
         // What can not be opened here may yet be a good backing file elsewhere.
         _ => Ok(()),
     }
-}
-
-/// Use `fd` and open what the image behind it stands on.
-pub(super) fn open_fd(
-    fd: OwnedFd,
-    options: &Options,
-    flags: OpenFlags,
-    calls: &Arc<InFlight>,
-) -> Result<Tree> {
-    use std::os::fd::AsRawFd;
-    let how = check(options, flags)?;
-    // The file's real name: what its backing file is relative to, and what messages show.
-    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let name = match std::fs::read_link(&link) {
-        Ok(path) => Name::from(path.into_os_string()),
-        Err(_) => Name::from(format!("descriptor {}", fd.as_raw_fd())),
-    };
-    let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
-    let driver = file::from_fd(fd, &name, how)?;
-    let kind = driver.kind();
-    let (top, probed) = opening.image(driver, options, flags, false)?;
-    Ok(Tree { top, name, options: options.clone(), flags, probed, driver: kind, by_fd: true })
 }
 
 /// What can be refused before anything is opened.
@@ -263,14 +296,14 @@ impl Opening<'_> {
         };
         let mut opened = format::open(kind, file, params)?;
         if flags.has(OpenFlags::INFO_ONLY) {
-            return Ok((Device::new(opened.into_driver()), probed));
+            return Ok((Device::new(opened.into_driver()?), probed));
         }
         let name = opened.name().clone();
         let backing = self.backing(&name, opened.backing(), options, flags, guessing)?;
         if let Some(device) = backing {
             opened.attach(device);
         }
-        Ok((Device::new(opened.into_driver()), probed))
+        Ok((Device::new(opened.into_driver()?), probed))
     }
 
     /// Open what the image `name` stands on, if anything.
@@ -296,7 +329,7 @@ impl Opening<'_> {
             if chosen.is_empty() {
                 return Ok(None);
             }
-            return self.below(name, chosen, &below, flags, false).map(Some);
+            return self.below(name, parse_name(chosen)?, &below, flags, false).map(Some);
         }
         let Some(recorded) = recorded else {
             return Ok(None);
@@ -323,12 +356,18 @@ impl Opening<'_> {
         }
         let path = self.allowed(name, recorded)?;
         if below.get("format").is_none()
-            && let Some(fmt) = &recorded.format
+            && let Some(fmt) = recorded.format.as_ref().filter(|f| !f.is_empty())
         {
+            if std::str::from_utf8(fmt).ok().and_then(format::by_name).is_none() {
+                return Err(Error::unsupported(
+                    name,
+                    format!("backing file {} of format {}", quoted(&recorded.name), quoted(fmt)),
+                ));
+            }
             below.set("format", Some(fmt));
         }
         let guess = below.get("format").is_none();
-        self.below(name, path.as_os_str(), &below, flags, guess).map(Some)
+        self.below(name, Source::Path(path.as_os_str()), &below, flags, guess).map(Some)
     }
 
     /// The path of a backing file that an image names, if the policy lets it be opened.
@@ -375,7 +414,7 @@ impl Opening<'_> {
     fn below(
         &mut self,
         above: &Name,
-        name: &OsStr,
+        source: Source<'_>,
         options: &Options,
         flags: OpenFlags,
         guess: bool,
@@ -393,8 +432,11 @@ impl Opening<'_> {
             flags.0 &= !OpenFlags::UNTRUSTED.0;
         }
         let how = check(options, flags)?;
-        let driver = match parse_name(name)? {
-            Source::Memory(size) => file::memory(size)?,
+        if options.get("implicit-open").is_some() {
+            self.implicit = implicit(options)?;
+        }
+        let driver = match source {
+            Source::Memory(size) => file::from_memory(file::memory(size)?)?,
             Source::Path(path) => {
                 let path = Name::from(path.to_owned());
                 self.note(&path, above)?;

@@ -1,6 +1,7 @@
 //! Making images.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
 use std::sync::Arc;
 
 use super::chain::{self, Source};
@@ -165,12 +166,16 @@ fn qcow2_options(path: &Name, size: u64, options: &Options) -> Result<qcow2::Geo
 /// still the caller's word and not a guest's.
 fn backing(path: &Name, name: &[u8], options: &Options) -> Result<format::BackingRef> {
     use std::os::unix::ffi::OsStrExt;
-    let below = chain::beside(path.as_path(), std::path::Path::new(OsStr::from_bytes(name)));
+    let local = name.strip_prefix(b"file:").unwrap_or(name);
+    let below = chain::beside(path.as_path(), Path::new(OsStr::from_bytes(local)));
+    // As a path, whatever it begins with.
+    let mut below_name = OsString::from("file:");
+    below_name.push(&below);
     let mut how = Options::new();
     if let Some(fmt) = options.get("backing-fmt") {
         how.set("format", Some(fmt));
     }
-    let image = super::Image::open(below.as_os_str(), &how, OpenFlags::INFO_ONLY)?;
+    let image = super::Image::open(&below_name, &how, OpenFlags::INFO_ONLY)?;
     chain::refuse_loop(path, below.as_os_str(), &how)?;
     let format = image.info()?.format.as_bytes().to_vec();
     Ok(format::BackingRef { name: name.to_vec(), format: Some(format) })

@@ -12,6 +12,8 @@ mod create;
 mod options;
 
 use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering::*};
@@ -130,8 +132,18 @@ pub(crate) struct Tree {
     pub(crate) probed: bool,
     /// Kind of the driver that holds the top image's bytes.
     pub(crate) driver: &'static str,
-    /// What the top image stands on was opened from a descriptor, and can not be opened by name.
-    pub(crate) by_fd: bool,
+    /// How the top image's source is opened again.
+    pub(crate) again: Again,
+}
+
+/// How a source is opened again.
+pub(crate) enum Again {
+    /// By this path, which does not depend on the working directory.
+    Path(PathBuf),
+    /// By a duplicate of this descriptor.
+    Descriptor(OwnedFd),
+    /// By a duplicate of this descriptor of memory.
+    Memory(OwnedFd),
 }
 
 /// What all contexts of a source share.
@@ -169,7 +181,7 @@ pub struct Image {
 /// A call under way on an image: as long as it lives, the tree does.
 pub(crate) struct Call<'a> {
     tree: &'a Tree,
-    _guard: Guard<'a>,
+    guard: Guard<'a>,
 }
 
 impl std::ops::Deref for Call<'_> {
@@ -189,7 +201,7 @@ impl Image {
     }
 
     /// Open the image behind a descriptor, which is now the library's.
-    pub fn open_fd(fd: std::os::fd::OwnedFd, options: &Options, flags: OpenFlags) -> Result<Self> {
+    pub fn open_fd(fd: OwnedFd, options: &Options, flags: OpenFlags) -> Result<Self> {
         let calls = Arc::new(InFlight::default());
         let tree = chain::open_fd(fd, options, flags, &calls)?;
         Ok(Self::from_tree(tree, calls, flags))
@@ -213,6 +225,9 @@ impl Image {
             return Err(Error::invalid("a context takes QBLK_OPEN_RDWR, SHARED and NO_LOCK only"));
         }
         let write = flags.has(OpenFlags::RDWR);
+        if write && flags.has(OpenFlags::SHARED) {
+            return Err(Error::invalid("QBLK_OPEN_SHARED is for read-only opens"));
+        }
         if write && !call.flags.has(OpenFlags::RDWR) {
             return Err(Error::ReadOnly(call.name.clone()));
         }
@@ -228,7 +243,7 @@ impl Image {
             let tree = self.shared.tree.load(SeqCst);
             if !tree.is_null() {
                 // SAFETY: whoever replaces the tree waits for the guard to go before freeing it.
-                return Ok(Call { tree: unsafe { &*tree }, _guard: guard });
+                return Ok(Call { tree: unsafe { &*tree }, guard });
             }
             drop(guard);
             self.wait_for_reopen()?;
@@ -289,6 +304,7 @@ impl Image {
         if buf.is_empty() && !flags.has(ReqFlags::FUA) {
             return Ok(());
         }
+        let _own = call.guard.own();
         call.top.write(buf, offset, flags)
     }
 
@@ -299,17 +315,23 @@ impl Image {
 
     /// Make all that was written survive a power cut.
     pub fn flush(&self) -> Result<()> {
-        self.data_call(0, 0)?.top.flush()
+        let call = self.data_call(0, 0)?;
+        let _own = call.guard.own();
+        call.top.flush()
     }
 
     /// Make a range read as zeroes. Flags: all of [`ReqFlags`].
     pub fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
-        self.write_call(offset, count)?.top.zero(offset, count, flags)
+        let call = self.write_call(offset, count)?;
+        let _own = call.guard.own();
+        call.top.zero(offset, count, flags)
     }
 
     /// Give a range back; afterwards it reads as before or as zeroes. Flag: [`ReqFlags::FUA`].
     pub fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
-        self.write_call(offset, count)?.top.trim(offset, count, flags)
+        let call = self.write_call(offset, count)?;
+        let _own = call.guard.own();
+        call.top.trim(offset, count, flags)
     }
 
     /// Bring a range near; a hint.
@@ -424,12 +446,6 @@ impl Image {
         // SAFETY: we took it out, and no call uses it any more.
         let old = unsafe { Box::from_raw(old) };
         let new = (|| {
-            if old.by_fd {
-                return Err(Error::invalid(format!(
-                    "{}: opened by descriptor, not by name",
-                    old.name
-                )));
-            }
             // What the old one still holds in memory must be in the file before the new one reads
             // it. One that refuses writes holds nothing that it could still give.
             match close_tree(&old) {
@@ -437,7 +453,7 @@ impl Image {
                 Err(e) => return Err(e),
             }
             let options = options.unwrap_or(&old.options);
-            chain::open(old.name.as_os_str(), options, flags, &self.shared.calls)
+            chain::reopen(&old, options, flags, &self.shared.calls)
         })();
         let (tree, result) = match new {
             Ok(new) => {
@@ -453,12 +469,13 @@ impl Image {
     /// Flush, and close the source if this is its last context. The handle answers nothing more.
     pub fn close(self) -> Result<()> {
         let result = self.flush_for_close();
-        match Arc::try_unwrap(self.shared) {
-            Ok(shared) => {
+        // Of two contexts that are closed at once exactly one is the last.
+        match Arc::into_inner(self.shared) {
+            Some(shared) => {
                 let closed = shared.close();
                 result.and(closed)
             }
-            Err(_) => result,
+            None => result,
         }
     }
 
@@ -467,6 +484,7 @@ impl Image {
         if call.flags.has(OpenFlags::INFO_ONLY) || !call.flags.has(OpenFlags::RDWR) {
             return Ok(());
         }
+        let _own = call.guard.own();
         call.top.flush()
     }
 

@@ -341,7 +341,7 @@ fn a_descriptor_is_used_as_far_as_it_goes() {
 
 #[test]
 fn a_tebibyte_of_memory_costs_nothing() {
-    let dev = Device::new(memory(1 << 40).unwrap());
+    let dev = Device::new(from_memory(memory(1 << 40).unwrap()).unwrap());
     assert_eq!((dev.size(), dev.driver().kind()), (1 << 40, "mem"));
     assert_eq!(dev.name().as_bytes(), b"mem:1099511627776");
     assert_eq!(dev.driver().allocated(), Some(0));

@@ -5,7 +5,7 @@ use super::*;
 
 /// What is done to whole clusters.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Drop_ {
+pub(super) enum Fate {
     /// They read as zeroes; their space is kept.
     ZeroKeep,
     /// They read as zeroes; their space is given back.
@@ -20,10 +20,17 @@ impl Qcow2 {
     /// See [`Driver::zero`].
     pub(super) fn zero_range(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.writer_parts()?;
-        let how = if flags.has(ReqFlags::MAY_TRIM) { Drop_::ZeroFree } else { Drop_::ZeroKeep };
+        let how = if flags.has(ReqFlags::MAY_TRIM) { Fate::ZeroFree } else { Fate::ZeroKeep };
         let (from, to) = self.whole_clusters(offset, count);
         let end = offset + count;
-        if !self.v3 && (how == Drop_::ZeroKeep || self.backing.is_some()) {
+        if flags.has(ReqFlags::FAST_ZERO) {
+            for (from, to) in [(offset, from.min(end)), (to.max(from).min(end), end)] {
+                if from < to && !self.reads_as_zeroes(from, to)? {
+                    return Err(Error::NotSupported("fast zeroing of parts of clusters"));
+                }
+            }
+        }
+        if !self.v3 && (how == Fate::ZeroKeep || self.may_show_below()) {
             // Version 2 has no zero flag: what does not read as zeroes yet is written.
             return match flags.has(ReqFlags::FAST_ZERO) {
                 true => Err(Error::NotSupported("fast zeroing (the image is of version 2)")),
@@ -41,7 +48,7 @@ impl Qcow2 {
     /// See [`Driver::trim`].
     pub(super) fn trim_range(&self, offset: u64, count: u64) -> Result<()> {
         let (from, to) = self.whole_clusters(offset, count);
-        if from < to { self.drop_clusters(from, to, Drop_::Trim) } else { Ok(()) }
+        if from < to { self.drop_clusters(from, to, Fate::Trim) } else { Ok(()) }
     }
 
     /// The whole clusters of a range; a last one that the image's end cuts counts as whole.
@@ -52,12 +59,25 @@ impl Qcow2 {
         (from, to)
     }
 
+    fn reads_as_zeroes(&self, mut from: u64, to: u64) -> Result<bool> {
+        while from < to {
+            let run = walk::locate_from_driver(self, from, to - from)?;
+            if !matches!(run.place, Place::Zero { .. }) {
+                return Ok(false);
+            }
+            from += run.len;
+        }
+        Ok(true)
+    }
+
     /// Write zeroes over part of a cluster, unless it reads so already.
     pub(super) fn zero_part(&self, mut from: u64, to: u64) -> Result<()> {
         while from < to {
             let run = walk::locate_from_driver(self, from, to - from)?;
             let len = run.len.min(to - from).min(ZEROES.0.len() as u64);
-            if !matches!(run.place, Place::Zero { .. }) {
+            // Zeroes that are only the lack of a backing image that is named but not open do not last.
+            let lasts = |allocated| allocated || self.backing.is_some() || !self.may_show_below();
+            if !matches!(run.place, Place::Zero { allocated, .. } if lasts(allocated)) {
                 self.write_data(
                     OneIov::src(&ZEROES.0[..len as usize]).iov(),
                     from,
@@ -70,7 +90,7 @@ impl Qcow2 {
     }
 
     /// Change the entries of the whole clusters of `from..to`.
-    pub(super) fn drop_clusters(&self, from: u64, to: u64, how: Drop_) -> Result<()> {
+    pub(super) fn drop_clusters(&self, from: u64, to: u64, how: Fate) -> Result<()> {
         let writer = self.writer_parts()?;
         let (mut at, end) = (from >> self.cluster_bits, to >> self.cluster_bits);
         let table = 1u64 << self.l2_bits;
@@ -82,9 +102,10 @@ impl Qcow2 {
                 .entries
                 .get(l1_index as usize)
                 .is_some_and(|e| e.load(Acquire) & !COPIED != 0);
-            // Without a table the clusters are not here; and where nothing is below, they are zeroes.
-            if !has_table && (how == Drop_::Forget || self.below(at << self.cluster_bits).is_none())
-            {
+            // Without a table the clusters are not here: that is as it should be, but where they must
+            // read as zeroes and something may show from below.
+            let as_it_should = matches!(how, Fate::Forget | Fate::Trim) || !self.may_show_below();
+            if !has_table && as_it_should {
                 at = table_end;
                 continue;
             }
@@ -103,7 +124,7 @@ impl Qcow2 {
         slice: u64,
         at: u64,
         stop: u64,
-        how: Drop_,
+        how: Fate,
     ) -> Change<u64> {
         let mut meta = writer.meta.lock();
         if meta.busy.iter().any(|b| b.0 < stop && at < b.1) {
@@ -121,7 +142,7 @@ impl Qcow2 {
             let raw = held.get(cluster as usize);
             let old = entry::decode(raw, self.cluster_bits, self.v3)
                 .map_err(|what| self.bad_entry(cluster, raw, what))?;
-            let below = self.below(cluster << self.cluster_bits).is_some();
+            let below = self.may_show_below();
             let Some(new) = self.dropped(old, how, below) else { continue };
             if !changed {
                 self.dirtied(writer, &mut meta, &held);
@@ -144,14 +165,14 @@ impl Qcow2 {
         Ok(stop)
     }
 
-    /// The entry that takes the place of `old`, if it changes. `below`: the image below has data here.
-    fn dropped(&self, old: Entry, how: Drop_, below: bool) -> Option<u64> {
+    /// The entry that takes the place of `old`, if it changes. `below`: an image below may have data.
+    fn dropped(&self, old: Entry, how: Fate, below: bool) -> Option<u64> {
         // Without the zero flag, nothing at all is as good where nothing is below.
         let nothing = if below { self.v3.then(|| entry::zero(0)) } else { Some(0) };
         match (how, old) {
-            (Drop_::Forget, Entry::Unallocated) => None,
-            (Drop_::Forget, _) => Some(0),
-            (Drop_::Trim, Entry::Unallocated) => None,
+            (Fate::Forget, Entry::Unallocated) => None,
+            (Fate::Forget, _) => Some(0),
+            (Fate::Trim, Entry::Unallocated) => None,
             (_, Entry::Unallocated) => {
                 if below {
                     nothing
@@ -160,8 +181,8 @@ impl Qcow2 {
                 }
             }
             (_, Entry::Zero { host: 0, .. }) => None,
-            (Drop_::ZeroKeep, Entry::Zero { .. }) => None,
-            (Drop_::ZeroKeep, Entry::Normal { host, copied: true }) => Some(entry::zero(host)),
+            (Fate::ZeroKeep, Entry::Zero { .. }) => None,
+            (Fate::ZeroKeep, Entry::Normal { host, copied: true }) => Some(entry::zero(host)),
             _ => nothing,
         }
     }

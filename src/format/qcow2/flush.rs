@@ -192,8 +192,17 @@ impl Qcow2 {
         let mut gone: Vec<Run> = Vec::new();
         for run in over.into_iter().flat_map(|(_, runs)| runs) {
             for cluster in run.first..run.first + run.count {
-                if meta.refs.get(&self.file, cluster)? > 1 {
-                    meta.refs.release(&self.file, cluster)?;
+                let shared = match meta.refs.get(&self.file, cluster) {
+                    Ok(1) => false,
+                    Ok(_) => true,
+                    // What can not be counted is not freed: a leak, and what was flushed is safe.
+                    Err(e) => {
+                        crate::log::log(crate::log::Level::Error, format_args!("{e}"));
+                        continue;
+                    }
+                };
+                if shared {
+                    self.release_or_leak(&mut meta, cluster);
                     continue;
                 }
                 match gone.last_mut() {
@@ -213,12 +222,18 @@ impl Qcow2 {
         for run in gone {
             for cluster in run.first..run.first + run.count {
                 // A second reference that the image should not have had is gone by now.
-                if let Err(e) = meta.refs.release(&self.file, cluster) {
-                    crate::log::log(crate::log::Level::Error, format_args!("{e}"));
-                }
+                self.release_or_leak(&mut meta, cluster);
             }
         }
         Ok(())
+    }
+
+    /// Take a reference from a cluster. Where that fails the cluster is leaked, which a check finds
+    /// and mends; no data is at stake.
+    pub(super) fn release_or_leak(&self, meta: &mut Meta, cluster: u64) {
+        if let Err(e) = meta.refs.release(&self.file, cluster) {
+            crate::log::log(crate::log::Level::Error, format_args!("{e}"));
+        }
     }
 
     /// Write everything, free everything, and cut off what the file was lengthened by ahead of need.

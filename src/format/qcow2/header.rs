@@ -85,6 +85,8 @@ pub struct Header {
     pub backing: Option<BackingRef>,
     pub data_file: Option<Vec<u8>>,
     pub has_bitmaps: bool,
+    /// Incompatible features that nobody here knows, by name.
+    unknown: Option<String>,
 }
 
 /// Big-endian fields by offset; what lies past the end reads as zero.
@@ -173,6 +175,7 @@ impl Header {
             backing: None,
             data_file: None,
             has_bitmaps: false,
+            unknown: None,
         };
         let length = if v3 { f.u32(100) } else { 72 };
         if v3 && (length < 104 || length % 8 != 0 || u64::from(length) > cluster_size) {
@@ -215,9 +218,11 @@ impl Header {
         }
         let unknown = h.incompatible & !incompat::KNOWN;
         if unknown != 0 {
-            return Err(Error::unsupported(name, feature_names(unknown, &features)));
+            h.unknown = Some(feature_names(unknown, &features));
+            // What such an image's other fields mean can not be known.
+            return Ok(h);
         }
-        h.check(name)?;
+        h.check(name, f.u64(64))?;
         Ok(h)
     }
 
@@ -261,6 +266,19 @@ impl Header {
                 }
                 _ => {}
             }
+            let exact = match magic {
+                EXT_BITMAPS => 24,
+                EXT_LUKS => 16,
+                _ => len,
+            };
+            if len != exact {
+                return Err(Error::corrupt(
+                    name,
+                    format!(
+                        "header extension {magic:#010x} at offset {at}: found {len} bytes, expected {exact}"
+                    ),
+                ));
+            }
             if magic == EXT_LUKS && self.crypt != 2 {
                 return Err(Error::corrupt(name, "LUKS header extension, but no LUKS encryption"));
             }
@@ -270,13 +288,10 @@ impl Header {
     }
 
     /// What does not depend on the rest of the file.
-    fn check(&self, name: &Name) -> Result<()> {
+    fn check(&self, name: &Name, snapshots_offset: u64) -> Result<()> {
         let bad = |what: String| Err(Error::corrupt(name, what));
         let cluster_size = 1u64 << self.cluster_bits;
         let aligned = |offset: u64| offset.is_multiple_of(cluster_size);
-        if self.crypt > 2 {
-            return Err(Error::unsupported(name, format!("encryption method {}", self.crypt)));
-        }
         if self.refcount_order > 6 {
             return bad(format!(
                 "refcount order at offset 96: found {}, expected at most 6",
@@ -290,9 +305,6 @@ impl Header {
                 self.compression,
                 if zstd_bit { "set" } else { "clear" }
             ));
-        }
-        if self.compression > 1 {
-            return Err(Error::unsupported(name, format!("compression type {}", self.compression)));
         }
         if self.autoclear & AUTOCLEAR_RAW != 0 && self.incompatible & incompat::DATA_FILE == 0 {
             // The bit means nothing without a data file; QEMU ignores it too.
@@ -360,12 +372,25 @@ impl Header {
                 self.snapshots
             ));
         }
+        if self.snapshots > 0 && (snapshots_offset == 0 || !aligned(snapshots_offset)) {
+            return bad(format!(
+                "snapshot table offset at offset 64: found {snapshots_offset:#x}, expected a multiple of \
+                 the cluster size"
+            ));
+        }
         Ok(())
     }
 
     /// The first feature of the image that this build lacks, by name.
     pub fn unsupported(&self) -> Option<String> {
+        if self.unknown.is_some() {
+            return self.unknown.clone();
+        }
         let what = match () {
+            _ if self.crypt > 2 => return Some(format!("encryption method {}", self.crypt)),
+            _ if self.compression > 1 => {
+                return Some(format!("compression type {}", self.compression));
+            }
             _ if self.crypt == 1 => "encryption (AES)",
             _ if self.crypt == 2 => "encryption (LUKS)",
             _ if self.incompatible & incompat::DATA_FILE != 0 => "an external data file",

@@ -158,6 +158,8 @@ impl Qcow2 {
         let slices = (l1.entries.len() as u64) << (l2_bits - slice_bits);
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
         let writer = if params.write { Some(Self::writer(&file, &header)?) } else { None };
+        // An image that can grow gets a cache that can, too: memory is taken as it is used.
+        let used = if params.write { u64::MAX >> 16 } else { used };
         let limit = match (params.info_only, params.untrusted) {
             (true, _) => Some(0),
             (_, true) => Some(params.l2_cache.unwrap_or(u64::MAX).min(MAX_UNTRUSTED_CACHE)),
@@ -178,7 +180,6 @@ impl Qcow2 {
             writer,
             calls: params.calls,
         };
-        image.clear_autoclear()?;
         Ok(image)
     }
 
@@ -227,13 +228,17 @@ impl Qcow2 {
     }
 
     fn writer(file: &Device, header: &Header) -> Result<Writer> {
-        let refs = Refcounts::load(
+        let mut refs = Refcounts::load(
             file,
             header.cluster_bits,
             header.refcount_order,
             header.reftable_offset,
             header.reftable_clusters,
         )?;
+        refs.protect(refcount::Run {
+            first: header.l1_offset >> header.cluster_bits,
+            count: (u64::from(header.l1_entries) * 8).div_ceil(1 << header.cluster_bits),
+        });
         Ok(Writer {
             meta: Mutex::new(Meta {
                 refs,
@@ -253,7 +258,8 @@ impl Qcow2 {
     }
 
     /// Clear the autoclear bits that a program which does not know them must clear before it writes.
-    fn clear_autoclear(&self) -> Result<()> {
+    /// To be called when nothing else can fail any more.
+    pub(super) fn clear_autoclear(&self) -> Result<()> {
         let (old, known) = (self.header.autoclear, 0);
         if self.writer.is_none() || !self.v3 || old & !known == 0 {
             return Ok(());
@@ -319,8 +325,14 @@ impl Qcow2 {
         let most = (wanted as usize).min((1 << self.slice_bits) - index);
         loop {
             let Some(hit) = self.cache.find(slice) else {
-                self.load_slice(slice)?;
-                continue;
+                match self.load_slice(slice) {
+                    Ok(()) => continue,
+                    // No room for it, ever again; reading goes on without.
+                    Err(Error::Failed { .. }) => {
+                        return self.lookup_on_disk(cluster, in_cluster, count);
+                    }
+                    Err(e) => return Err(e),
+                }
             };
             let first = self.cache.entry(hit, index);
             let entry = entry::decode(first, self.cluster_bits, self.v3);
@@ -343,6 +355,22 @@ impl Qcow2 {
                 return Ok(Found { entry, len, own_table });
             }
         }
+    }
+
+    /// Look up one cluster whose slice is not in the cache, and so has no changes that are not written.
+    #[cold]
+    fn lookup_on_disk(&self, cluster: u64, in_cluster: u64, count: u64) -> Result<Found> {
+        let slice = cluster >> self.slice_bits;
+        let mut raw = [0; 8];
+        if let Some(offset) = self.slice_offset(slice)? {
+            let index = cluster & ((1 << self.slice_bits) - 1);
+            self.file.read_slice(&mut raw, offset + 8 * index)?;
+        }
+        let raw = u64::from_be_bytes(raw);
+        let entry = entry::decode(raw, self.cluster_bits, self.v3)
+            .map_err(|what| self.bad_entry(cluster, raw, what))?;
+        let len = count.min(self.cluster_size() - in_cluster);
+        Ok(Found { entry, len, own_table: false })
     }
 
     #[cold]
@@ -372,8 +400,8 @@ impl Qcow2 {
                 bytes.fill(0);
                 return Ok(());
             };
-            if offset >= self.file.size() {
-                return Err(self.cut_off("an L2 table", offset));
+            if offset + bytes.len() as u64 > self.file.size() {
+                return Err(self.cut_off("the end of an L2 table", offset + bytes.len() as u64));
             }
             self.file.read_slice(bytes, offset)
         })
@@ -393,6 +421,18 @@ impl Qcow2 {
         Ok((table != 0).then(|| table + (within << (self.slice_bits + 3))))
     }
 
+    /// How much of a run of data clusters from `host` on, of which the first `skip` bytes do not
+    /// matter, is in the file. A last cluster that is only partly there counts: the rest is zeroes.
+    #[inline]
+    fn present(&self, host: u64, skip: u64, len: u64) -> Result<u64> {
+        let size = self.file.size();
+        if host >= size {
+            return Err(self.cut_off("a data cluster", host));
+        }
+        let end = size.checked_next_multiple_of(self.cluster_size()).unwrap_or(u64::MAX);
+        Ok(len.min(end - host - skip))
+    }
+
     #[cold]
     fn cut_off(&self, what: &str, offset: u64) -> Error {
         Error::corrupt(
@@ -404,7 +444,13 @@ impl Qcow2 {
         )
     }
 
-    /// How much of a range is also in the image below.
+    /// Whether another program may see something below a cluster that is not here: what the header
+    /// names counts, not what is open now.
+    fn may_show_below(&self) -> bool {
+        self.header.backing.is_some() || self.backing.is_some()
+    }
+
+    /// The image below, if it reaches to `offset`.
     fn below(&self, offset: u64) -> Option<&Device> {
         self.backing.as_ref().filter(|b| offset < b.size())
     }
@@ -466,9 +512,7 @@ impl Driver for Qcow2 {
         let mut len = found.len;
         let place = match found.entry {
             Entry::Normal { host, .. } => {
-                if host >= self.file.size() {
-                    return Err(self.cut_off("a data cluster", host));
-                }
+                len = self.present(host, in_cluster, len)?;
                 Place::At { dev: &self.file, offset: host + in_cluster }
             }
             Entry::Zero { host: 0, .. } => Place::Zero { allocated: true, kept: None },
@@ -557,8 +601,8 @@ impl Driver for Qcow2 {
             properties.push(("data-file", h.data_file.clone().unwrap_or_default()));
         }
         let compat = if self.v3 { "1.1" } else { "0.10" };
-        let compression = if h.compression == 0 { "zlib" } else { "zstd" };
-        let encryption = ["none", "aes", "luks"][(h.crypt as usize).min(2)];
+        let compression = ["zlib", "zstd", "unknown"][usize::from(h.compression.min(2))];
+        let encryption = ["none", "aes", "luks", "unknown"][(h.crypt as usize).min(3)];
         properties.extend([
             ("qcow2.compat", compat.into()),
             ("qcow2.refcount-bits", (1u32 << h.refcount_order).to_string().into_bytes()),

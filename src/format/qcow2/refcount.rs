@@ -5,7 +5,7 @@
 //!
 //! Source: "Host cluster management" of the QCOW2 specification.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::header::MAX_REFTABLE_BYTES;
 use crate::block::*;
@@ -61,6 +61,10 @@ pub struct Refcounts {
     limit: u64,
     /// Table entries set since they were last written.
     new_blocks: Vec<usize>,
+    /// Clusters of all blocks; made when first needed.
+    blocks: Option<HashSet<u64>>,
+    /// Clusters of the L1 table.
+    l1: Run,
 }
 
 /// What [`Refcounts::allocate`] needs of the image around it.
@@ -114,10 +118,12 @@ impl Refcounts {
             table,
             table_offset,
             slices: HashMap::new(),
-            hint: 0,
+            hint: 1,
             virgin: if grows { size.div_ceil(1 << cluster_bits) } else { u64::MAX },
             limit: if grows { 1 << (56 - cluster_bits) } else { size >> cluster_bits },
             new_blocks: Vec::new(),
+            blocks: None,
+            l1: Run { first: 0, count: 0 },
         })
     }
 
@@ -215,7 +221,7 @@ impl Refcounts {
         };
         self.set(file, cluster, left)?;
         if left == 0 {
-            self.hint = self.hint.min(cluster);
+            self.hint = self.hint.min(cluster.max(1));
         }
         Ok(left)
     }
@@ -252,10 +258,46 @@ impl Refcounts {
             return Err(no_space(file).into());
         }
         for cluster in run.first..run.first + run.count {
+            if self.is_table(cluster, file)? {
+                return Err(in_use(file, cluster << self.cluster_bits).into());
+            }
+        }
+        for cluster in run.first..run.first + run.count {
             self.set(file, cluster, 1)?;
         }
         self.hint = run.first + run.count;
         Ok((run, self.hand_out(run)))
+    }
+
+    /// Whether `cluster` holds the header or a table that this type or the image's owner knows of,
+    /// whatever its count says.
+    fn is_table(&mut self, cluster: u64, file: &Device) -> Result<bool> {
+        if self.blocks.is_none() {
+            let mut blocks = HashSet::with_capacity(64);
+            for entry in self.table.iter().filter(|e| **e != 0) {
+                if !blocks.insert(entry >> self.cluster_bits) {
+                    return Err(Error::corrupt(
+                        file.name(),
+                        format!("two refcount table entries point to the block at {entry:#x}"),
+                    ));
+                }
+            }
+            self.blocks = Some(blocks);
+        }
+        let per_cluster = 1u64 << (self.cluster_bits - 3);
+        let table = self.table_offset >> self.cluster_bits;
+        let tables = [
+            Run { first: 0, count: 1 },
+            Run { first: table, count: self.table.len() as u64 / per_cluster },
+            self.l1,
+        ];
+        Ok(tables.iter().any(|r| (r.first..r.first + r.count).contains(&cluster))
+            || self.blocks.as_ref().is_some_and(|b| b.contains(&cluster)))
+    }
+
+    /// Where the L1 table lies: clusters that are never handed out.
+    pub fn protect(&mut self, l1: Run) {
+        self.l1 = l1;
     }
 
     fn hand_out(&mut self, run: Run) -> bool {
@@ -316,10 +358,14 @@ impl Refcounts {
         if first >= self.limit {
             return Err(no_space(file).into());
         }
+        if index == 0 || self.is_table(first, file)? {
+            return Err(in_use(file, first << self.cluster_bits).into());
+        }
         // What the file has there is of no use to anyone; the block must read as zeroes.
         file.zero(first << self.cluster_bits, 1 << self.cluster_bits, ReqFlags::NONE)?;
         self.hand_out(Run { first, count: 1 });
         self.table[index as usize] = first << self.cluster_bits;
+        self.blocks.get_or_insert_default().insert(first);
         self.new_blocks.push(index as usize);
         self.set(file, first, 1)?;
         self.hint = self.hint.max(first + 1);
@@ -367,7 +413,7 @@ impl Refcounts {
         }
         let before = std::mem::replace(&mut self.table, table);
         let counted = (first..first + all.count).try_for_each(|c| self.set(file, c, 1));
-        let switched = counted.and_then(|()| self.write_blocks(file, first_block)).and_then(|()| {
+        let switched = counted.and_then(|()| self.write_blocks(file)).and_then(|()| {
             let content: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
             host.switch_table(Run { first: first + blocks, count: clusters }, &content)
         });
@@ -379,6 +425,7 @@ impl Refcounts {
         }
         self.hand_out(all);
         self.new_blocks.clear();
+        self.blocks = None;
         self.table_offset = (first + blocks) << self.cluster_bits;
         self.hint = self.hint.max(first + all.count);
         for cluster in old.0..old.0 + old.1 {
@@ -387,14 +434,11 @@ impl Refcounts {
         Ok(())
     }
 
-    /// Write the slices of blocks from `first_block` on, and sync. They stay dirty: what other slices
-    /// hold may be older on disk than in memory until the next flush, as before.
-    fn write_blocks(&mut self, file: &Device, first_block: u64) -> Result<()> {
-        let slices_in_block = self.block_bits() - self.slice_bits();
-        for (i, slice) in &self.slices {
-            if i >> slices_in_block >= first_block {
-                file.write_slice(&slice.data, self.slice_offset(*i), ReqFlags::NONE)?;
-            }
+    /// Write all changed slices, and sync: a table names blocks that are in the file. They stay dirty,
+    /// which costs writing them again.
+    fn write_blocks(&mut self, file: &Device) -> Result<()> {
+        for (i, slice) in self.slices.iter().filter(|(_, s)| s.dirty) {
+            file.write_slice(&slice.data, self.slice_offset(*i), ReqFlags::NONE)?;
         }
         file.flush()
     }
@@ -443,6 +487,13 @@ impl Refcounts {
     pub fn used_end(&self) -> Option<u64> {
         (self.virgin != u64::MAX).then(|| self.virgin << self.cluster_bits)
     }
+}
+
+fn in_use(file: &Device, offset: u64) -> Error {
+    Error::corrupt(
+        file.name(),
+        format!("the cluster at {offset:#x} holds the header or a table, but its refcount is 0"),
+    )
 }
 
 fn no_space(file: &Device) -> Error {

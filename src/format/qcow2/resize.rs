@@ -1,6 +1,6 @@
 //! Changing an image's size. No data call is held up but where a cluster is taken away.
 
-use super::discard::Drop_;
+use super::discard::Fate;
 use super::header::{MAX_L1_BYTES, at};
 use super::refcount::Run;
 use super::*;
@@ -42,7 +42,7 @@ impl Qcow2 {
         self.calls.wait();
         let whole = |size: u64| size.next_multiple_of(self.cluster_size());
         let result = self
-            .drop_clusters(whole(new), whole(old), Drop_::Forget)
+            .drop_clusters(whole(new), whole(old), Fate::Forget)
             .and_then(|()| self.flush_all())
             .and_then(|()| self.record_size(new));
         if result.is_err() {
@@ -62,6 +62,8 @@ impl Qcow2 {
         if entries > self.l1().entries.len() as u64 {
             self.grow_l1(writer, entries)?;
         }
+        // Counted as a call: clusters that are written to in place must not be freed meanwhile.
+        let _call = self.calls.enter();
         // What lies past the old end in its last cluster, or in a longer image below, must not show.
         let old_end = old.next_multiple_of(self.cluster_size());
         self.zero_part(old, old_end.min(new))?;
@@ -80,10 +82,10 @@ impl Qcow2 {
     /// Make whole clusters read as zeroes, whatever is there or shows from below.
     fn cover(&self, from: u64, to: u64) -> Result<()> {
         if self.v3 || self.backing.is_none() {
-            return self.drop_clusters(from, to, Drop_::ZeroFree);
+            return self.drop_clusters(from, to, Fate::ZeroFree);
         }
         // Version 2 has no zero flag: clusters full of zeroes hide what is below.
-        self.drop_clusters(from, to, Drop_::Forget)?;
+        self.drop_clusters(from, to, Fate::Forget)?;
         self.zero_part(from, to)
     }
 
@@ -157,6 +159,9 @@ impl Qcow2 {
         field[..4].copy_from_slice(&(entries as u32).to_be_bytes());
         field[4..].copy_from_slice(&table.to_be_bytes());
         self.file.write_slice(&field, at::L1, ReqFlags::NONE)?;
-        self.file.flush()
+        self.file.flush()?;
+        let clusters = (u64::from(entries as u32) * 8).div_ceil(self.cluster_size());
+        meta.refs.protect(Run { first: table >> self.cluster_bits, count: clusters });
+        Ok(())
     }
 }

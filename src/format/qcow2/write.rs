@@ -52,10 +52,7 @@ impl Drop for Grant<'_> {
         let mut meta = self.writer.meta.lock();
         if !self.committed && !self.kept {
             for cluster in self.host.first..self.host.first + self.host.count {
-                // If even that fails the cluster is leaked, which check finds; no data is at stake.
-                if let Err(e) = meta.refs.release(&self.image.file, cluster) {
-                    crate::log::log(crate::log::Level::Error, format_args!("{e}"));
-                }
+                self.image.release_or_leak(&mut meta, cluster);
             }
         }
         let mine = (self.first, self.first + self.host.count);
@@ -77,16 +74,14 @@ impl Qcow2 {
     ) -> Result<()> {
         let writer = self.writer_parts()?;
         let fua = flags.has(ReqFlags::FUA);
-        let mut flush = false;
+        let (mut flush, mut retried) = (false, false);
         while !buf.is_empty() {
             let found = self.lookup(offset, buf.len() as u64)?;
             let in_cluster = offset & (self.cluster_size() - 1);
             let done = match found.entry {
                 Entry::Normal { host, copied: true } if found.own_table => {
-                    if host >= self.file.size() {
-                        return Err(self.cut_off("a data cluster", host));
-                    }
-                    let part = buf.split_at(found.len as usize).0;
+                    let len = self.present(host, in_cluster, found.len)?;
+                    let part = buf.split_at(len as usize).0;
                     // It is on stable storage by itself, unless the way to it is not yet.
                     let late = fua && writer.changed.load(Acquire);
                     flush |= late;
@@ -99,8 +94,17 @@ impl Qcow2 {
                     Step::Granted(grant) => {
                         let end = (grant.first + grant.host.count) << self.cluster_bits;
                         let part = buf.split_at((end - offset) as usize).0;
-                        self.fill(&grant, part, offset)?;
-                        self.commit(grant)?;
+                        match self.fill(&grant, part, offset) {
+                            Ok(()) => self.commit(grant)?,
+                            // What was freed may not have been given back to the host yet.
+                            Err(e) if e.is_no_space() && !retried => {
+                                drop(grant);
+                                self.make_room(e)?;
+                                retried = true;
+                                continue;
+                            }
+                            Err(e) => return Err(e),
+                        }
                         flush |= fua;
                         part.len()
                     }

@@ -1,0 +1,18 @@
+//! Images beside those of qemu-img and qemu-io: what they make is read to the byte here, what is
+//! made and written here is sound and the same there.
+
+mod common;
+#[path = "interop/chain.rs"]
+mod chain;
+#[path = "interop/compressed.rs"]
+mod compressed;
+#[path = "interop/extents.rs"]
+mod extents;
+#[path = "interop/features.rs"]
+mod features;
+#[path = "interop/growth.rs"]
+mod growth;
+#[path = "interop/header.rs"]
+mod header;
+#[path = "interop/matrix.rs"]
+mod matrix;
