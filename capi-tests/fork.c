@@ -1,5 +1,5 @@
 /* A child of fork may close what it inherited, and nothing else; its end changes nothing for the
- * parent, and no lock that a thread of the parent held stops it. */
+ * parent, and no lock that a thread of the parent held stops it. RUN: fork */
 #include "test.h"
 #include <pthread.h>
 

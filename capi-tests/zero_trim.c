@@ -20,7 +20,7 @@ static void ranges(qblk *dev)
     uint64_t state = 5;
     fill(model, SIZE, 5);
     OK(qblk_pwrite(dev, model, SIZE, 0));
-    for (int i = 0; i < 70; i++) {
+    for (int i = 0; i < (quick() ? 20 : 70); i++) {
         uint64_t at = random_next(&state) % SIZE, n = random_next(&state) % (i % 2 ? 500000 : 3000);
         if (i % 7 == 0)
             at &= ~UINT64_C(0xffff), n = 65536;
@@ -47,7 +47,7 @@ static void trims(qblk *dev)
     uint64_t state = 6;
     fill(model, SIZE, 6);
     OK(qblk_pwrite(dev, model, SIZE, 0));
-    for (int i = 0; i < 30; i++) {
+    for (int i = 0; i < (quick() ? 6 : 30); i++) {
         uint64_t at = random_next(&state) % SIZE, n = random_next(&state) % 700000;
         if (n > SIZE - at)
             n = SIZE - at;

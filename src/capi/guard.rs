@@ -219,11 +219,13 @@ fn panicked(thread: &Thread, what: &str, payload: Box<dyn Any + Send>) -> c_int 
     // The hook has left the message and its place here, unless the program replaced the hook.
     let noted = thread.noted();
     let text = if noted.is_empty() { message(&*payload).to_owned() } else { noted };
-    thread.store(format_args!("{what}: internal error: {text}"));
-    // A payload is any type, and its drop may panic as well.
+    // A payload is any type, and its drop may panic as well: no louder than the first time.
+    thread.depth.set(thread.depth.get().wrapping_add(1));
     if let Err(worse) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
         std::mem::forget(worse);
     }
+    thread.depth.set(thread.depth.get().wrapping_sub(1));
+    thread.store(format_args!("{what}: internal error: {text}"));
     QBLK_EINTERNAL
 }
 
@@ -300,5 +302,64 @@ impl Write for Cut {
         self.len += n;
         // Once cut, nothing may follow.
         if n < s.len() { Err(fmt::Error) } else { Ok(()) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CStr;
+
+    fn last() -> &'static str {
+        // SAFETY: this thread's buffer, which is NUL-terminated and used by this test only.
+        unsafe { CStr::from_ptr(last_error()) }.to_str().unwrap()
+    }
+
+    #[test]
+    fn a_long_text_is_cut_between_characters() {
+        let rc = call::<()>("qblk_x", || Err(Fail::Code(-5, "€".repeat(1000))));
+        assert_eq!(rc, -5);
+        assert!(last().starts_with("qblk_x: €") && last().ends_with('€'));
+        assert!((TEXT - 4..TEXT).contains(&last().len()), "{}", last().len());
+        assert_eq!(call::<()>("qblk_x", || Ok(())), 0);
+        assert_eq!(last(), "");
+    }
+
+    #[test]
+    fn a_nul_in_a_text_does_not_end_it() {
+        call::<()>("qblk_x", || Err(Fail::Code(-5, "a\0b".into())));
+        assert_eq!(last(), "qblk_x: a b");
+    }
+
+    #[test]
+    fn an_errno_that_is_none_is_still_a_failure() {
+        for errno in [0, -5, 4096] {
+            let e = Error::Os { op: "x", file: crate::block::Name::from("f"), errno };
+            assert_eq!(call::<()>("qblk_x", || Err(e.into())), -libc::EIO);
+        }
+    }
+
+    #[test]
+    fn a_panic_is_an_error_code_and_breaks_its_device_only() {
+        let (broken, whole) = (AtomicBool::new(false), AtomicBool::new(false));
+        let rc = guarded::<i64>("qblk_x", Some(&broken), || {
+            // A log callback that calls back in and fails, before the panic.
+            let inner = guarded::<()>("qblk_y", Some(&whole), || Err(Fail::Argument("inner")));
+            assert_eq!(inner, -libc::EINVAL);
+            panic!("number {}", 5)
+        });
+        assert_eq!(rc, i64::from(QBLK_EINTERNAL));
+        assert!(last().starts_with("qblk_x: internal error: number 5"), "{}", last());
+        assert!(broken.load(Relaxed) && !whole.load(Relaxed));
+        // Its payload may be anything, and may panic when dropped.
+        struct Worse;
+        impl Drop for Worse {
+            fn drop(&mut self) {
+                panic!("again");
+            }
+        }
+        let rc = guarded::<()>("qblk_x", None, || std::panic::panic_any(Worse));
+        assert_eq!(rc, QBLK_EINTERNAL);
+        assert!(last().starts_with("qblk_x: internal error: no message"), "{}", last());
     }
 }

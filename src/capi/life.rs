@@ -23,6 +23,8 @@ use crate::log::{Level, log};
 static OPEN: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 /// The process that the library was readied in; a child that no handler told us of has another.
 static PROCESS: AtomicI32 = AtomicI32::new(0);
+/// The destructor has closed what is in [`OPEN`]; changed under its lock.
+static ENDED: AtomicBool = AtomicBool::new(false);
 /// Threads that are closing a device, which is in [`OPEN`] no more.
 static CLOSING: AtomicU32 = AtomicU32::new(0);
 
@@ -84,7 +86,7 @@ impl Closing {
     pub(super) unsafe fn begin(dev: *mut qblk) -> Option<Self> {
         let ours = !guard::forked() && {
             let mut open = OPEN.lock();
-            let found = open.remove(&(dev as usize));
+            let found = open.remove(&(dev as usize)) && !ENDED.load(SeqCst);
             CLOSING.fetch_add(u32::from(found), SeqCst);
             found
         };
@@ -117,7 +119,7 @@ fn close_all() {
     }
     // Threads may go on calling while the process ends. Held to the end: qblk_close of a handle that
     // is being shut waits here, so that it is not freed meanwhile.
-    let Some(mut open) = OPEN.try_lock_for(PATIENCE) else {
+    let Some(open) = OPEN.try_lock_for(PATIENCE) else {
         return;
     };
     for &address in open.iter() {
@@ -131,8 +133,9 @@ fn close_all() {
             log(Level::Error, format_args!("closing at the program's end: {e}"));
         }
     }
-    // Whoever closes one of them now has nothing left to do but free it.
-    open.clear();
+    // Whoever closes one of them now has nothing left to do but free it. They stay listed: a tool
+    // that looks for leaks at the end must not take them for some.
+    ENDED.store(true, SeqCst);
     drop(open);
     let begun = Instant::now();
     while CLOSING.load(SeqCst) > 0 && begun.elapsed() < PATIENCE {

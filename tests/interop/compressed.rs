@@ -88,9 +88,9 @@ fn a_cluster_of_several_zstd_frames_is_read() {
     let cluster = far_repeats();
     let mut stream = Vec::new();
     for part in [&cluster[..100], &cluster[100..30_000], &cluster[30_000..]] {
-        let mut frame = Vec::with_capacity(CLUSTER + 1000);
-        zstd_safe::compress(&mut frame, part, 3).unwrap();
-        stream.extend(frame);
+        let mut frame = vec![0; CLUSTER + 1000];
+        let n = zstd_safe::compress(&mut frame[..], part, 3).unwrap();
+        stream.extend(&frame[..n]);
     }
     compress(&path, entry, host, &stream);
     holds(&path, &dir, &cluster);

@@ -1,0 +1,290 @@
+//! A row of the table: who does the same work, measured in turns, and what is to be reached.
+
+use crate::qemu::How;
+use crate::images::On;
+use crate::work::{Res, Sample};
+
+/// Who did it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Who {
+    /// libqblk.
+    Ours,
+    /// libqblk, with the image on a disk's file system.
+    OursDisk,
+    /// libqblk where it has less to do: by one thread, on an image without a chain.
+    Base,
+    /// Plain system calls.
+    Limit,
+    /// Plain system calls where they have less to do.
+    LimitBase,
+    /// imago.
+    Imago,
+    /// `qemu-img bench`.
+    Qemu(How, On),
+    /// Another program of qemu.
+    QemuTool,
+}
+
+/// What is compared with what ours did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Against {
+    /// [`Who::Limit`], by this name.
+    Limit(&'static str),
+    /// [`Who::Base`], by this name.
+    Base(&'static str),
+    /// imago.
+    Imago,
+    /// The better of the ways to run qemu.
+    Qemu,
+    /// Nobody: ours must not exceed this many of the row's unit.
+    AtMost(f64),
+}
+
+/// Something to reach, or only to know.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// What is compared.
+    pub against: Against,
+    /// Our rate over the other's must be so much; `None` = it is only shown.
+    pub at_least: Option<f64>,
+}
+
+/// What a row's figures are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Unit {
+    /// Requests a second; more is better.
+    PerSecond,
+    /// Requests a second and processor: what a processor could do if it did nothing else.
+    PerCpuSecond,
+    /// Microseconds; less is better.
+    Micros,
+    /// Milliseconds; less is better.
+    Millis,
+    /// MiB; less is better.
+    MiB,
+}
+
+impl Unit {
+    /// The figure of a sample that counts.
+    fn of(self, s: &Sample) -> f64 {
+        match self {
+            Self::PerCpuSecond => 1e6 / s.cpu_us.max(1e-3),
+            _ => s.value,
+        }
+    }
+
+    fn more_is_better(self) -> bool {
+        matches!(self, Self::PerSecond | Self::PerCpuSecond)
+    }
+
+    /// Short, for a table.
+    pub fn show(self, v: f64) -> String {
+        match self {
+            Self::PerSecond | Self::PerCpuSecond if v >= 1e6 => format!("{:.2}M/s", v / 1e6),
+            Self::PerSecond | Self::PerCpuSecond if v >= 1e5 => format!("{:.0}k/s", v / 1e3),
+            Self::PerSecond | Self::PerCpuSecond if v >= 1e3 => format!("{:.1}k/s", v / 1e3),
+            Self::PerSecond | Self::PerCpuSecond => format!("{v:.0}/s"),
+            Self::Micros => format!("{v:.1} µs"),
+            Self::Millis => format!("{v:.2} ms"),
+            Self::MiB => format!("{v:.2} MiB"),
+        }
+    }
+
+    /// For JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::PerSecond => "requests/s",
+            Self::PerCpuSecond => "requests/cpu-s",
+            Self::Micros => "us",
+            Self::Millis => "ms",
+            Self::MiB => "MiB",
+        }
+    }
+}
+
+/// One who takes part.
+pub struct Contender<'a> {
+    /// Who it is.
+    pub who: Who,
+    /// Take a sample.
+    pub run: Box<dyn FnMut() -> Res<Sample> + 'a>,
+}
+
+/// A row that can be measured.
+pub struct Row<'a> {
+    /// What the figures are.
+    pub unit: Unit,
+    /// All who take part, in turns.
+    pub contenders: Vec<Contender<'a>>,
+    /// What is to be reached.
+    pub targets: Vec<Target>,
+    /// What a reader should know.
+    pub remarks: Vec<String>,
+}
+
+/// What one of them reached.
+pub struct Figures {
+    /// Who.
+    pub who: Who,
+    /// All samples, in order.
+    pub samples: Vec<Sample>,
+}
+
+impl Figures {
+    /// The median of what counts.
+    pub fn median(&self, unit: Unit) -> f64 {
+        median(self.samples.iter().map(|s| unit.of(s)))
+    }
+
+    /// The median processor time of a request, microseconds.
+    pub fn cpu_us(&self) -> f64 {
+        median(self.samples.iter().map(|s| s.cpu_us))
+    }
+
+    /// The most that others used of the processors while a sample ran.
+    pub fn foreign(&self) -> f64 {
+        self.samples.iter().fold(0.0, |m, s| s.foreign.max(m))
+    }
+}
+
+/// How ours stands to another.
+pub struct Verdict {
+    /// "× pread(2)".
+    pub what: String,
+    /// Ratio of medians; for [`Against::AtMost`] the figure itself.
+    pub value: f64,
+    /// The least and the greatest ratio of two samples that were taken after each other.
+    pub spread: (f64, f64),
+    /// The words of the target; empty if there is none.
+    pub need: String,
+    /// How far along: 1 = just reached. `None` = there is no target.
+    pub score: Option<f64>,
+    /// The figure, in words.
+    pub shown: String,
+}
+
+impl Verdict {
+    /// Whether it is reached, by what is shown: two digits.
+    pub fn ok(&self) -> bool {
+        self.score.is_none_or(|s| s >= 0.995)
+    }
+}
+
+/// A measured row.
+pub struct Result {
+    /// Its short name.
+    pub id: &'static str,
+    /// What was done.
+    pub title: &'static str,
+    /// What the figures are.
+    pub unit: Unit,
+    /// What each reached.
+    pub figures: Vec<Figures>,
+    /// How ours stands to them.
+    pub verdicts: Vec<Verdict>,
+    /// What a reader should know.
+    pub remarks: Vec<String>,
+}
+
+impl Result {
+    /// What one of them reached.
+    pub fn get(&self, who: Who) -> Option<&Figures> {
+        self.figures.iter().find(|f| f.who == who)
+    }
+
+    /// The run of qemu that ours leads least.
+    pub fn best_qemu(&self) -> Option<&Figures> {
+        best_qemu(&self.figures, self.unit).map(|(_, q)| q)
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut v: Vec<f64> = values.collect();
+    v.sort_by(f64::total_cmp);
+    match v.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => v[n / 2],
+        n => (v[n / 2 - 1] + v[n / 2]) / 2.0,
+    }
+}
+
+fn find(figures: &[Figures], who: Who) -> Option<&Figures> {
+    figures.iter().find(|f| f.who == who)
+}
+
+/// Ours over another: more than 1 = ours is better.
+fn lead(unit: Unit, ours: f64, other: f64) -> f64 {
+    if unit.more_is_better() { ours / other } else { other / ours }
+}
+
+/// The run of qemu that ours leads least, and what of ours it is compared with: that on the same
+/// file system.
+fn best_qemu(figures: &[Figures], unit: Unit) -> Option<(&Figures, &Figures)> {
+    let pairs = figures.iter().filter_map(|q| {
+        let ours = match q.who {
+            Who::Qemu(_, On::Disk) => find(figures, Who::OursDisk)?,
+            Who::Qemu(_, On::Tmpfs) | Who::QemuTool => find(figures, Who::Ours)?,
+            _ => return None,
+        };
+        Some((lead(unit, ours.median(unit), q.median(unit)), (ours, q)))
+    });
+    pairs.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, pair)| pair)
+}
+
+/// Compare what was measured with what is to be reached. A rival that could not take part has no
+/// verdict.
+pub fn judge(figures: &[Figures], unit: Unit, targets: &[Target]) -> Vec<Verdict> {
+    targets.iter().filter_map(|t| verdict(figures, unit, t)).collect()
+}
+
+fn verdict(figures: &[Figures], unit: Unit, target: &Target) -> Option<Verdict> {
+    let ours = find(figures, Who::Ours)?;
+    let (what, ours, other) = match target.against {
+        Against::AtMost(most) => {
+            let value = ours.median(unit);
+            let all = ours.samples.iter().map(|s| unit.of(s));
+            return Some(Verdict {
+                what: String::new(),
+                value,
+                spread: (all.clone().fold(f64::MAX, f64::min), all.fold(0.0, f64::max)),
+                need: format!("≤ {}", short_number(most, unit)),
+                score: Some(most / value),
+                shown: unit.show(value),
+            });
+        }
+        Against::Limit(name) => (format!("× {name}"), ours, find(figures, Who::Limit)?),
+        Against::Base(name) => (format!("× {name}"), ours, find(figures, Who::Base)?),
+        Against::Imago => ("× imago".to_owned(), ours, find(figures, Who::Imago)?),
+        Against::Qemu => {
+            let (ours, other) = best_qemu(figures, unit)?;
+            ("× qemu".to_owned(), ours, other)
+        }
+    };
+    let value = lead(unit, ours.median(unit), other.median(unit));
+    let pairs = ours.samples.iter().zip(&other.samples);
+    let ratios: Vec<f64> = pairs.map(|(a, b)| lead(unit, unit.of(a), unit.of(b))).collect();
+    let spread = (
+        ratios.iter().copied().fold(f64::MAX, f64::min),
+        ratios.iter().copied().fold(0.0, f64::max),
+    );
+    let shown = format!("{} {what}", two_digits(value));
+    let need = target.at_least.map(|n| format!("≥ {n}")).unwrap_or_default();
+    Some(Verdict { what, value, spread, need, score: target.at_least.map(|n| value / n), shown })
+}
+
+fn short_number(v: f64, unit: Unit) -> String {
+    match unit {
+        Unit::Micros => format!("{v:.0} µs"),
+        Unit::Millis => format!("{v} ms"),
+        _ => format!("{v} MiB"),
+    }
+}
+
+/// A ratio with as many digits as mean something.
+pub fn two_digits(v: f64) -> String {
+    match v {
+        _ if v >= 10.0 => format!("{v:.0}"),
+        _ if v >= 3.0 => format!("{v:.1}"),
+        _ => format!("{v:.2}"),
+    }
+}

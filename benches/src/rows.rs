@@ -1,0 +1,564 @@
+//! The rows of the table: every kind of work, who does it, and what is to be reached.
+
+use std::path::{Path, PathBuf};
+
+use crate::Plan;
+use crate::images::{CLUSTER, Images, Kind, On, PIECE, create, overlay, refresh};
+use crate::oracle::{CopyOnWrite, Oracle, Plain, TwoReads, Zeroes, at};
+use crate::process;
+use crate::qemu::{self, How};
+use crate::rivals::{Imago, Ours, OursByC};
+use crate::row::{Against::*, Contender, Row, Target, Unit, Who};
+use crate::work::{Device, Pattern, Res, Sample, Work, drive, golden_step};
+
+/// A row, before it is made ready.
+pub struct Spec {
+    /// Its short name, for `--only`.
+    pub id: &'static str,
+    /// What is done.
+    pub title: &'static str,
+    /// Images that it needs.
+    pub needs: &'static [(Kind, On)],
+    /// Make it ready.
+    pub build: for<'a> fn(&'a Images, &'a Plan) -> Res<Row<'a>>,
+}
+
+use Kind::*;
+use On::{Disk, Tmpfs};
+
+/// All rows, in the order of measuring: those that need the same images stand together.
+pub const ROWS: &[Spec] = &[
+    Spec { id: "read-4k", title: "4 KiB random read", needs: &[(Full, Tmpfs), (Full, Disk)], build: read_4k },
+    Spec { id: "read-4k-c", title: "the same through the C functions", needs: &[(Full, Tmpfs)], build: read_4k_c },
+    Spec { id: "read-4k-2", title: "the same, two threads on one handle", needs: &[(Full, Tmpfs)], build: read_4k_2 },
+    Spec { id: "read-4k-mmap", title: "the same, io=mmap", needs: &[(Full, Tmpfs)], build: read_4k_mmap },
+    Spec { id: "overwrite-4k", title: "4 KiB overwrite", needs: &[(Full, Tmpfs)], build: overwrite },
+    Spec { id: "read-64k", title: "64 KiB random read", needs: &[(Full, Tmpfs)], build: read_64k },
+    Spec { id: "read-64k-2", title: "the same, two threads", needs: &[(Full, Tmpfs)], build: read_64k_2 },
+    Spec { id: "read-1m", title: "1 MiB random read", needs: &[(Full, Tmpfs)], build: read_1m },
+    Spec { id: "read-1m-2", title: "the same, two threads", needs: &[(Full, Tmpfs)], build: read_1m_2 },
+    Spec { id: "open", title: "open, read 4 KiB, close", needs: &[(Full, Tmpfs)], build: open_one },
+    Spec { id: "open-chain", title: "the same, chain of eight", needs: &[(Bottom, Tmpfs)], build: open_chain },
+    Spec { id: "chain-bottom", title: "chain of eight, 4 KiB, data at its bottom", needs: &[(Bottom, Tmpfs)], build: chain_bottom },
+    Spec { id: "cow-qcow2", title: "4 KiB random write over qcow2 (COW)", needs: &[(Full, Tmpfs), (Full, Disk)], build: cow_qcow2 },
+    Spec { id: "memory", title: "memory, one image open", needs: &[(Full, Tmpfs)], build: memory_full },
+    Spec { id: "info", title: "qblk info, whole process", needs: &[(Full, Tmpfs)], build: info },
+    Spec { id: "chain-spread", title: "chain of eight, 4 KiB, data in all of it", needs: &[(Spread, Tmpfs)], build: chain_spread },
+    Spec { id: "cow-raw", title: "4 KiB random write over raw (COW)", needs: &[(Raw, Tmpfs), (Raw, Disk)], build: cow_raw },
+    Spec { id: "new-4k", title: "4 KiB random write, new image", needs: &[], build: new_image },
+    Spec { id: "unallocated-4k", title: "4 KiB random read, unallocated", needs: &[(Empty, Tmpfs), (Empty, Disk)], build: unallocated },
+    Spec { id: "tib-4k", title: "4 KiB random read, 1 TiB, all L2 in use", needs: &[(Tib, Tmpfs), (Tib, Disk)], build: tib },
+    Spec { id: "memory-tib", title: "memory, 1 TiB image open", needs: &[(Tib, Tmpfs)], build: memory_tib },
+    Spec { id: "zlib-64k", title: "zlib, 64 KiB random, per core", needs: &[(Zlib, Tmpfs), (Zlib, Disk)], build: zlib_64k },
+    Spec { id: "zlib-4k", title: "zlib, 4 KiB sequential, per core", needs: &[(Zlib, Tmpfs), (Zlib, Disk)], build: zlib_4k },
+    Spec { id: "zstd-64k", title: "zstd, 64 KiB random, per core", needs: &[(Zstd, Tmpfs), (Zstd, Disk)], build: zstd_64k },
+    Spec { id: "zstd-4k", title: "zstd, 4 KiB sequential, per core", needs: &[(Zstd, Tmpfs), (Zstd, Disk)], build: zstd_4k },
+];
+
+/// qemu's ways, and where each is fair.
+const QEMU: [(How, On); 6] = {
+    const fn how(uring: bool, depth: u32) -> How {
+        How { uring, depth }
+    }
+    [
+        (how(false, 1), Tmpfs),
+        (how(false, 16), Tmpfs),
+        (how(false, 1), Disk),
+        (how(false, 16), Disk),
+        (how(true, 1), Disk),
+        (how(true, 16), Disk),
+    ]
+};
+
+fn to_reach(against: crate::row::Against, at_least: f64) -> Target {
+    Target { against, at_least: Some(at_least) }
+}
+
+fn to_know(against: crate::row::Against) -> Target {
+    Target { against, at_least: None }
+}
+
+/// Opened anew for each sample.
+fn anew<'a, D: Device + 'a>(
+    who: Who,
+    plan: &'a Plan,
+    work: Work,
+    open: impl Fn() -> Res<D> + 'a,
+) -> Contender<'a> {
+    Contender { who, run: Box::new(move || drive(&open()?, &work, plan.seconds)) }
+}
+
+/// Opened once.
+fn kept<'a, D: Device + 'a>(
+    who: Who,
+    plan: &'a Plan,
+    work: Work,
+    open: impl Fn() -> Res<D> + 'a,
+) -> Contender<'a> {
+    let mut device = None;
+    let run = move || {
+        // What a mapping costs when it is first touched is paid once.
+        let (device, work) = match &mut device {
+            Some(d) => (&*d, Work { warm: 64, ..work }),
+            none => (&*none.insert(open()?), work),
+        };
+        drive(device, &work, plan.seconds)
+    };
+    Contender { who, run: Box::new(run) }
+}
+
+/// Add ours on the disk, and qemu in all its ways (on tmpfs only if `tmpfs_only`).
+fn add_qemu<'a>(row: &mut Row<'a>, images: &'a Images, plan: &'a Plan, kind: Kind, work: Work) -> Res<()> {
+    let mut ways: Vec<_> = QEMU.iter().filter(|w| w.1 == Tmpfs || images.has_disk()).collect();
+    let mut ready = Vec::new();
+    for &&(how, on) in &ways {
+        let path = images.path(kind, on);
+        if on == Disk {
+            refresh(&path)?;
+        }
+        let count = qemu::calibrate(&path, &work, how, plan.seconds)?;
+        let trial = qemu::bench(&path, &work, how, count)?.value;
+        ready.push((trial, path, how, on, count));
+    }
+    if plan.quick {
+        // Only the two that did best are worth their time.
+        ready.sort_by(|a, b| b.0.total_cmp(&a.0));
+        ready.truncate(2);
+    }
+    ways.clear();
+    if ready.iter().any(|r| r.3 == Disk) {
+        let path = images.path(kind, Disk);
+        row.contenders.push(Contender {
+            who: Who::OursDisk,
+            run: Box::new(move || {
+                refresh(&path)?;
+                drive(&Ours::open(&path, work.write, &[])?, &work, plan.seconds)
+            }),
+        });
+    }
+    for (_, path, how, on, count) in ready {
+        let idle = idle_cpu(&path, &work, how)?;
+        let run = move || {
+            if on == Disk {
+                refresh(&path)?;
+            }
+            let mut sample = qemu::bench(&path, &work, how, count)?;
+            sample.cpu_us = (sample.cpu_us - idle / count as f64).max(0.001);
+            Ok(sample)
+        };
+        row.contenders.push(Contender { who: Who::Qemu(how, on), run: Box::new(run) });
+    }
+    Ok(())
+}
+
+/// Processor time that qemu-img takes to start and end, microseconds.
+fn idle_cpu(path: &Path, work: &Work, how: How) -> Res<f64> {
+    let mut least = f64::MAX;
+    for _ in 0..3 {
+        least = least.min(qemu::bench(path, work, how, 1)?.cpu_us);
+    }
+    Ok(least)
+}
+
+/// Ours, the plain call, imago.
+fn plain<'a>(images: &'a Images, plan: &'a Plan, work: Work) -> Row<'a> {
+    let path = images.path(Full, Tmpfs);
+    let (a, b, c) = (path.clone(), path.clone(), path);
+    let write = work.write;
+    Row {
+        unit: Unit::PerSecond,
+        contenders: vec![
+            anew(Who::Ours, plan, work, move || Ours::open(&a, write, &[])),
+            anew(Who::Limit, plan, work, move || Oracle::open(std::slice::from_ref(&b), write, false)),
+            anew(Who::Imago, plan, work, move || Imago::open(&c, write)),
+        ],
+        targets: Vec::new(),
+        remarks: Vec::new(),
+    }
+}
+
+/// The bytes that ours reads are those that the others read.
+fn same_bytes(images: &Images, kind: Kind, block: usize, size: u64, options: &[(&str, &str)]) -> Res<()> {
+    let path = images.path(kind, Tmpfs);
+    let ours = Ours::open(&path, false, options)?;
+    let other: Box<dyn Device> = match kind {
+        Zlib => Box::new(Imago::open(&path, false)?),
+        _ => Box::new(Oracle::open(&images.chain(kind, Tmpfs), false, false)?),
+    };
+    let (mut a, mut b) = (vec![0; block], vec![1; block]);
+    let work = Work::reads(block, Pattern::Random, size);
+    let mut offsets = crate::work::Offsets::new(&work, 0);
+    for _ in 0..64 {
+        let offset = offsets.next();
+        ours.read(&mut a, offset)?;
+        other.read(&mut b, offset)?;
+        if a != b {
+            return Err(format!("{}: libqblk reads wrong bytes at offset {offset}", path.display()));
+        }
+    }
+    Ok(())
+}
+
+fn read_4k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    same_bytes(images, Full, 4096, images.size, &[])?;
+    let work = Work::reads(4096, Pattern::Random, images.size);
+    let mut row = plain(images, plan, work);
+    add_qemu(&mut row, images, plan, Full, work)?;
+    row.targets = vec![to_reach(Limit("pread"), 0.95), to_reach(Imago, 1.0), to_reach(Qemu, 2.2)];
+    Ok(row)
+}
+
+fn read_4k_c<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    let work = Work::reads(4096, Pattern::Random, images.size);
+    let mut row = plain(images, plan, work);
+    row.contenders[0].who = Who::Base;
+    let path = images.path(Full, Tmpfs);
+    row.contenders.insert(0, anew(Who::Ours, plan, work, move || OursByC::open(&path)));
+    row.targets = vec![to_reach(Limit("pread"), 0.95), to_reach(Imago, 1.0), to_know(Base("the Rust API"))];
+    Ok(row)
+}
+
+fn read_4k_2<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    two_threads(images, plan, 4096, 1.9)
+}
+fn read_64k_2<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    two_threads(images, plan, 65536, 1.8)
+}
+fn read_1m_2<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    two_threads(images, plan, 1 << 20, 1.8)
+}
+
+fn two_threads<'a>(images: &'a Images, plan: &'a Plan, block: usize, scale: f64) -> Res<Row<'a>> {
+    let one = Work::reads(block, Pattern::Random, images.size);
+    let mut row = plain(images, plan, one.by(2));
+    let alone = plain(images, plan, one);
+    for (mut c, who) in alone.contenders.into_iter().zip([Who::Base, Who::LimitBase]) {
+        c.who = who;
+        row.contenders.push(c);
+    }
+    row.targets = vec![to_reach(Base("one thread"), scale), to_know(Limit("pread by two")), to_know(Imago)];
+    Ok(row)
+}
+
+fn read_4k_mmap<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    const MMAP: &[(&str, &str)] = &[("io", "mmap")];
+    same_bytes(images, Full, 4096, images.size, MMAP)?;
+    let work = Work::reads(4096, Pattern::Random, images.size).warmed(images.size / CLUSTER * 8);
+    let path = images.path(Full, Tmpfs);
+    let (a, b, c) = (path.clone(), path.clone(), path);
+    Ok(Row {
+        unit: Unit::PerSecond,
+        contenders: vec![
+            kept(Who::Ours, plan, work, move || Ours::open(&a, false, MMAP)),
+            kept(Who::Limit, plan, work, move || Oracle::open(std::slice::from_ref(&b), false, true)),
+            kept(Who::Imago, plan, work, move || Imago::open(&c, false)),
+        ],
+        targets: vec![to_reach(Imago, 1.6), to_know(Limit("memcpy"))],
+        remarks: vec!["The limit is a memcpy from a mapping of the file.".to_owned()],
+    })
+}
+
+fn read_64k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    read_large(images, plan, 65536)
+}
+fn read_1m<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    read_large(images, plan, 1 << 20)
+}
+
+fn read_large<'a>(images: &'a Images, plan: &'a Plan, block: usize) -> Res<Row<'a>> {
+    same_bytes(images, Full, block, images.size, &[])?;
+    let mut row = plain(images, plan, Work::reads(block, Pattern::Random, images.size));
+    row.targets = vec![to_reach(Limit("pread"), 0.97), to_know(Imago)];
+    Ok(row)
+}
+
+fn overwrite<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    let mut row = plain(images, plan, Work::writes(4096, Pattern::Random, images.size));
+    row.targets = vec![to_reach(Limit("pwrite"), 0.95), to_reach(Imago, 1.0)];
+    Ok(row)
+}
+
+fn chain_bottom<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    chain(images, plan, Bottom)
+}
+fn chain_spread<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    chain(images, plan, Spread)
+}
+
+fn chain<'a>(images: &'a Images, plan: &'a Plan, kind: Kind) -> Res<Row<'a>> {
+    same_bytes(images, kind, 4096, images.size, &[])?;
+    let work = Work::reads(4096, Pattern::Random, images.size);
+    let (a, b, c) = (images.path(kind, Tmpfs), images.path(Full, Tmpfs), images.path(kind, Tmpfs));
+    let files = images.chain(kind, Tmpfs);
+    Ok(Row {
+        unit: Unit::PerSecond,
+        contenders: vec![
+            anew(Who::Ours, plan, work, move || Ours::open(&a, false, &[])),
+            anew(Who::Base, plan, work, move || Ours::open(&b, false, &[])),
+            anew(Who::Limit, plan, work, move || Oracle::open(&files, false, false)),
+            anew(Who::Imago, plan, work, move || Imago::open(&c, false)),
+        ],
+        targets: vec![to_reach(Base("no chain"), 0.9), to_know(Limit("pread")), to_know(Imago)],
+        remarks: Vec::new(),
+    })
+}
+
+fn unallocated<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    let work = Work::reads(4096, Pattern::Random, images.size);
+    let (a, c) = (images.path(Empty, Tmpfs), images.path(Empty, Tmpfs));
+    let mut row = Row {
+        unit: Unit::PerSecond,
+        contenders: vec![
+            anew(Who::Ours, plan, work, move || Ours::open(&a, false, &[])),
+            anew(Who::Limit, plan, work, || Ok(Zeroes)),
+            anew(Who::Imago, plan, work, move || Imago::open(&c, false)),
+        ],
+        targets: vec![to_reach(Imago, 1.0), to_reach(Qemu, 3.0), to_know(Limit("memset"))],
+        remarks: vec!["The limit is a memset.".to_owned()],
+    };
+    add_qemu(&mut row, images, plan, Empty, work)?;
+    Ok(row)
+}
+
+fn tib<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    // As many requests first as it takes for every cache to be as full as it gets.
+    let work = Work::reads(4096, Pattern::Pieces(PIECE), 1 << 40).warmed((1 << 40) / PIECE * 2);
+    let (a, b, c) = (images.path(Tib, Tmpfs), images.path(Tib, Tmpfs), images.path(Tib, Tmpfs));
+    let mut row = Row {
+        unit: Unit::PerSecond,
+        contenders: vec![
+            anew(Who::Ours, plan, work, move || Ours::open(&a, false, &[])),
+            anew(Who::Limit, plan, work, move || TwoReads::open(&b)),
+            anew(Who::Imago, plan, Work { warm: 64, ..work }, move || Imago::open(&c, false)),
+        ],
+        targets: vec![to_reach(Qemu, 3.0), to_know(Limit("two preads")), to_know(Imago)],
+        remarks: vec!["The limit is two preads of 4 KiB, of an L2 table and of the data.".to_owned()],
+    };
+    add_qemu(&mut row, images, plan, Tib, work)?;
+    Ok(row)
+}
+
+fn zlib_64k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    compressed(images, plan, Zlib, 65536, Pattern::Random, 2.0)
+}
+fn zlib_4k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    compressed(images, plan, Zlib, 4096, Pattern::Sequential, 20.0)
+}
+fn zstd_64k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    compressed(images, plan, Zstd, 65536, Pattern::Random, 1.5)
+}
+fn zstd_4k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    compressed(images, plan, Zstd, 4096, Pattern::Sequential, 10.0)
+}
+
+fn compressed<'a>(
+    images: &'a Images,
+    plan: &'a Plan,
+    kind: Kind,
+    block: usize,
+    pattern: Pattern,
+    lead: f64,
+) -> Res<Row<'a>> {
+    let work = Work::reads(block, pattern, images.small);
+    let (a, c) = (images.path(kind, Tmpfs), images.path(kind, Tmpfs));
+    let mut row = Row {
+        unit: Unit::PerCpuSecond,
+        contenders: vec![anew(Who::Ours, plan, work, move || Ours::open(&a, false, &[]))],
+        targets: vec![to_reach(Imago, lead), to_reach(Qemu, lead)],
+        remarks: Vec::new(),
+    };
+    if kind == Zlib {
+        same_bytes(images, kind, block, images.small, &[])?;
+        row.contenders.push(anew(Who::Imago, plan, work, move || Imago::open(&c, false)));
+    } else if let Err(why) = Imago::open(&c, false) {
+        row.remarks.push(format!("imago does not open it ({}).", why.rsplit(": ").next().unwrap_or("")));
+    }
+    add_qemu(&mut row, images, plan, kind, work)?;
+    Ok(row)
+}
+
+/// A fresh image for every sample.
+struct Fresh<'a> {
+    images: &'a Images,
+    on: On,
+    /// The bytes of an image that nothing was written to.
+    pristine: Vec<u8>,
+    work: Work,
+}
+
+impl Fresh<'_> {
+    fn file(&self) -> PathBuf {
+        self.images.dir(self.on).join("fresh.qcow2")
+    }
+
+    /// Make one, use it, remove it.
+    fn with(&self, use_it: impl FnOnce(&Path) -> Res<Sample>) -> Res<Sample> {
+        let file = self.file();
+        at(&file, std::fs::write(&file, &self.pristine))?;
+        let sample = use_it(&file);
+        let _ = std::fs::remove_file(&file);
+        sample
+    }
+}
+
+/// Ours, imago, and qemu in its ways, each on a fresh image for every sample. In the first round
+/// qemu-img checks what ours wrote.
+fn fresh_row<'a>(
+    images: &'a Images,
+    plan: &'a Plan,
+    work: Work,
+    make: impl Fn(&Path, On) -> Res<()>,
+    below: Option<Kind>,
+) -> Res<Row<'a>> {
+    let places = [Tmpfs, Disk].into_iter().filter(|&on| on == Tmpfs || images.has_disk());
+    let mut contenders = Vec::new();
+    for on in places {
+        let file = images.dir(on).join("fresh.qcow2");
+        make(&file, on)?;
+        let pristine = at(&file, std::fs::read(&file))?;
+        let fresh = std::rc::Rc::new(Fresh { images, on, pristine, work });
+        let who = if on == Tmpfs { Who::Ours } else { Who::OursDisk };
+        let warm = move || match below {
+            Some(kind) if on == Disk => refresh(&images.path(kind, on)),
+            _ => Ok(()),
+        };
+        let mut checked = false;
+        let f = fresh.clone();
+        let ours = move || {
+            warm()?;
+            f.with(|file| {
+                let sample = drive(&Ours::open(file, true, &[])?, &work, plan.seconds)?;
+                if !std::mem::replace(&mut checked, true) {
+                    qemu::run("qemu-img", &["check".as_ref(), "-q".as_ref(), "-f".as_ref(), "qcow2".as_ref(), file.as_os_str()])?;
+                }
+                Ok(sample)
+            })
+        };
+        contenders.push(Contender { who, run: Box::new(ours) });
+        if on == Tmpfs {
+            let f = fresh.clone();
+            let imago = move || f.with(|file| drive(&Imago::open(file, true)?, &work, plan.seconds));
+            contenders.push(Contender { who: Who::Imago, run: Box::new(imago) });
+        }
+        for &(how, _) in QEMU.iter().filter(|w| w.1 == on && !(plan.quick && w.0.depth == 1)) {
+            let f = fresh.clone();
+            let run = move || {
+                warm()?;
+                f.with(|file| qemu::bench(file, &f.work, how, f.work.ops.unwrap_or(1)))
+            };
+            contenders.push(Contender { who: Who::Qemu(how, on), run: Box::new(run) });
+        }
+    }
+    Ok(Row { unit: Unit::PerSecond, contenders, targets: Vec::new(), remarks: Vec::new() })
+}
+
+fn new_image<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    // Few enough that nearly every write is the first one to its cluster.
+    let ops = images.size / CLUSTER * 3 / 8 / 32 * 32;
+    let work = Work::writes(4096, Pattern::Walk(golden_step(images.size, 4096)), images.size).exactly(ops);
+    let mut row = fresh_row(images, plan, work, |file, _| create(file, images.size, &[]), None)?;
+    let sparse = images.dir(Tmpfs).join("sparse.raw");
+    let limit = move || {
+        let sample = drive(&Plain::sparse(&sparse, images.size)?, &work, plan.seconds);
+        let _ = std::fs::remove_file(&sparse);
+        sample
+    };
+    row.contenders.insert(1, Contender { who: Who::Limit, run: Box::new(limit) });
+    row.targets = vec![to_reach(Imago, 1.3), to_reach(Qemu, 4.0), to_reach(Limit("a sparse raw file"), 0.8)];
+    row.remarks = vec!["The limit is a sparse raw file. Every write allocates.".to_owned()];
+    Ok(row)
+}
+
+fn cow_raw<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    cow(images, plan, Raw, "raw")
+}
+fn cow_qcow2<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    cow(images, plan, Full, "qcow2")
+}
+
+fn cow<'a>(images: &'a Images, plan: &'a Plan, below: Kind, format: &'static str) -> Res<Row<'a>> {
+    let ops = if plan.quick { 4096 } else { 12288 };
+    let work = Work::writes(4096, Pattern::Walk(golden_step(images.size, 4096)), images.size).exactly(ops);
+    let make = |file: &Path, on| overlay(file, &images.path(below, on), format);
+    let mut row = fresh_row(images, plan, work, make, Some(below))?;
+    let (from, to) = (images.path(Full, Tmpfs), images.dir(Tmpfs).join("copies.raw"));
+    let limit = move || {
+        let sample = drive(&CopyOnWrite::new(&from, &to)?, &work, plan.seconds);
+        let _ = std::fs::remove_file(&to);
+        sample
+    };
+    row.contenders.insert(1, Contender { who: Who::Limit, run: Box::new(limit) });
+    row.targets = vec![to_reach(Imago, 1.2), to_reach(Qemu, 2.0), to_know(Limit("pread and pwrite"))];
+    row.remarks = vec!["The limit is a pread and a pwrite of 64 KiB.".to_owned()];
+    Ok(row)
+}
+
+fn open_one<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    let mut row = visits(images, plan, Full, 30.0);
+    let path = images.path(Full, Tmpfs);
+    let limit = move || process::visits(plan, images.size, &|buf, at| Plain::visit(&path, buf, at));
+    row.contenders.push(Contender { who: Who::Limit, run: Box::new(limit) });
+    Ok(row)
+}
+fn open_chain<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    Ok(visits(images, plan, Bottom, 100.0))
+}
+
+fn visits<'a>(images: &'a Images, plan: &'a Plan, kind: Kind, at_most: f64) -> Row<'a> {
+    let (a, c) = (images.path(kind, Tmpfs), images.path(kind, Tmpfs));
+    let ours = move || process::visits(plan, images.size, &|buf, at| Ours::visit(&a, buf, at));
+    let imago = move || process::visits(plan, images.size, &|buf, at| Imago::visit(&c, buf, at));
+    Row {
+        unit: Unit::Micros,
+        contenders: vec![
+            Contender { who: Who::Ours, run: Box::new(ours) },
+            Contender { who: Who::Imago, run: Box::new(imago) },
+        ],
+        targets: vec![to_reach(AtMost(at_most), at_most), to_know(Imago)],
+        remarks: Vec::new(),
+    }
+}
+
+fn memory_full<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    Ok(memory(images, Full, 3.0))
+}
+fn memory_tib<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    Ok(memory(images, Tib, 4.0))
+}
+
+fn memory<'a>(images: &'a Images, kind: Kind, at_most: f64) -> Row<'a> {
+    let path = images.path(kind, Tmpfs);
+    let child = |who, what: &'static str| {
+        let path = path.clone();
+        Contender { who, run: Box::new(move || process::resident(what, &path)) }
+    };
+    Row {
+        unit: Unit::MiB,
+        contenders: vec![
+            child(Who::Ours, "ours"),
+            child(Who::Limit, "nothing"),
+            child(Who::Imago, "imago"),
+        ],
+        targets: vec![to_reach(AtMost(at_most), at_most), to_know(Imago)],
+        remarks: vec!["Resident after one read of 4 KiB; the limit is the same process, doing nothing.".to_owned()],
+    }
+}
+
+fn info<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    let tool = process::tool()?;
+    let path = images.path(Full, Tmpfs);
+    let spawn = |who, program: PathBuf, args: Vec<PathBuf>| Contender {
+        who,
+        run: Box::new(move || process::whole(plan, &program, &args)),
+    };
+    Ok(Row {
+        unit: Unit::Millis,
+        contenders: vec![
+            spawn(Who::Ours, tool, vec!["info".into(), path.clone()]),
+            spawn(Who::Limit, "true".into(), vec![]),
+            spawn(Who::QemuTool, "qemu-img".into(), vec!["info".into(), path]),
+        ],
+        targets: vec![to_reach(AtMost(2.0), 2.0), to_know(Qemu)],
+        remarks: vec!["The limit is a process that does nothing, true(1).".to_owned()],
+    })
+}

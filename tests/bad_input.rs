@@ -1,0 +1,14 @@
+//! Bad input gets a clear error, and nothing is lost: files that are no images, headers and tables
+//! that contradict their format, disks that are full, writers that are killed.
+
+mod common;
+#[path = "bad_input/files.rs"]
+mod files;
+#[path = "bad_input/full_disk.rs"]
+mod full_disk;
+#[path = "bad_input/headers.rs"]
+mod headers;
+#[path = "bad_input/killed.rs"]
+mod killed;
+#[path = "bad_input/tables.rs"]
+mod tables;
