@@ -48,26 +48,28 @@ MAN1 := $(wildcard docs/*.1)
 MAN3 := $(wildcard docs/*.3)
 
 .PHONY: all lib tool demo check check-deps check-rust check-capi check-header header bench lint fuzz \
-        stage install uninstall clean needs-cargo needs-cc needs-pkg-config
+        stage install uninstall clean
 .DELETE_ON_ERROR:
 
 all: lib tool
 lib: $(OUT)/$(REAL) $(OUT)/libqblk.a
 tool: $(TOOL)
 
-needs-cargo:
-	@command -v $(CARGO) >/dev/null || { echo "Rust is missing: https://rustup.rs tells how to install it."; exit 1; }
-needs-cc:
-	@command -v $(CC) >/dev/null || { echo "A C compiler is missing: apt-get install gcc (as root)"; exit 1; }
-needs-pkg-config:
-	@command -v pkg-config >/dev/null || { echo "pkg-config is missing: apt-get install pkg-config (as root)"; exit 1; }
+# In recipes and not as prerequisites: `sudo make install` needs none of them once all is built.
+NEED_CARGO = @command -v $(CARGO) >/dev/null || { echo "Rust is missing: https://rustup.rs tells how to install it."; exit 1; }
+NEED_CC = @command -v $(CC) >/dev/null || { echo "A C compiler is missing. As root: apt-get install gcc"; exit 1; }
+NEED_PKG_CONFIG = @command -v pkg-config >/dev/null || { echo "pkg-config is missing. As root: apt-get install pkg-config"; exit 1; }
 
 # The archive by itself: in one run with the rlib cargo leaves LTO out.
-$(A): $(SOURCES) | needs-cargo needs-cc
+$(A): $(SOURCES)
+	$(NEED_CARGO)
+	$(NEED_CC)
 	$(CARGO) rustc --release --lib --crate-type staticlib
 	@touch $@
 
-$(TOOL): $(SOURCES) $(TOOL_SOURCES) | needs-cargo needs-cc
+$(TOOL): $(SOURCES) $(TOOL_SOURCES)
+	$(NEED_CARGO)
+	$(NEED_CC)
 	$(CARGO) build --release -p qblk-tool
 	@touch $@
 
@@ -107,7 +109,8 @@ stage: all
 
 STAGE_ENV := PKG_CONFIG_SYSROOT_DIR=$(STAGE) PKG_CONFIG_LIBDIR=$(STAGE)/usr/lib/pkgconfig
 
-demo: needs-cargo needs-cc needs-pkg-config stage
+demo: stage
+	$(NEED_PKG_CONFIG)
 	$(CC) -Wall -Wextra -o $(OUT)/demo examples/demo.c $$($(STAGE_ENV) pkg-config --cflags --libs qblk)
 	@echo
 	@LD_LIBRARY_PATH=$(STAGE)/usr/lib $(OUT)/demo
@@ -118,7 +121,8 @@ check: check-deps check-rust check-capi
 check-deps:
 	sh capi-tests/install-deps.sh
 
-check-rust: needs-cargo
+check-rust:
+	$(NEED_CARGO)
 	$(CARGO) test
 
 check-capi: check-header stage
@@ -127,15 +131,18 @@ check-capi: check-header stage
 	sh capi-tests/native-libs.sh "$(NATIVE_LIBS)" "$(LIBS_PRIVATE)"
 	bash capi-tests/run.sh $(STAGE) $(OUT)/capi-tests
 
-bench: needs-cargo
+bench:
+	$(NEED_CARGO)
 	$(CARGO) run --release -p qblk-bench
 
-lint: needs-cargo
+lint:
+	$(NEED_CARGO)
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps
 
-fuzz: needs-cargo
+fuzz:
+	$(NEED_CARGO)
 	sh fuzz/run.sh $(SECONDS)
 
 # The .pc file is written here and not in `all`: only now are the paths known.

@@ -69,7 +69,7 @@ impl Kind {
 
     /// What it stands on, which must be there as long as it is.
     fn stands_on(self) -> Option<Self> {
-        matches!(self, Self::Bottom | Self::Spread | Self::Raw).then_some(Self::Full)
+        matches!(self, Self::Bottom | Self::Spread).then_some(Self::Full)
     }
 }
 
@@ -208,7 +208,9 @@ impl Images {
     /// Remove the images that are not among `needed`, which are still to be measured.
     pub fn retain(&mut self, needed: &BTreeSet<(Kind, On)>) {
         let keep = |&(kind, on): &(Kind, On)| {
-            needed.iter().any(|&(k, o)| k == kind && o == on || k.stands_on() == Some(kind) && o == on)
+            needed
+                .iter()
+                .any(|&(k, o)| k == kind && o == on || k.stands_on() == Some(kind) && o == on)
         };
         for gone in self.made.iter().filter(|k| !keep(k)).copied().collect::<Vec<_>>() {
             self.made.remove(&gone);
@@ -266,7 +268,11 @@ impl Images {
             Kind::Zlib | Kind::Zstd => {
                 let raw = self.tmpfs.join("text.raw");
                 write_text(&raw, self.small)?;
-                let how = if kind == Kind::Zlib { "compression_type=zlib" } else { "compression_type=zstd" };
+                let how = if kind == Kind::Zlib {
+                    "compression_type=zlib"
+                } else {
+                    "compression_type=zstd"
+                };
                 let made = qemu::run(
                     "qemu-img",
                     &[
@@ -474,7 +480,8 @@ fn resident(file: &File, from: u64, to: u64) -> bool {
     // SAFETY: a mapping of our own that nobody touches, and a byte for each page of it.
     unsafe {
         let (prot, flags) = (libc::PROT_READ, libc::MAP_SHARED);
-        let base = libc::mmap(std::ptr::null_mut(), len, prot, flags, file.as_raw_fd(), from as i64);
+        let base =
+            libc::mmap(std::ptr::null_mut(), len, prot, flags, file.as_raw_fd(), from as i64);
         if base == libc::MAP_FAILED {
             return false;
         }

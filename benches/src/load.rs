@@ -30,7 +30,11 @@ impl Load {
     /// Now.
     pub fn now() -> Self {
         let busy = busy_seconds();
-        Self { own: rusage(libc::RUSAGE_SELF) + rusage(libc::RUSAGE_CHILDREN), busy, at: Instant::now() }
+        Self {
+            own: rusage(libc::RUSAGE_SELF) + rusage(libc::RUSAGE_CHILDREN),
+            busy,
+            at: Instant::now(),
+        }
     }
 
     /// Wall time since, seconds.

@@ -31,7 +31,8 @@ impl Tables {
         let file = at(path, File::options().read(true).write(write).open(path))?;
         let mut header = [0; 48];
         at(path, file.read_exact_at(&mut header, 0))?;
-        let u32_at = |o: usize| u32::from_be_bytes([header[o], header[o + 1], header[o + 2], header[o + 3]]);
+        let u32_at =
+            |o: usize| u32::from_be_bytes([header[o], header[o + 1], header[o + 2], header[o + 3]]);
         let u64_at = |o: usize| u64::from(u32_at(o)) << 32 | u64::from(u32_at(o + 4));
         if &header[..4] != b"QFI\xfb" {
             return Err(format!("{}: not a qcow2 image", path.display()));
@@ -50,7 +51,10 @@ impl Tables {
     fn entries(&self, offset: u64, count: usize) -> Res<Vec<u64>> {
         let mut bytes = vec![0; count * 8];
         at(&self.path, self.file.read_exact_at(&mut bytes, offset))?;
-        Ok(bytes.chunks_exact(8).map(|b| u64::from_be_bytes(b.try_into().unwrap_or_default())).collect())
+        Ok(bytes
+            .chunks_exact(8)
+            .map(|b| u64::from_be_bytes(b.try_into().unwrap_or_default()))
+            .collect())
     }
 
     fn l2_bits(&self) -> u32 {
@@ -138,7 +142,9 @@ impl Device for Oracle {
             let (part, rest) = buf.split_at_mut(n);
             match (host, &self.mapping) {
                 (None, _) => part.fill(0),
-                (Some(host), Some(mapping)) => part.copy_from_slice(&mapping.bytes()[host as usize..][..n]),
+                (Some(host), Some(mapping)) => {
+                    part.copy_from_slice(&mapping.bytes()[host as usize..][..n])
+                }
                 (Some(host), None) => at(&file.path, file.file.read_exact_at(part, host))?,
             }
             buf = rest;
@@ -206,7 +212,10 @@ pub struct Plain {
 impl Plain {
     /// A new file of `size` bytes, all hole.
     pub fn sparse(path: &Path, size: u64) -> Res<Self> {
-        let file = at(path, File::options().read(true).write(true).create(true).truncate(true).open(path))?;
+        let file = at(
+            path,
+            File::options().read(true).write(true).create(true).truncate(true).open(path),
+        )?;
         at(path, file.set_len(size))?;
         Ok(Self { file, path: path.to_owned() })
     }
@@ -253,7 +262,8 @@ impl TwoReads {
 impl Device for TwoReads {
     fn read(&self, buf: &mut [u8], offset: u64) -> Res<()> {
         let t = &self.0;
-        let l1 = t.l1.get((offset >> (t.cluster_bits + t.l2_bits())) as usize).copied().unwrap_or(0);
+        let l1 =
+            t.l1.get((offset >> (t.cluster_bits + t.l2_bits())) as usize).copied().unwrap_or(0);
         let entry = (offset >> t.cluster_bits) & ((1 << t.l2_bits()) - 1);
         let mut slice = [0; 4096];
         at(&t.path, t.file.read_exact_at(&mut slice, (l1 & HOST) + entry * 8 / 4096 * 4096))?;
@@ -292,7 +302,8 @@ impl Device for CopyOnWrite {
             let within = (offset % cluster.len() as u64) as usize;
             self.below.read(cluster, offset - within as u64)?;
             cluster[within..within + buf.len()].copy_from_slice(buf);
-            let end = self.end.fetch_add(cluster.len() as u64, std::sync::atomic::Ordering::Relaxed);
+            let end =
+                self.end.fetch_add(cluster.len() as u64, std::sync::atomic::Ordering::Relaxed);
             self.to.write(cluster, end)
         })
     }

@@ -26,7 +26,11 @@ pub fn visits(plan: &Plan, size: u64, visit: &dyn Fn(&mut [u8], u64) -> Res<()>)
         done += 16.0;
     }
     let used = start.used();
-    Ok(Sample { value: used.wall / done * 1e6, cpu_us: used.own / done * 1e6, foreign: used.foreign })
+    Ok(Sample {
+        value: used.wall / done * 1e6,
+        cpu_us: used.own / done * 1e6,
+        foreign: used.foreign,
+    })
 }
 
 /// Start a program, wait for its end, again and again.
@@ -66,8 +70,12 @@ pub fn resident(what: &str, image: &Path) -> Res<Sample> {
         .map_err(|e| format!("the bench's own program: {e}"))?;
     let said = String::from_utf8_lossy(&out.stdout);
     match said.trim().parse::<f64>() {
-        Ok(kib) if out.status.success() => Ok(Sample { value: kib / 1024.0, cpu_us: 0.0, foreign: 0.0 }),
-        _ => Err(format!("measuring memory failed: {}", String::from_utf8_lossy(&out.stderr).trim())),
+        Ok(kib) if out.status.success() => {
+            Ok(Sample { value: kib / 1024.0, cpu_us: 0.0, foreign: 0.0 })
+        }
+        _ => {
+            Err(format!("measuring memory failed: {}", String::from_utf8_lossy(&out.stderr).trim()))
+        }
     }
 }
 
@@ -99,7 +107,8 @@ pub fn child(what: &str, image: &Path) -> Res<()> {
 fn resident_kib() -> Res<u64> {
     let status = std::fs::read_to_string("/proc/self/status").map_err(|e| e.to_string())?;
     let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
-    line.and_then(|l| l.split_whitespace().next()?.parse().ok()).ok_or_else(|| "no VmRSS".to_owned())
+    line.and_then(|l| l.split_whitespace().next()?.parse().ok())
+        .ok_or_else(|| "no VmRSS".to_owned())
 }
 
 /// The tool qblk, built beside the bench with the same settings.

@@ -26,7 +26,11 @@ impl How {
 
 /// Run a command to its end; what it printed.
 pub fn run<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Res<String> {
-    let out = Command::new(program).args(args).stdin(Stdio::null()).output().map_err(|e| missing(program, &e))?;
+    let out = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .map_err(|e| missing(program, &e))?;
     if !out.status.success() {
         let said = String::from_utf8_lossy(&out.stderr);
         return Err(format!("{program} failed: {}", said.trim()));
@@ -38,7 +42,9 @@ pub fn run<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Res<String> {
 pub fn missing(program: &str, e: &std::io::Error) -> String {
     match e.kind() {
         std::io::ErrorKind::NotFound if program.starts_with("qemu") => {
-            format!("{program} is missing, and the bench measures beside it: apt-get install qemu-utils (as root)")
+            format!(
+                "{program} is missing, and the bench measures beside it: apt-get install qemu-utils (as root)"
+            )
         }
         _ => format!("{program}: {e}"),
     }
@@ -88,9 +94,9 @@ pub fn bench(image: &Path, work: &Work, how: How, count: u64) -> Res<Sample> {
     let used = start.used();
     let cpu = children() - before;
     let said = String::from_utf8_lossy(&out.stdout);
-    let seconds = said
-        .lines()
-        .find_map(|l| l.strip_prefix("Run completed in ")?.strip_suffix(" seconds.")?.parse::<f64>().ok());
+    let seconds = said.lines().find_map(|l| {
+        l.strip_prefix("Run completed in ")?.strip_suffix(" seconds.")?.parse::<f64>().ok()
+    });
     match seconds {
         Some(seconds) if out.status.success() => Ok(Sample {
             value: count as f64 / seconds.max(1e-3),

@@ -69,7 +69,9 @@ fn check(code: c_int) -> Res<()> {
     match code {
         0 => Ok(()),
         // SAFETY: never NULL, and valid until this thread's next call.
-        _ => Err(unsafe { std::ffi::CStr::from_ptr(capi::qblk_get_error()) }.to_string_lossy().into_owned()),
+        _ => Err(unsafe { std::ffi::CStr::from_ptr(capi::qblk_get_error()) }
+            .to_string_lossy()
+            .into_owned()),
     }
 }
 

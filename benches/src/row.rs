@@ -1,7 +1,7 @@
 //! A row of the table: who does the same work, measured in turns, and what is to be reached.
 
-use crate::qemu::How;
 use crate::images::On;
+use crate::qemu::How;
 use crate::work::{Res, Sample};
 
 /// Who did it.

@@ -28,31 +28,131 @@ use On::{Disk, Tmpfs};
 
 /// All rows, in the order of measuring: those that need the same images stand together.
 pub const ROWS: &[Spec] = &[
-    Spec { id: "read-4k", title: "4 KiB random read", needs: &[(Full, Tmpfs), (Full, Disk)], build: read_4k },
-    Spec { id: "read-4k-c", title: "the same through the C functions", needs: &[(Full, Tmpfs)], build: read_4k_c },
-    Spec { id: "read-4k-2", title: "the same, two threads on one handle", needs: &[(Full, Tmpfs)], build: read_4k_2 },
-    Spec { id: "read-4k-mmap", title: "the same, io=mmap", needs: &[(Full, Tmpfs)], build: read_4k_mmap },
-    Spec { id: "overwrite-4k", title: "4 KiB overwrite", needs: &[(Full, Tmpfs)], build: overwrite },
+    Spec {
+        id: "read-4k",
+        title: "4 KiB random read",
+        needs: &[(Full, Tmpfs), (Full, Disk)],
+        build: read_4k,
+    },
+    Spec {
+        id: "read-4k-c",
+        title: "the same through the C functions",
+        needs: &[(Full, Tmpfs)],
+        build: read_4k_c,
+    },
+    Spec {
+        id: "read-4k-2",
+        title: "the same, two threads on one handle",
+        needs: &[(Full, Tmpfs)],
+        build: read_4k_2,
+    },
+    Spec {
+        id: "read-4k-mmap",
+        title: "the same, io=mmap",
+        needs: &[(Full, Tmpfs)],
+        build: read_4k_mmap,
+    },
+    Spec {
+        id: "overwrite-4k",
+        title: "4 KiB overwrite",
+        needs: &[(Full, Tmpfs)],
+        build: overwrite,
+    },
     Spec { id: "read-64k", title: "64 KiB random read", needs: &[(Full, Tmpfs)], build: read_64k },
-    Spec { id: "read-64k-2", title: "the same, two threads", needs: &[(Full, Tmpfs)], build: read_64k_2 },
+    Spec {
+        id: "read-64k-2",
+        title: "the same, two threads",
+        needs: &[(Full, Tmpfs)],
+        build: read_64k_2,
+    },
     Spec { id: "read-1m", title: "1 MiB random read", needs: &[(Full, Tmpfs)], build: read_1m },
-    Spec { id: "read-1m-2", title: "the same, two threads", needs: &[(Full, Tmpfs)], build: read_1m_2 },
+    Spec {
+        id: "read-1m-2",
+        title: "the same, two threads",
+        needs: &[(Full, Tmpfs)],
+        build: read_1m_2,
+    },
     Spec { id: "open", title: "open, read 4 KiB, close", needs: &[(Full, Tmpfs)], build: open_one },
-    Spec { id: "open-chain", title: "the same, chain of eight", needs: &[(Bottom, Tmpfs)], build: open_chain },
-    Spec { id: "chain-bottom", title: "chain of eight, 4 KiB, data at its bottom", needs: &[(Bottom, Tmpfs)], build: chain_bottom },
-    Spec { id: "cow-qcow2", title: "4 KiB random write over qcow2 (COW)", needs: &[(Full, Tmpfs), (Full, Disk)], build: cow_qcow2 },
-    Spec { id: "memory", title: "memory, one image open", needs: &[(Full, Tmpfs)], build: memory_full },
+    Spec {
+        id: "open-chain",
+        title: "the same, chain of eight",
+        needs: &[(Bottom, Tmpfs)],
+        build: open_chain,
+    },
+    Spec {
+        id: "chain-bottom",
+        title: "chain of eight, 4 KiB, data at its bottom",
+        needs: &[(Bottom, Tmpfs)],
+        build: chain_bottom,
+    },
+    Spec {
+        id: "cow-qcow2",
+        title: "4 KiB random write over qcow2 (COW)",
+        needs: &[(Full, Tmpfs), (Full, Disk)],
+        build: cow_qcow2,
+    },
+    Spec {
+        id: "memory",
+        title: "memory, one image open",
+        needs: &[(Full, Tmpfs)],
+        build: memory_full,
+    },
     Spec { id: "info", title: "qblk info, whole process", needs: &[(Full, Tmpfs)], build: info },
-    Spec { id: "chain-spread", title: "chain of eight, 4 KiB, data in all of it", needs: &[(Spread, Tmpfs)], build: chain_spread },
-    Spec { id: "cow-raw", title: "4 KiB random write over raw (COW)", needs: &[(Raw, Tmpfs), (Raw, Disk)], build: cow_raw },
+    Spec {
+        id: "chain-spread",
+        title: "chain of eight, 4 KiB, data in all of it",
+        needs: &[(Spread, Tmpfs)],
+        build: chain_spread,
+    },
+    Spec {
+        id: "cow-raw",
+        title: "4 KiB random write over raw (COW)",
+        needs: &[(Full, Tmpfs), (Raw, Tmpfs), (Raw, Disk)],
+        build: cow_raw,
+    },
     Spec { id: "new-4k", title: "4 KiB random write, new image", needs: &[], build: new_image },
-    Spec { id: "unallocated-4k", title: "4 KiB random read, unallocated", needs: &[(Empty, Tmpfs), (Empty, Disk)], build: unallocated },
-    Spec { id: "tib-4k", title: "4 KiB random read, 1 TiB, all L2 in use", needs: &[(Tib, Tmpfs), (Tib, Disk)], build: tib },
-    Spec { id: "memory-tib", title: "memory, 1 TiB image open", needs: &[(Tib, Tmpfs)], build: memory_tib },
-    Spec { id: "zlib-64k", title: "zlib, 64 KiB random, per core", needs: &[(Zlib, Tmpfs), (Zlib, Disk)], build: zlib_64k },
-    Spec { id: "zlib-4k", title: "zlib, 4 KiB sequential, per core", needs: &[(Zlib, Tmpfs), (Zlib, Disk)], build: zlib_4k },
-    Spec { id: "zstd-64k", title: "zstd, 64 KiB random, per core", needs: &[(Zstd, Tmpfs), (Zstd, Disk)], build: zstd_64k },
-    Spec { id: "zstd-4k", title: "zstd, 4 KiB sequential, per core", needs: &[(Zstd, Tmpfs), (Zstd, Disk)], build: zstd_4k },
+    Spec {
+        id: "unallocated-4k",
+        title: "4 KiB random read, unallocated",
+        needs: &[(Empty, Tmpfs), (Empty, Disk)],
+        build: unallocated,
+    },
+    Spec {
+        id: "tib-4k",
+        title: "4 KiB random read, 1 TiB, all L2 in use",
+        needs: &[(Tib, Tmpfs), (Tib, Disk)],
+        build: tib,
+    },
+    Spec {
+        id: "memory-tib",
+        title: "memory, 1 TiB image open",
+        needs: &[(Tib, Tmpfs)],
+        build: memory_tib,
+    },
+    Spec {
+        id: "zlib-64k",
+        title: "zlib, 64 KiB random, per core",
+        needs: &[(Zlib, Tmpfs), (Zlib, Disk)],
+        build: zlib_64k,
+    },
+    Spec {
+        id: "zlib-4k",
+        title: "zlib, 4 KiB sequential, per core",
+        needs: &[(Zlib, Tmpfs), (Zlib, Disk)],
+        build: zlib_4k,
+    },
+    Spec {
+        id: "zstd-64k",
+        title: "zstd, 64 KiB random, per core",
+        needs: &[(Zstd, Tmpfs), (Zstd, Disk)],
+        build: zstd_64k,
+    },
+    Spec {
+        id: "zstd-4k",
+        title: "zstd, 4 KiB sequential, per core",
+        needs: &[(Zstd, Tmpfs), (Zstd, Disk)],
+        build: zstd_4k,
+    },
 ];
 
 /// qemu's ways, and where each is fair.
@@ -107,11 +207,16 @@ fn kept<'a, D: Device + 'a>(
     Contender { who, run: Box::new(run) }
 }
 
-/// Add ours on the disk, and qemu in all its ways (on tmpfs only if `tmpfs_only`).
-fn add_qemu<'a>(row: &mut Row<'a>, images: &'a Images, plan: &'a Plan, kind: Kind, work: Work) -> Res<()> {
-    let mut ways: Vec<_> = QEMU.iter().filter(|w| w.1 == Tmpfs || images.has_disk()).collect();
+/// Add qemu in all its ways, and ours on the disk for those of them that are there.
+fn add_qemu<'a>(
+    row: &mut Row<'a>,
+    images: &'a Images,
+    plan: &'a Plan,
+    kind: Kind,
+    work: Work,
+) -> Res<()> {
     let mut ready = Vec::new();
-    for &&(how, on) in &ways {
+    for &(how, on) in QEMU.iter().filter(|w| w.1 == Tmpfs || images.has_disk()) {
         let path = images.path(kind, on);
         if on == Disk {
             refresh(&path)?;
@@ -125,7 +230,6 @@ fn add_qemu<'a>(row: &mut Row<'a>, images: &'a Images, plan: &'a Plan, kind: Kin
         ready.sort_by(|a, b| b.0.total_cmp(&a.0));
         ready.truncate(2);
     }
-    ways.clear();
     if ready.iter().any(|r| r.3 == Disk) {
         let path = images.path(kind, Disk);
         row.contenders.push(Contender {
@@ -169,7 +273,9 @@ fn plain<'a>(images: &'a Images, plan: &'a Plan, work: Work) -> Row<'a> {
         unit: Unit::PerSecond,
         contenders: vec![
             anew(Who::Ours, plan, work, move || Ours::open(&a, write, &[])),
-            anew(Who::Limit, plan, work, move || Oracle::open(std::slice::from_ref(&b), write, false)),
+            anew(Who::Limit, plan, work, move || {
+                Oracle::open(std::slice::from_ref(&b), write, false)
+            }),
             anew(Who::Imago, plan, work, move || Imago::open(&c, write)),
         ],
         targets: Vec::new(),
@@ -178,7 +284,13 @@ fn plain<'a>(images: &'a Images, plan: &'a Plan, work: Work) -> Row<'a> {
 }
 
 /// The bytes that ours reads are those that the others read.
-fn same_bytes(images: &Images, kind: Kind, block: usize, size: u64, options: &[(&str, &str)]) -> Res<()> {
+fn same_bytes(
+    images: &Images,
+    kind: Kind,
+    block: usize,
+    size: u64,
+    options: &[(&str, &str)],
+) -> Res<()> {
     let path = images.path(kind, Tmpfs);
     let ours = Ours::open(&path, false, options)?;
     let other: Box<dyn Device> = match kind {
@@ -193,7 +305,10 @@ fn same_bytes(images: &Images, kind: Kind, block: usize, size: u64, options: &[(
         ours.read(&mut a, offset)?;
         other.read(&mut b, offset)?;
         if a != b {
-            return Err(format!("{}: libqblk reads wrong bytes at offset {offset}", path.display()));
+            return Err(format!(
+                "{}: libqblk reads wrong bytes at offset {offset}",
+                path.display()
+            ));
         }
     }
     Ok(())
@@ -214,7 +329,8 @@ fn read_4k_c<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     row.contenders[0].who = Who::Base;
     let path = images.path(Full, Tmpfs);
     row.contenders.insert(0, anew(Who::Ours, plan, work, move || OursByC::open(&path)));
-    row.targets = vec![to_reach(Limit("pread"), 0.95), to_reach(Imago, 1.0), to_know(Base("the Rust API"))];
+    row.targets =
+        vec![to_reach(Limit("pread"), 0.95), to_reach(Imago, 1.0), to_know(Base("the Rust API"))];
     Ok(row)
 }
 
@@ -236,7 +352,8 @@ fn two_threads<'a>(images: &'a Images, plan: &'a Plan, block: usize, scale: f64)
         c.who = who;
         row.contenders.push(c);
     }
-    row.targets = vec![to_reach(Base("one thread"), scale), to_know(Limit("pread by two")), to_know(Imago)];
+    row.targets =
+        vec![to_reach(Base("one thread"), scale), to_know(Limit("pread by two")), to_know(Imago)];
     Ok(row)
 }
 
@@ -250,7 +367,9 @@ fn read_4k_mmap<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
         unit: Unit::PerSecond,
         contenders: vec![
             kept(Who::Ours, plan, work, move || Ours::open(&a, false, MMAP)),
-            kept(Who::Limit, plan, work, move || Oracle::open(std::slice::from_ref(&b), false, true)),
+            kept(Who::Limit, plan, work, move || {
+                Oracle::open(std::slice::from_ref(&b), false, true)
+            }),
             kept(Who::Imago, plan, work, move || Imago::open(&c, false)),
         ],
         targets: vec![to_reach(Imago, 1.6), to_know(Limit("memcpy"))],
@@ -332,7 +451,9 @@ fn tib<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
             anew(Who::Imago, plan, Work { warm: 64, ..work }, move || Imago::open(&c, false)),
         ],
         targets: vec![to_reach(Qemu, 3.0), to_know(Limit("two preads")), to_know(Imago)],
-        remarks: vec!["The limit is two preads of 4 KiB, of an L2 table and of the data.".to_owned()],
+        remarks: vec![
+            "The limit is two preads of 4 KiB, of an L2 table and of the data.".to_owned(),
+        ],
     };
     add_qemu(&mut row, images, plan, Tib, work)?;
     Ok(row)
@@ -371,7 +492,8 @@ fn compressed<'a>(
         same_bytes(images, kind, block, images.small, &[])?;
         row.contenders.push(anew(Who::Imago, plan, work, move || Imago::open(&c, false)));
     } else if let Err(why) = Imago::open(&c, false) {
-        row.remarks.push(format!("imago does not open it ({}).", why.rsplit(": ").next().unwrap_or("")));
+        row.remarks
+            .push(format!("imago does not open it ({}).", why.rsplit(": ").next().unwrap_or("")));
     }
     add_qemu(&mut row, images, plan, kind, work)?;
     Ok(row)
@@ -429,7 +551,16 @@ fn fresh_row<'a>(
             f.with(|file| {
                 let sample = drive(&Ours::open(file, true, &[])?, &work, plan.seconds)?;
                 if !std::mem::replace(&mut checked, true) {
-                    qemu::run("qemu-img", &["check".as_ref(), "-q".as_ref(), "-f".as_ref(), "qcow2".as_ref(), file.as_os_str()])?;
+                    qemu::run(
+                        "qemu-img",
+                        &[
+                            "check".as_ref(),
+                            "-q".as_ref(),
+                            "-f".as_ref(),
+                            "qcow2".as_ref(),
+                            file.as_os_str(),
+                        ],
+                    )?;
                 }
                 Ok(sample)
             })
@@ -437,7 +568,8 @@ fn fresh_row<'a>(
         contenders.push(Contender { who, run: Box::new(ours) });
         if on == Tmpfs {
             let f = fresh.clone();
-            let imago = move || f.with(|file| drive(&Imago::open(file, true)?, &work, plan.seconds));
+            let imago =
+                move || f.with(|file| drive(&Imago::open(file, true)?, &work, plan.seconds));
             contenders.push(Contender { who: Who::Imago, run: Box::new(imago) });
         }
         for &(how, _) in QEMU.iter().filter(|w| w.1 == on && !(plan.quick && w.0.depth == 1)) {
@@ -455,7 +587,8 @@ fn fresh_row<'a>(
 fn new_image<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     // Few enough that nearly every write is the first one to its cluster.
     let ops = images.size / CLUSTER * 3 / 8 / 32 * 32;
-    let work = Work::writes(4096, Pattern::Walk(golden_step(images.size, 4096)), images.size).exactly(ops);
+    let work =
+        Work::writes(4096, Pattern::Walk(golden_step(images.size, 4096)), images.size).exactly(ops);
     let mut row = fresh_row(images, plan, work, |file, _| create(file, images.size, &[]), None)?;
     let sparse = images.dir(Tmpfs).join("sparse.raw");
     let limit = move || {
@@ -464,7 +597,8 @@ fn new_image<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
         sample
     };
     row.contenders.insert(1, Contender { who: Who::Limit, run: Box::new(limit) });
-    row.targets = vec![to_reach(Imago, 1.3), to_reach(Qemu, 4.0), to_reach(Limit("a sparse raw file"), 0.8)];
+    row.targets =
+        vec![to_reach(Imago, 1.3), to_reach(Qemu, 4.0), to_reach(Limit("a sparse raw file"), 0.8)];
     row.remarks = vec!["The limit is a sparse raw file. Every write allocates.".to_owned()];
     Ok(row)
 }
@@ -478,7 +612,8 @@ fn cow_qcow2<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
 
 fn cow<'a>(images: &'a Images, plan: &'a Plan, below: Kind, format: &'static str) -> Res<Row<'a>> {
     let ops = if plan.quick { 4096 } else { 12288 };
-    let work = Work::writes(4096, Pattern::Walk(golden_step(images.size, 4096)), images.size).exactly(ops);
+    let work =
+        Work::writes(4096, Pattern::Walk(golden_step(images.size, 4096)), images.size).exactly(ops);
     let make = |file: &Path, on| overlay(file, &images.path(below, on), format);
     let mut row = fresh_row(images, plan, work, make, Some(below))?;
     let (from, to) = (images.path(Full, Tmpfs), images.dir(Tmpfs).join("copies.raw"));
@@ -488,7 +623,8 @@ fn cow<'a>(images: &'a Images, plan: &'a Plan, below: Kind, format: &'static str
         sample
     };
     row.contenders.insert(1, Contender { who: Who::Limit, run: Box::new(limit) });
-    row.targets = vec![to_reach(Imago, 1.2), to_reach(Qemu, 2.0), to_know(Limit("pread and pwrite"))];
+    row.targets =
+        vec![to_reach(Imago, 1.2), to_reach(Qemu, 2.0), to_know(Limit("pread and pwrite"))];
     row.remarks = vec!["The limit is a pread and a pwrite of 64 KiB.".to_owned()];
     Ok(row)
 }
@@ -540,7 +676,10 @@ fn memory<'a>(images: &'a Images, kind: Kind, at_most: f64) -> Row<'a> {
             child(Who::Imago, "imago"),
         ],
         targets: vec![to_reach(AtMost(at_most), at_most), to_know(Imago)],
-        remarks: vec!["Resident after one read of 4 KiB; the limit is the same process, doing nothing.".to_owned()],
+        remarks: vec![
+            "Resident after one read of 4 KiB; the limit is the same process, doing nothing."
+                .to_owned(),
+        ],
     }
 }
 

@@ -99,7 +99,8 @@ impl Offsets {
         let block = work.block as u64;
         let share = work.size / work.threads as u64;
         let at = thread as u64 * (share - share % block);
-        let random = (0x9e37_79b9_7f4a_7c15u64.wrapping_mul(2 * thread as u64 + 1)) ^ 88_172_645_463_325_252;
+        let random =
+            (0x9e37_79b9_7f4a_7c15u64.wrapping_mul(2 * thread as u64 + 1)) ^ 88_172_645_463_325_252;
         Self { pattern: work.pattern, block, size: work.size, at, random }
     }
 
@@ -210,7 +211,8 @@ pub fn drive(device: &dyn Device, work: &Work, seconds: f64) -> Res<Sample> {
     };
     let (ops, used) = std::thread::scope(|scope| -> Res<_> {
         // One thread is a thread too, so that both cases begin alike.
-        let handles: Vec<_> = (0..work.threads).map(|t| scope.spawn(move || one_thread(t))).collect();
+        let handles: Vec<_> =
+            (0..work.threads).map(|t| scope.spawn(move || one_thread(t))).collect();
         ready.wait();
         let start = Load::now();
         go.wait();
@@ -246,7 +248,11 @@ fn run(
     loop {
         for _ in 0..batch {
             let offset = offsets.next();
-            if work.write { device.write(buf, offset)? } else { device.read(buf, offset)? };
+            if work.write {
+                device.write(buf, offset)?
+            } else {
+                device.read(buf, offset)?
+            };
         }
         done += batch;
         if done >= ops && start.elapsed().as_secs_f64() >= seconds {

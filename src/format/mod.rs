@@ -140,10 +140,11 @@ impl Opened {
     }
 
     /// Put the image that it stands on beneath it. A raw image stands on nothing.
-    pub fn attach(&mut self, below: Device) {
+    /// `named`: it is the one that the image names.
+    pub fn attach(&mut self, below: Device, named: bool) {
         match self {
             Self::Raw(_) => {}
-            Self::Qcow2(q) => q.attach(below),
+            Self::Qcow2(q) => q.attach(below, named),
         }
     }
 

@@ -301,7 +301,7 @@ impl Opening<'_> {
         let name = opened.name().clone();
         let backing = self.backing(&name, opened.backing(), options, flags, guessing)?;
         if let Some(device) = backing {
-            opened.attach(device);
+            opened.attach(device, options.get("backing-file").is_none());
         }
         Ok((Device::new(opened.into_driver()?), probed))
     }

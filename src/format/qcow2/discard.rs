@@ -30,7 +30,7 @@ impl Qcow2 {
                 }
             }
         }
-        if !self.v3 && (how == Fate::ZeroKeep || self.may_show_below()) {
+        if !self.v3 && (how == Fate::ZeroKeep || self.may_show_below(offset)) {
             // Version 2 has no zero flag: what does not read as zeroes yet is written.
             return match flags.has(ReqFlags::FAST_ZERO) {
                 true => Err(Error::NotSupported("fast zeroing (the image is of version 2)")),
@@ -76,7 +76,8 @@ impl Qcow2 {
             let run = walk::locate_from_driver(self, from, to - from)?;
             let len = run.len.min(to - from).min(ZEROES.0.len() as u64);
             // Zeroes that are only the lack of a backing image that is named but not open do not last.
-            let lasts = |allocated| allocated || self.backing.is_some() || !self.may_show_below();
+            let lasts =
+                |allocated| allocated || self.backing_is_named || !self.may_show_below(from);
             if !matches!(run.place, Place::Zero { allocated, .. } if lasts(allocated)) {
                 self.write_data(
                     OneIov::src(&ZEROES.0[..len as usize]).iov(),
@@ -104,7 +105,8 @@ impl Qcow2 {
                 .is_some_and(|e| e.load(Acquire) & !COPIED != 0);
             // Without a table the clusters are not here: that is as it should be, but where they must
             // read as zeroes and something may show from below.
-            let as_it_should = matches!(how, Fate::Forget | Fate::Trim) || !self.may_show_below();
+            let as_it_should = matches!(how, Fate::Forget | Fate::Trim)
+                || !self.may_show_below(at << self.cluster_bits);
             if !has_table && as_it_should {
                 at = table_end;
                 continue;
@@ -142,7 +144,7 @@ impl Qcow2 {
             let raw = held.get(cluster as usize);
             let old = entry::decode(raw, self.cluster_bits, self.v3)
                 .map_err(|what| self.bad_entry(cluster, raw, what))?;
-            let below = self.may_show_below();
+            let below = self.may_show_below(cluster << self.cluster_bits);
             let Some(new) = self.dropped(old, how, below) else { continue };
             if !changed {
                 self.dirtied(writer, &mut meta, &held);

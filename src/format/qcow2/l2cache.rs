@@ -8,6 +8,7 @@
 //! Lock order: a set's `fill` lock comes after the image's `Meta` lock. It is held while a slice is
 //! read from the file (which holds up misses of the same few sets only) and while entries change.
 
+use std::alloc::{Layout, alloc_zeroed};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::*, fence};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -64,11 +65,16 @@ pub struct Held<'a> {
 /// Every slot that could take the slice holds changes: they must be written first.
 pub struct AllDirty;
 
-fn zeroed_words(n: usize) -> Box<[AtomicU64]> {
-    // From calloc: pages that are never used cost nothing.
-    let words = Box::into_raw(vec![0u64; n].into_boxed_slice());
-    // SAFETY: AtomicU64 has the size, alignment (on 64-bit hosts) and representation of u64.
-    unsafe { Box::from_raw(words as *mut [AtomicU64]) }
+/// Zeroes from calloc: pages that are never used cost nothing. `None` if there is not as much memory.
+fn zeroed_words(n: usize) -> Option<Box<[AtomicU64]>> {
+    let layout = Layout::array::<AtomicU64>(n.max(1)).ok()?;
+    // SAFETY: the layout's size is not 0.
+    let words = unsafe { alloc_zeroed(layout) }.cast::<AtomicU64>();
+    if words.is_null() {
+        return None;
+    }
+    // SAFETY: allocated with the layout of a boxed slice of so many, and zeroes are a valid value.
+    Some(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(words, n.max(1))) })
 }
 
 fn zeroed_bytes(n: usize) -> Box<[AtomicU8]> {
@@ -91,12 +97,21 @@ impl L2Cache {
                 (1 << sets.ilog2()).min(enough)
             }
         };
+        // Where memory is limited the cache is smaller, which costs speed only.
+        let (mut sets, mut found) = (sets, None);
+        while found.is_none() && sets > 0 {
+            found = zeroed_words((sets as usize * WAYS) << slice_bits);
+            sets /= if found.is_none() { 2 } else { 1 };
+        }
+        let sets = sets.max(1);
         let slots = sets as usize * WAYS;
+        let zeroed =
+            |n| zeroed_words(n).unwrap_or_else(|| (0..n).map(|_| AtomicU64::new(0)).collect());
         Self {
             slice_bits,
             set_mask: sets - 1,
-            tags: zeroed_words(slots),
-            data: zeroed_words(slots << slice_bits),
+            tags: zeroed(slots),
+            data: found.unwrap_or_else(|| zeroed(slots << slice_bits)),
             used: zeroed_bytes(slots),
             state: zeroed_bytes(slots),
             fill: [const { Mutex::new(()) }; FILL_LOCKS],

@@ -95,6 +95,7 @@ pub struct Qcow2 {
     file: Device,
     header: Header,
     backing: Option<Device>,
+    backing_is_named: bool,
     cluster_bits: u32,
     /// Entries in an L2 table, as a power of two.
     l2_bits: u32,
@@ -159,7 +160,8 @@ impl Qcow2 {
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
         let writer = if params.write { Some(Self::writer(&file, &header)?) } else { None };
         // An image that can grow gets a cache that can, too: memory is taken as it is used.
-        let used = if params.write { u64::MAX >> 16 } else { used };
+        let used =
+            if params.write { used.max(l2cache::DEFAULT_MAX >> (slice_bits + 3)) } else { used };
         let limit = match (params.info_only, params.untrusted) {
             (true, _) => Some(0),
             (_, true) => Some(params.l2_cache.unwrap_or(u64::MAX).min(MAX_UNTRUSTED_CACHE)),
@@ -177,6 +179,7 @@ impl Qcow2 {
             file,
             header,
             backing: None,
+            backing_is_named: false,
             writer,
             calls: params.calls,
         };
@@ -278,8 +281,10 @@ impl Qcow2 {
     }
 
     /// Put the image that it stands on beneath it.
-    pub fn attach(&mut self, below: Device) {
+    /// `named`: it is the one that the header names.
+    pub fn attach(&mut self, below: Device, named: bool) {
         self.backing = Some(below);
+        self.backing_is_named = named;
     }
 
     fn cluster_size(&self) -> u64 {
@@ -446,8 +451,11 @@ impl Qcow2 {
 
     /// Whether another program may see something below a cluster that is not here: what the header
     /// names counts, not what is open now.
-    fn may_show_below(&self) -> bool {
-        self.header.backing.is_some() || self.backing.is_some()
+    fn may_show_below(&self, offset: u64) -> bool {
+        match &self.backing {
+            Some(b) if self.backing_is_named => offset < b.size(),
+            open => open.is_some() || self.header.backing.is_some(),
+        }
     }
 
     /// The image below, if it reaches to `offset`.

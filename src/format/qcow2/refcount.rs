@@ -173,11 +173,11 @@ impl Refcounts {
                 self.slices.retain(|_, s| s.dirty || s.writing);
             }
             let offset = self.slice_offset(index);
-            if offset >= file.size() {
+            if offset + self.slice_bytes() as u64 > file.size() {
                 return Err(Error::corrupt(
                     file.name(),
                     format!(
-                        "a refcount block at {offset:#x} lies past the end of the file ({} bytes)",
+                        "a refcount block at {offset:#x} reaches past the end of the file ({} bytes)",
                         file.size()
                     ),
                 ));

@@ -89,14 +89,20 @@ impl Qcow2 {
                     self.file.write(part, host + in_cluster, own)?;
                     part.len()
                 }
-                _ => match self.prepare_or_grow(writer, offset, found.len)? {
-                    Step::Again => 0,
-                    Step::Granted(grant) => {
+                _ => match self.prepare_or_grow(writer, offset, found.len) {
+                    // What was freed may not have been given back to the host yet.
+                    Err(e) if e.is_no_space() && !retried => {
+                        self.make_room(e)?;
+                        retried = true;
+                        0
+                    }
+                    Err(e) => return Err(e),
+                    Ok(Step::Again) => 0,
+                    Ok(Step::Granted(grant)) => {
                         let end = (grant.first + grant.host.count) << self.cluster_bits;
                         let part = buf.split_at((end - offset) as usize).0;
                         match self.fill(&grant, part, offset) {
                             Ok(()) => self.commit(grant)?,
-                            // What was freed may not have been given back to the host yet.
                             Err(e) if e.is_no_space() && !retried => {
                                 drop(grant);
                                 self.make_room(e)?;
@@ -155,8 +161,8 @@ impl Qcow2 {
     }
 
     fn copy_cluster(&self, from: u64, to: u64) -> Result<()> {
-        if from >= self.file.size() {
-            return Err(self.cut_off("an L2 table", from));
+        if from + self.cluster_size() > self.file.size() {
+            return Err(self.cut_off("the end of an L2 table", from + self.cluster_size()));
         }
         let mut bytes = vec![0; self.cluster_size() as usize];
         self.file.read_slice(&mut bytes, from)?;
@@ -282,15 +288,7 @@ impl Qcow2 {
             want += 1;
         }
         drop(held);
-        let (host, blank) = match self.allocate(&mut meta, want) {
-            Err(Stop::Failed(e))
-                if e.is_no_space() && !(meta.limbo.is_empty() && meta.unmapped.is_empty()) =>
-            {
-                drop(meta);
-                return Ok(self.make_room(e)?);
-            }
-            other => other?,
-        };
+        let (host, blank) = self.allocate(&mut meta, want)?;
         meta.busy.push((first, first + host.count));
         let (image, kept, committed) = (self, false, false);
         Ok(Step::Granted(Grant { image, writer, first, host, blank, kept, committed }))
@@ -298,10 +296,12 @@ impl Qcow2 {
 
     /// Try to win back what was freed but not yet given up, once.
     #[cold]
-    fn make_room(&self, e: Error) -> Result<Step<'_>> {
+    fn make_room(&self, e: Error) -> Result<()> {
         let before = self.reclaimable();
-        self.writeback()?;
-        if self.reclaimable() < before { Ok(Step::Again) } else { Err(e) }
+        if before > 0 {
+            self.writeback()?;
+        }
+        if self.reclaimable() < before { Ok(()) } else { Err(e) }
     }
 
     fn reclaimable(&self) -> usize {
