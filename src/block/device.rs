@@ -253,9 +253,8 @@ impl Device {
                 (part, rest) = buf.split_at(whole as usize);
                 self.driver.read(part, offset)?;
             } else {
-                // Where only memory is at fault the whole range bounces; where an edge is, its block.
                 let from = offset - offset % align;
-                let to = self.bounce_end(offset, n, align);
+                let to = self.bounce_end(buf, offset, n, align);
                 let mut bounce =
                     Aligned::new((to - from) as usize, self.mem_align().max(align as usize))?;
                 let vecs = bounce.iovec((to - from) as usize);
@@ -271,10 +270,18 @@ impl Device {
         Ok(())
     }
 
-    /// Where a bounced piece of a request of `n` bytes at `offset` ends, aligned.
-    fn bounce_end(&self, offset: u64, n: u64, align: u64) -> u64 {
-        let limit = BOUNCE_CHUNK.min(self.chunk()).max(align);
+    /// Where the bounced piece of a request of `buf` at `offset` ends, aligned. Where only an edge is
+    /// at fault that is the end of its block; where memory is, as much as bounces at a time.
+    fn bounce_end<D>(&self, buf: Iov<'_, D>, offset: u64, n: u64, align: u64) -> u64 {
         let from = offset - offset % align;
+        let edge = from + align - offset;
+        if offset != from && edge < n {
+            let next = buf.sub(edge as usize, align as usize);
+            if next.is_aligned(self.mem_align(), 1) {
+                return from + align;
+            }
+        }
+        let limit = BOUNCE_CHUNK.min(self.chunk()).max(align);
         (offset + n).next_multiple_of(align).min(from + limit)
     }
 
@@ -297,7 +304,7 @@ impl Device {
                 self.driver.write(part, offset, flags)?;
             } else {
                 let from = offset - offset % align;
-                let to = self.bounce_end(offset, n, align);
+                let to = self.bounce_end(buf, offset, n, align);
                 let len = (to - offset).min(n) as usize;
                 (part, rest) = buf.split_at(len);
                 self.write_bounced(part, offset, from, to, flags)?;
