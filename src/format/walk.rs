@@ -6,88 +6,48 @@ use crate::block::*;
 pub struct Found<'a> {
     /// Bytes.
     pub len: u64,
-    /// The image that has them.
-    pub dev: &'a Device,
-    /// Where in it. Never [`Place::Below`].
+    /// Where they are. Never [`Place::Below`].
     pub place: Place<'a>,
+    /// The image that says so; `None` if it is the one that was asked.
+    pub owner: Option<&'a Device>,
     /// How many images below the first.
     pub depth: u32,
 }
 
-/// Find where the bytes of `dev` from `offset` on live: the first run of at most `count` bytes.
+/// Find where the bytes of a driver from `offset` on live, in it or below: the first run of at most
+/// `count` bytes.
 #[inline]
-pub fn locate(dev: &Device, offset: u64, count: u64) -> Result<Found<'_>> {
-    locate_from(dev, dev.driver().map(offset, count)?, offset, 0)
-}
-
-/// [`locate`] for a driver that looks at itself; `dev` of the answer says nothing where it is its own.
-pub fn locate_from_driver(driver: &dyn Driver, offset: u64, count: u64) -> Result<Run<'_>> {
-    let mut run = driver.map(offset, count)?;
+pub fn locate(driver: &dyn Driver, offset: u64, count: u64) -> Result<Found<'_>> {
+    let (mut run, mut owner, mut depth) = (driver.map(offset, count)?, None, 0);
     while let Place::Below(below) = run.place {
         let left = below.size().saturating_sub(offset);
         if left == 0 {
+            // Past the end of what is below: nobody has these bytes.
             run.place = Place::Zero { allocated: false, kept: None };
             break;
         }
-        run = below.driver().map(offset, run.len.min(left))?;
-        if matches!(run.place, Place::Own) {
-            run.place = Place::At { dev: below, offset };
-        }
-    }
-    Ok(run)
-}
-
-/// Follow a run of `dev` that may lie below.
-#[inline]
-pub fn locate_from<'a>(
-    mut dev: &'a Device,
-    mut run: Run<'a>,
-    offset: u64,
-    mut depth: u32,
-) -> Result<Found<'a>> {
-    loop {
-        let Place::Below(below) = run.place else {
-            return Ok(Found { len: run.len, dev, place: run.place, depth });
-        };
-        let left = below.size().saturating_sub(offset);
-        if left == 0 {
-            // Past the end of what is below: nobody has these bytes.
-            let place = Place::Zero { allocated: false, kept: None };
-            return Ok(Found { len: run.len, dev, place, depth });
-        }
-        (dev, depth) = (below, depth + 1);
+        (owner, depth) = (Some(below), depth + 1);
         run = below.driver().map(offset, run.len.min(left))?;
     }
+    Ok(Found { len: run.len, place: run.place, owner, depth })
 }
 
-/// Read `buf` from `dev` at `offset`, where `read_own` reads what a driver of `dev` or below must
-/// read itself (compressed clusters, bytes that it carries).
+/// Read `buf` from a format at `offset`, from wherever in its chain the bytes are.
 #[inline]
 pub fn read(driver: &dyn Driver, mut buf: Dst<'_>, mut offset: u64) -> Result<()> {
     while !buf.is_empty() {
-        let mut run = driver.map(offset, buf.len() as u64)?;
-        let mut owner: Option<&Device> = None;
-        while let Place::Below(below) = run.place {
-            let left = below.size().saturating_sub(offset);
-            if left == 0 {
-                run.place = Place::Zero { allocated: false, kept: None };
-                break;
+        let found = locate(driver, offset, buf.len() as u64)?;
+        let (part, rest) = buf.split_at(found.len as usize);
+        match (found.place, found.owner) {
+            (Place::At { dev, offset }, _) => dev.read(part, offset)?,
+            (Place::Zero { .. }, _) => part.zero_fill(),
+            (Place::Compressed { .. }, owner) => {
+                owner.map_or(driver, Device::driver).read_compressed(part, offset)?;
             }
-            owner = Some(below);
-            run = below.driver().map(offset, run.len.min(left))?;
-        }
-        let (part, rest) = buf.split_at(run.len as usize);
-        match run.place {
-            Place::At { dev, offset } => dev.read(part, offset)?,
-            Place::Zero { .. } => part.zero_fill(),
-            Place::Compressed { .. } => match owner {
-                Some(dev) => dev.driver().read_compressed(part, offset)?,
-                None => driver.read_compressed(part, offset)?,
-            },
-            Place::Own | Place::Below(_) => match owner {
-                Some(dev) => dev.read(part, offset)?,
-                None => return Err(Error::Internal("a format carries no bytes of its own".into())),
-            },
+            (_, Some(owner)) => owner.read(part, offset)?,
+            (_, None) => {
+                return Err(Error::Internal("a format carries no bytes of its own".into()));
+            }
         }
         offset += part.len() as u64;
         buf = rest;
@@ -99,23 +59,28 @@ pub fn read(driver: &dyn Driver, mut buf: Dst<'_>, mut offset: u64) -> Result<()
 pub fn extents(dev: &Device, mut offset: u64, count: u64, out: &mut ExtentList<'_>) -> Result<()> {
     let end = offset.saturating_add(count).min(dev.size());
     while offset < end && !out.is_full() {
-        let found = locate(dev, offset, end - offset)?;
-        describe(&found, offset, out)?;
+        let found = locate(dev.driver(), offset, end - offset)?;
+        describe(found.owner.unwrap_or(dev), &found, offset, out)?;
         offset += found.len;
     }
     Ok(())
 }
 
-fn describe(found: &Found<'_>, offset: u64, out: &mut ExtentList<'_>) -> Result<()> {
+fn describe(
+    owner: &Device,
+    found: &Found<'_>,
+    offset: u64,
+    out: &mut ExtentList<'_>,
+) -> Result<()> {
     let here = if found.depth == 0 { Extent::ALLOCATED } else { 0 };
     let mut e = Extent::new(offset, found.len, 0);
     e.depth = found.depth;
     match found.place {
-        Place::At { dev, offset: host } if found.dev.driver().kind() == "raw" => {
+        Place::At { dev, offset: host } if owner.driver().kind() == "raw" => {
             // A raw image has the holes of its file.
             return holes(dev, host, offset, found, out);
         }
-        Place::Own => return holes(found.dev, offset, offset, found, out),
+        Place::Own => return holes(owner, offset, offset, found, out),
         Place::At { offset: host, .. } => {
             e.flags = here | Extent::DATA | Extent::HOST;
             e.host_offset = host;

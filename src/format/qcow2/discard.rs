@@ -61,7 +61,7 @@ impl Qcow2 {
 
     fn reads_as_zeroes(&self, mut from: u64, to: u64) -> Result<bool> {
         while from < to {
-            let run = walk::locate_from_driver(self, from, to - from)?;
+            let run = walk::locate(self, from, to - from)?;
             if !matches!(run.place, Place::Zero { .. }) {
                 return Ok(false);
             }
@@ -73,7 +73,7 @@ impl Qcow2 {
     /// Write zeroes over part of a cluster, unless it reads so already.
     pub(super) fn zero_part(&self, mut from: u64, to: u64) -> Result<()> {
         while from < to {
-            let run = walk::locate_from_driver(self, from, to - from)?;
+            let run = walk::locate(self, from, to - from)?;
             let len = run.len.min(to - from).min(ZEROES.0.len() as u64);
             // Zeroes that are only the lack of a backing image that is named but not open do not last.
             let lasts =

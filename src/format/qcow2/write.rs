@@ -377,7 +377,7 @@ impl Qcow2 {
     fn around(&self, out: &mut Around, blank: bool, from: u64, to: u64, map: bool) -> Result<()> {
         let (first, mut at, mut all_zero) = (out.pieces.len(), from, true);
         while at < to {
-            let run = walk::locate_from_driver(self, at, to - at)?;
+            let run = walk::locate(self, at, to - at)?;
             let len = run.len.min(to - at);
             let mapped = match run.place {
                 Place::Zero { .. } => {

@@ -1,0 +1,148 @@
+//! A qcow2 image as a driver: what it answers, and what it tells of itself.
+
+use super::*;
+
+impl Driver for Qcow2 {
+    fn name(&self) -> &Name {
+        self.file.name()
+    }
+    fn kind(&self) -> &'static str {
+        "qcow2"
+    }
+    fn caps(&self) -> Caps {
+        let below = self.file.caps();
+        Caps {
+            read_only: self.writer.is_none(),
+            optimal_io: self.cluster_size() as u32,
+            fua: self.file.can_fua() != Can::Not,
+            flush: below.flush,
+            trim: true,
+            zero: true,
+            cache: true,
+            extents: true,
+            rotational: below.rotational,
+            ..Caps::default()
+        }
+    }
+    #[inline]
+    fn size(&self) -> u64 {
+        self.size.load(Acquire)
+    }
+
+    #[inline]
+    fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        walk::read(self, buf, offset)
+    }
+
+    #[inline]
+    fn map(&self, offset: u64, count: u64) -> Result<Run<'_>> {
+        let found = self.lookup(offset, count)?;
+        let in_cluster = offset & (self.cluster_size() - 1);
+        let mut len = found.len;
+        let place = match found.entry {
+            Entry::Normal { host, .. } => {
+                len = self.present(host, in_cluster, len)?;
+                Place::At { dev: &self.file, offset: host + in_cluster }
+            }
+            Entry::Zero { host: 0, .. } => Place::Zero { allocated: true, kept: None },
+            Entry::Zero { host, .. } => {
+                Place::Zero { allocated: true, kept: Some((&self.file, host + in_cluster)) }
+            }
+            Entry::Compressed { offset, .. } => Place::Compressed { dev: &self.file, offset },
+            Entry::Unallocated => match self.below(offset) {
+                Some(below) => {
+                    len = len.min(below.size().saturating_sub(offset)).max(1);
+                    Place::Below(below)
+                }
+                None => Place::Zero { allocated: false, kept: None },
+            },
+        };
+        Ok(Run { len, place })
+    }
+
+    fn read_compressed(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        self.inflate_into(buf, offset)
+    }
+
+    fn write(&self, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()> {
+        self.write_data(buf, offset, flags)
+    }
+
+    fn flush(&self) -> Result<()> {
+        self.flush_all()
+    }
+
+    fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        self.zero_range(offset, count, flags)
+    }
+
+    fn trim(&self, offset: u64, count: u64) -> Result<()> {
+        self.trim_range(offset, count)
+    }
+
+    fn cache(&self, mut offset: u64, count: u64) -> Result<()> {
+        let end = offset + count;
+        while offset < end {
+            let found = walk::locate(self, offset, end - offset)?;
+            if let Place::At { dev, offset } = found.place {
+                dev.cache(offset, found.len)?;
+            }
+            offset += found.len;
+        }
+        Ok(())
+    }
+
+    fn resize(&self, size: u64, prealloc: Prealloc, _shrink: bool) -> Result<()> {
+        self.change_size(size, prealloc)
+    }
+
+    fn allocated(&self) -> Option<u64> {
+        self.file.driver().allocated()
+    }
+
+    fn close(&self) -> Result<()> {
+        self.settle()
+    }
+
+    fn backing(&self) -> Option<&Device> {
+        self.backing.as_ref()
+    }
+
+    fn describe(&self) -> Description {
+        let h = &self.header;
+        let mut state = 0;
+        for (on, bit) in [
+            (h.incompatible & incompat::DIRTY != 0, 2),
+            (h.incompatible & incompat::CORRUPT != 0, 4),
+            (h.crypt != 0, 8),
+            (h.backing.is_some(), 16),
+            (h.incompatible & incompat::DATA_FILE != 0, 32),
+        ] {
+            state |= if on { bit } else { 0 };
+        }
+        let on_off = |on: bool| (if on { "on" } else { "off" }).as_bytes().to_vec();
+        let mut properties = Vec::new();
+        if let Some(b) = &h.backing {
+            properties.push(("backing-filename", b.name.clone()));
+            properties.push(("backing-format", b.format.clone().unwrap_or_default()));
+        }
+        if h.incompatible & incompat::DATA_FILE != 0 {
+            properties.push(("data-file", h.data_file.clone().unwrap_or_default()));
+        }
+        let compat = if self.v3 { "1.1" } else { "0.10" };
+        let compression = ["zlib", "zstd", "unknown"][usize::from(h.compression.min(2))];
+        let encryption = ["none", "aes", "luks", "unknown"][(h.crypt as usize).min(3)];
+        properties.extend([
+            ("qcow2.compat", compat.into()),
+            ("qcow2.refcount-bits", (1u32 << h.refcount_order).to_string().into_bytes()),
+            ("qcow2.compression-type", compression.into()),
+            ("qcow2.lazy-refcounts", on_off(h.compatible & header::COMPAT_LAZY != 0)),
+            ("qcow2.extended-l2", on_off(h.incompatible & incompat::EXTENDED_L2 != 0)),
+            ("qcow2.data-file-raw", on_off(h.autoclear & header::AUTOCLEAR_RAW != 0)),
+            ("qcow2.encryption", encryption.into()),
+            ("qcow2.bitmaps", on_off(h.has_bitmaps)),
+            ("qcow2.snapshots", h.snapshots.to_string().into_bytes()),
+        ]);
+        Description { state, cluster_size: self.cluster_size() as u32, format: "qcow2", properties }
+    }
+}
