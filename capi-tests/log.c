@@ -4,7 +4,8 @@
 
 static int count[6];
 static void *seen_opaque;
-static int bad;
+static int bad, calls_back;
+static char last[1024];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 /* C must be able to call it, so it has C's linkage. */
@@ -20,9 +21,17 @@ void sink(void *opaque, int level, const char *message)
         bad++;
     else
         count[level]++;
+    snprintf(last, sizeof last, "%s", message);
     pthread_mutex_unlock(&lock);
-    /* Calling back is allowed, but for qblk_set_log. */
-    qblk_supports("format:raw");
+    if (calls_back) {
+        /* Calling back is allowed, but for qblk_set_log; it does not end in messages for ever. */
+        qblk *dev;
+        OK(qblk_open("mem:1M", 0, &dev));
+        FAILS(qblk_pwrite(dev, "x", 1, 0), -EROFS, "read-only");
+        OK(qblk_close(dev));
+        FAILS(qblk_set_log(NULL, NULL, 0), -EDEADLK, "inside");
+        FAILS(qblk_open("nowhere", 0, &dev), -ENOENT, "'nowhere'");
+    }
 }
 
 static int messages(void)
@@ -59,9 +68,24 @@ int main(int argc, char **argv)
 
     OK(qblk_set_log(sink, &count, QBLK_LOG_TRACE));
     use();
-    CHECK(messages() > 0);
+    /* Created, opened, closed. */
+    CHECK(count[QBLK_LOG_INFO] >= 3);
     CHECK(seen_opaque == &count);
     CHECK_INT(bad, 0);
+    qblk *dev;
+    FAILS(qblk_open("mis\nsing", 0, &dev), -ENOENT, "'mis\\nsing'");
+    CHECK_STR(last, "qblk_open: 'mis\\nsing': open: No such file or directory");
+    CHECK(count[QBLK_LOG_DEBUG] >= 1);
+
+    calls_back = 1;
+    memset(count, 0, sizeof count);
+    FAILS(qblk_open("missing", 0, &dev), -ENOENT, "'missing'");
+    CHECK_INT(messages(), 1);
+    /* What the function's own calls left is not what this one failed with, nor is it a failure. */
+    OK(qblk_open("mem:2M", 0, &dev));
+    OK(qblk_close(dev));
+    CHECK_INT(messages(), 3);
+    calls_back = 0;
 
     /* Nothing is wrong, so whoever asks for errors only hears nothing. */
     memset(count, 0, sizeof count);
@@ -81,6 +105,6 @@ int main(int argc, char **argv)
     int status = run_self("use", test_dir_);
     CHECK_INT(dup2(saved, 2), 2);
     CHECK_INT(status, 0);
-    CHECK_SH("grep -q '^qblk: ' stderr");
+    CHECK_SH("grep -q '^qblk: .*qcow2' stderr");
     return 0;
 }

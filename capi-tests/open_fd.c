@@ -15,8 +15,12 @@ static void use(const char *kind)
     close(fd);
     OK(qblk_pread(dev, buf, 4, 5000));
     CHECK_MEM(buf, "data", 4);
-    FAILS(qblk_reopen(dev, 0), -EINVAL, "descriptor");
+    /* Opened anew by its own duplicate. */
+    OK(qblk_reopen(dev, 0));
+    FAILS(qblk_pwrite(dev, "none", 4, 5000), -EROFS, "read-only");
+    OK(qblk_reopen(dev, QBLK_OPEN_RDWR));
     OK(qblk_pread(dev, buf, 4, 5000));
+    CHECK_MEM(buf, "data", 4);
     OK(qblk_close(dev));
 
     fd = open(kind, O_RDONLY | O_CLOEXEC);

@@ -29,6 +29,10 @@ static void there_and_back(const char *kind)
     qblk_options *o = options("formt", "raw", NULL);
     FAILS(qblk_reopen2(dev, o, QBLK_OPEN_RDWR), -EINVAL, "'formt'");
     qblk_options_free(o);
+    if (strcmp(kind, "mem") == 0) {
+        OK(qblk_close(dev));
+        return;
+    }
     CHECK_INT(rename(kind, "away"), 0);
     FAILS(qblk_reopen(dev, 0), -ENOENT, "No such file");
     OK(qblk_pwrite(dev, "4", 1, 200001));
@@ -49,7 +53,18 @@ int main(int argc, char **argv)
     test_begin(argv);
     there_and_back("raw");
     there_and_back("qcow2");
+    there_and_back("mem");
     CHECK_SH("qemu-img check -q qcow2");
+
+    /* Seen from another directory it is still the same file. */
+    CHECK_INT(mkdir("elsewhere", 0755), 0);
+    dev = must_open("qcow2", 0);
+    CHECK_INT(chdir("elsewhere"), 0);
+    OK(qblk_reopen(dev, QBLK_OPEN_RDWR));
+    OK(qblk_pread(dev, buf, 4, 0));
+    CHECK_MEM(buf, "one ", 4);
+    OK(qblk_close(dev));
+    CHECK_INT(chdir(".."), 0);
 
     /* With options: the bytes of the qcow2 image itself, then its contents again. */
     dev = must_open("qcow2", 0);

@@ -10,7 +10,7 @@ static volatile sig_atomic_t storms;
 static void handler(int signal)
 {
     (void)signal;
-    storms++;
+    storms = storms + 1;
 }
 
 static double now(void)
@@ -26,7 +26,9 @@ static void storm(const char *kind, uint32_t flags)
     const uint64_t size = 16 << 20;
     qblk *dev;
     uint64_t state = 1;
-    struct itimerval fast = {{0, 200}, {0, 200}}, off = {{0, 0}, {0, 0}};
+    /* Under a tool that makes all slow, a faster storm than it can take would let nothing happen. */
+    const int pause_us = quick() ? 10000 : 200;
+    struct itimerval fast = {{0, pause_us}, {0, pause_us}}, off = {{0, 0}, {0, 0}};
     remove(kind);
     OK(qblk_create(kind, kind, size, NULL));
     OK(qblk_open(kind, QBLK_OPEN_RDWR | flags, &dev));
@@ -49,8 +51,7 @@ static void storm(const char *kind, uint32_t flags)
             OK(qblk_reopen(dev, QBLK_OPEN_RDWR | flags));
     } while (now() < end);
     CHECK_INT(setitimer(ITIMER_REAL, &off, NULL), 0);
-    if (!quick())
-        CHECK(storms > 100);
+    CHECK(storms > (quick() ? 10 : 100));
     OK(qblk_close(dev));
 }
 

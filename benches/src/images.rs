@@ -208,9 +208,7 @@ impl Images {
     /// Remove the images that are not among `needed`, which are still to be measured.
     pub fn retain(&mut self, needed: &BTreeSet<(Kind, On)>) {
         let keep = |&(kind, on): &(Kind, On)| {
-            needed
-                .iter()
-                .any(|&(k, o)| k == kind && o == on || k.stands_on() == Some(kind) && o == on)
+            needed.iter().any(|&(k, o)| o == on && (k == kind || k.stands_on() == Some(kind)))
         };
         for gone in self.made.iter().filter(|k| !keep(k)).copied().collect::<Vec<_>>() {
             self.made.remove(&gone);

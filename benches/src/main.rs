@@ -6,6 +6,7 @@
 //! read again before each sample if they left the page cache. A sample during which other programs
 //! used more than half a processor is taken again.
 
+mod contenders;
 mod images;
 mod load;
 mod machine;
@@ -40,6 +41,8 @@ Measures libqblk beside plain system calls, qemu-img bench and imago.
   --samples N        samples of each (7, with --quick 5)
   --seconds S        length of a sample (0.5, with --quick 0.2)
   --patience N       how often a disturbed sample is taken again (6, with --quick 2)
+  --cpu              judge by processor time, not by the clock: for a machine that others use
+  --alone            libqblk only, for a profiler
   --json FILE        write all figures
   --svg FILE         write the drawing
   --md FILE          write the page
@@ -61,6 +64,10 @@ pub struct Plan {
     pub samples: usize,
     /// How often a disturbed sample is taken again.
     pub patience: usize,
+    /// Judge by processor time.
+    pub cpu: bool,
+    /// Leave all others out.
+    pub alone: bool,
 }
 
 struct Args {
@@ -76,7 +83,14 @@ struct Args {
 
 fn parse(mut args: impl Iterator<Item = std::ffi::OsString>) -> Res<Args> {
     let mut a = Args {
-        plan: Plan { quick: false, seconds: 0.0, samples: 0, patience: usize::MAX },
+        plan: Plan {
+            quick: false,
+            seconds: 0.0,
+            samples: 0,
+            patience: usize::MAX,
+            cpu: false,
+            alone: false,
+        },
         only: Vec::new(),
         list: false,
         json: None,
@@ -95,6 +109,8 @@ fn parse(mut args: impl Iterator<Item = std::ffi::OsString>) -> Res<Args> {
         }
         match option.as_str() {
             "--quick" => a.plan.quick = true,
+            "--cpu" => a.plan.cpu = true,
+            "--alone" => a.plan.alone = true,
             "--list" => a.list = true,
             "--only" => a.only.push(value()?.to_string_lossy().into_owned()),
             "--samples" => a.plan.samples = number(&option, value()?)?,
@@ -123,11 +139,6 @@ fn parse(mut args: impl Iterator<Item = std::ffi::OsString>) -> Res<Args> {
 
 fn main() -> ExitCode {
     let mut args = std::env::args_os().skip(1).peekable();
-    if args.peek().is_some_and(|a| a == process::CHILD) {
-        let rest: Vec<_> = args.skip(1).collect();
-        let [what, image] = &rest[..] else { return ExitCode::from(2) };
-        return end(process::child(&what.to_string_lossy(), Path::new(image)));
-    }
     if args.peek().is_some_and(|a| a == "--help" || a == "-h") {
         print!("{USAGE}");
         return ExitCode::SUCCESS;
@@ -199,6 +210,12 @@ fn bench(args: &Args) -> Res<()> {
 /// Take all samples of a row, in turns.
 fn measure(spec: &Spec, images: &Images, plan: &Plan) -> Res<Measured> {
     let mut row = (spec.build)(images, plan)?;
+    if plan.cpu {
+        row.unit = row.unit.by_cpu();
+    }
+    if plan.alone {
+        row.contenders.retain(|c| c.who == row::Who::Ours);
+    }
     let mut figures: Vec<Figures> =
         row.contenders.iter().map(|c| Figures { who: c.who, samples: Vec::new() }).collect();
     for round in 0..plan.samples {
@@ -235,7 +252,8 @@ fn quiet_sample(contender: &mut Contender, plan: &Plan) -> Res<Sample> {
 }
 
 fn write_out(args: &Args, machine: &machine::Machine, results: &[Measured]) -> Res<()> {
-    let whole = args.only.is_empty() && !args.plan.quick;
+    let p = &args.plan;
+    let whole = args.only.is_empty() && !p.quick && !p.cpu && !p.alone;
     let docs = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/bench"));
     if whole {
         oracle::at(docs, std::fs::create_dir_all(docs))?;

@@ -7,8 +7,7 @@ use std::time::Instant;
 use crate::Plan;
 use crate::load::Load;
 use crate::qemu;
-use crate::rivals::{Imago, Ours};
-use crate::work::{Buffer, Device, Offsets, Pattern, Res, Sample, Work};
+use crate::work::{Buffer, Offsets, Pattern, Res, Sample, Work};
 
 /// Open, read 4 KiB somewhere, close, again and again.
 pub fn visits(plan: &Plan, size: u64, visit: &dyn Fn(&mut [u8], u64) -> Res<()>) -> Res<Sample> {
@@ -58,16 +57,13 @@ pub fn whole(plan: &Plan, program: &Path, args: &[PathBuf]) -> Res<Sample> {
     Ok(Sample { value: times[times.len() / 2], cpu_us, foreign: used.foreign })
 }
 
-/// The memory, MiB, of a process that has one image open.
-pub fn resident(what: &str, image: &Path) -> Res<Sample> {
-    let me = std::env::current_exe().map_err(|e| format!("the bench's own program: {e}"))?;
-    let out = Command::new(me)
-        .arg(CHILD)
-        .arg(what)
-        .arg(image)
+/// The memory, MiB, of a small program that has `image` open; see bin/one-image.rs.
+pub fn resident(program: &Path, image: Option<&Path>) -> Res<Sample> {
+    let out = Command::new(program)
+        .args(image)
         .stdin(Stdio::null())
         .output()
-        .map_err(|e| format!("the bench's own program: {e}"))?;
+        .map_err(|e| qemu::missing(&program.display().to_string(), &e))?;
     let said = String::from_utf8_lossy(&out.stdout);
     match said.trim().parse::<f64>() {
         Ok(kib) if out.status.success() => {
@@ -79,57 +75,36 @@ pub fn resident(what: &str, image: &Path) -> Res<Sample> {
     }
 }
 
-/// The first argument of a process that [`resident`] starts.
-pub const CHILD: &str = "--child";
-
-/// Be such a process: open, read, say how much memory is resident.
-pub fn child(what: &str, image: &Path) -> Res<()> {
-    let mut buf = [0; 4096];
-    let kib;
-    match what {
-        "ours" => {
-            let image = Ours::open(image, false, &[])?;
-            image.read(&mut buf, 0)?;
-            kib = resident_kib()?;
-        }
-        "imago" => {
-            let image = Imago::open(image, false)?;
-            image.read(&mut buf, 0)?;
-            kib = resident_kib()?;
-        }
-        "nothing" => kib = resident_kib()?,
-        _ => return Err(format!("no such child: {what}")),
-    }
-    println!("{kib}");
-    Ok(())
-}
-
-fn resident_kib() -> Res<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").map_err(|e| e.to_string())?;
-    let line = status.lines().find_map(|l| l.strip_prefix("VmRSS:"));
-    line.and_then(|l| l.split_whitespace().next()?.parse().ok())
-        .ok_or_else(|| "no VmRSS".to_owned())
-}
-
-/// The tool qblk, built beside the bench with the same settings.
-pub fn tool() -> Res<PathBuf> {
+/// A program of this workspace that lies beside the bench, built with the same settings.
+pub fn built(package: &str, name: &str) -> Res<PathBuf> {
     let me = std::env::current_exe().map_err(|e| format!("the bench's own program: {e}"))?;
-    let tool = me.with_file_name("qblk");
+    let program = me.with_file_name(name);
     // Cargo says where it is when it runs us; without it, what is there is taken.
     if let Some(cargo) = std::env::var_os("CARGO") {
         let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--release", "-p", "qblk-tool", "--manifest-path"]);
+        build.args([
+            "build",
+            "--quiet",
+            "--release",
+            "-p",
+            package,
+            "--bin",
+            name,
+            "--manifest-path",
+        ]);
         build.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml"));
         if let Some(target) = me.parent().and_then(Path::parent) {
             build.arg("--target-dir").arg(target);
         }
         match build.status() {
             Ok(status) if status.success() => {}
-            _ => return Err("building the tool qblk failed".to_owned()),
+            _ => return Err(format!("building {name} failed")),
         }
     }
-    match tool.exists() {
-        true => Ok(tool),
-        false => Err("the tool qblk is not built: cargo build --release -p qblk-tool".to_owned()),
+    match program.exists() {
+        true => Ok(program),
+        false => {
+            Err(format!("{name} is not built: cargo build --release -p {package} --bin {name}"))
+        }
     }
 }

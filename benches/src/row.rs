@@ -58,6 +58,8 @@ pub enum Unit {
     PerCpuSecond,
     /// Microseconds; less is better.
     Micros,
+    /// Microseconds of processor time; less is better.
+    CpuMicros,
     /// Milliseconds; less is better.
     Millis,
     /// MiB; less is better.
@@ -69,7 +71,17 @@ impl Unit {
     fn of(self, s: &Sample) -> f64 {
         match self {
             Self::PerCpuSecond => 1e6 / s.cpu_us.max(1e-3),
+            Self::CpuMicros => s.cpu_us,
             _ => s.value,
+        }
+    }
+
+    /// The same by processor time, where that means something.
+    pub fn by_cpu(self) -> Self {
+        match self {
+            Self::PerSecond => Self::PerCpuSecond,
+            Self::Micros => Self::CpuMicros,
+            other => other,
         }
     }
 
@@ -84,7 +96,7 @@ impl Unit {
             Self::PerSecond | Self::PerCpuSecond if v >= 1e5 => format!("{:.0}k/s", v / 1e3),
             Self::PerSecond | Self::PerCpuSecond if v >= 1e3 => format!("{:.1}k/s", v / 1e3),
             Self::PerSecond | Self::PerCpuSecond => format!("{v:.0}/s"),
-            Self::Micros => format!("{v:.1} µs"),
+            Self::Micros | Self::CpuMicros => format!("{v:.1} µs"),
             Self::Millis => format!("{v:.2} ms"),
             Self::MiB => format!("{v:.2} MiB"),
         }
@@ -96,6 +108,7 @@ impl Unit {
             Self::PerSecond => "requests/s",
             Self::PerCpuSecond => "requests/cpu-s",
             Self::Micros => "us",
+            Self::CpuMicros => "cpu-us",
             Self::Millis => "ms",
             Self::MiB => "MiB",
         }
@@ -274,7 +287,7 @@ fn verdict(figures: &[Figures], unit: Unit, target: &Target) -> Option<Verdict> 
 
 fn short_number(v: f64, unit: Unit) -> String {
     match unit {
-        Unit::Micros => format!("{v:.0} µs"),
+        Unit::Micros | Unit::CpuMicros => format!("{v:.0} µs"),
         Unit::Millis => format!("{v} ms"),
         _ => format!("{v} MiB"),
     }

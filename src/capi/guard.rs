@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use super::*;
 use crate::block::{Error, ErrorKind};
+use crate::log::{Level, log};
 
 /// Bytes of this thread's last error, with the NUL.
 const TEXT: usize = 1024;
@@ -100,13 +101,21 @@ impl Answer for i64 {
 struct Thread {
     /// Guarded calls that this thread is in; above 1 when a log callback calls back.
     depth: Cell<u32>,
+    /// Whether this thread is in a log callback.
+    in_sink: Cell<bool>,
     /// The last error, NUL-terminated; empty if there was none.
     text: UnsafeCell<[u8; TEXT]>,
 }
 
 thread_local! {
     static THREAD: Thread =
-        const { Thread { depth: Cell::new(0), text: UnsafeCell::new([0; TEXT]) } };
+        const {
+            Thread {
+                depth: Cell::new(0),
+                in_sink: Cell::new(false),
+                text: UnsafeCell::new([0; TEXT]),
+            }
+        };
 }
 const _: () = assert!(!std::mem::needs_drop::<Thread>());
 
@@ -208,6 +217,10 @@ pub(super) fn guarded<R: Answer>(
 #[cold]
 #[inline(never)]
 fn failed(thread: &Thread, what: &str, fail: &Fail) -> c_int {
+    // Failures of a log callback's own calls are not logged: that would never end.
+    if thread.depth.get() == 0 && !thread.in_sink.get() {
+        log(Level::Debug, format_args!("{what}: {fail}"));
+    }
     // A log callback may have called back in the meantime, and so written its own text: replace it.
     thread.store(format_args!("{what}: {fail}"));
     fail.code()
@@ -253,6 +266,21 @@ pub(super) fn install_hook() {
             }
         });
     }));
+}
+
+/// Run a log callback. One that is called within another on the same thread is left out.
+pub(super) fn in_sink(callback: impl FnOnce()) {
+    THREAD.with(|thread| {
+        if !thread.in_sink.replace(true) {
+            callback();
+            thread.in_sink.set(false);
+        }
+    });
+}
+
+/// Whether this thread is in a log callback.
+pub(super) fn is_in_sink() -> bool {
+    THREAD.with(|thread| thread.in_sink.get())
 }
 
 /// This thread's last error, for C: never NULL, valid until the thread's next call.

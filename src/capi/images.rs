@@ -32,8 +32,14 @@ pub unsafe extern "C" fn qblk_create(
         guard::alive()?;
         // SAFETY: as the manual asks.
         let options = unsafe { options_arg(options) };
-        let name = OsStr::from_bytes(name.to_bytes());
-        Ok(create(name, &format.to_string_lossy(), size, &options)?)
+        let format = format.to_string_lossy();
+        create(OsStr::from_bytes(name.to_bytes()), &format, size, &options)?;
+        tell::done(
+            "created",
+            tell::Name(name.to_bytes()),
+            format_args!(", {format}, {size} bytes"),
+        );
+        Ok(())
     })
 }
 

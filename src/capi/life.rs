@@ -105,7 +105,7 @@ impl Closing {
         }
         let _done = Done;
         // What is broken is not flushed: its metadata may be half changed.
-        guard::image(&self.0)?;
+        tell::done("closing", tell::Of(guard::image(&self.0)?), "");
         Ok(self.0.image.close()?)
     }
 }

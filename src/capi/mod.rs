@@ -10,6 +10,7 @@
 
 mod guard;
 mod life;
+mod tell;
 
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;

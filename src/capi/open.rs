@@ -53,6 +53,7 @@ pub unsafe extern "C" fn qblk_open2(
 fn open(name: &CStr, options: &Options, flags: u32, out: &mut *mut qblk) -> Result<(), Fail> {
     guard::alive()?;
     let image = Image::open(OsStr::from_bytes(name.to_bytes()), options, OpenFlags(flags))?;
+    tell::done("opened", tell::Name(name.to_bytes()), tell::Flags(flags));
     *out = life::adopt(image, Arc::default());
     Ok(())
 }
@@ -75,6 +76,7 @@ pub unsafe extern "C" fn qblk_open_fd(
         let (out, options) = unsafe { (out_arg(out)?, options_arg(options)) };
         guard::alive()?;
         let image = Image::open_fd(duplicate(fd)?, &options, OpenFlags(flags))?;
+        tell::done("opened descriptor", fd, tell::Flags(flags));
         *out = life::adopt(image, Arc::default());
         Ok(())
     })
@@ -132,6 +134,7 @@ pub unsafe extern "C" fn qblk_context_open(
         guard::on("qblk_context_open", dev, |dev| {
             let (out, options) = (out_arg(out)?, options_arg(options));
             let context = image(dev)?.context(&options, OpenFlags(flags))?;
+            tell::done("another context of", tell::Of(&context), tell::Flags(flags));
             *out = life::adopt(context, dev.broken.clone());
             Ok(())
         })
@@ -153,8 +156,9 @@ pub unsafe extern "C" fn qblk_reopen(dev: *mut qblk, flags: u32) -> c_int {
 /// The new one is opened first; calls on the device wait meanwhile. NULL options are those that
 /// it was opened with. A device that refuses writes because a flush failed takes them again.
 ///
-/// Returns 0; on failure, as qblk_open2(), all stays as it was. A device that was opened by
-/// descriptor cannot be reopened (-EINVAL). Any thread. Since 0.1.
+/// A device that was opened by descriptor is opened anew by a duplicate of it.
+///
+/// Returns 0; on failure, as qblk_open2(), all stays as it was. Any thread. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qblk_reopen2(
     dev: *mut qblk,
@@ -165,7 +169,13 @@ pub unsafe extern "C" fn qblk_reopen2(
     unsafe {
         guard::on("qblk_reopen2", dev, |dev| {
             let options = (!options.is_null()).then(|| options_arg(options));
-            Ok(image(dev)?.reopen(options.as_ref(), OpenFlags(flags))?)
+            reopen(image(dev)?, options.as_ref(), flags)
         })
     }
+}
+
+fn reopen(image: &Image, options: Option<&Options>, flags: u32) -> Result<(), Fail> {
+    image.reopen(options, OpenFlags(flags))?;
+    tell::done("reopened", tell::Of(image), tell::Flags(flags));
+    Ok(())
 }

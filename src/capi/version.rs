@@ -137,8 +137,8 @@ pub extern "C" fn qblk_get_error() -> *const c_char {
 /// call returns, the function that was there before is called no more. The environment
 /// variable QBLK_LOG (error, warn, info, debug, trace) logs to stderr until this is called.
 ///
-/// Returns 0; -EINVAL for an unknown level. Any thread, but not from inside such a function.
-/// Since 0.1.
+/// Returns 0; -EINVAL for an unknown level; -EDEADLK from inside such a function, which may make
+/// all other calls (what these would log is left out). Any thread. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qblk_set_log(
     r#fn: qblk_log_fn,
@@ -154,6 +154,10 @@ pub unsafe extern "C" fn qblk_set_log(
             Some(f) => Some(sink(f, opaque)),
         };
         guard::alive()?;
+        if guard::is_in_sink() {
+            let text = "called from inside the function that receives messages".into();
+            return Err(guard::Fail::Code(-libc::EDEADLK, text));
+        }
         set_sink(sink, level);
         Ok(())
     })
@@ -170,7 +174,7 @@ fn sink(f: unsafe extern "C" fn(*mut c_void, c_int, *const c_char), opaque: *mut
         let opaque = &opaque;
         if let Ok(text) = CString::new(text.replace(['\0', '\n'], " ")) {
             // SAFETY: the program's own function, called as its type says.
-            unsafe { f(opaque.0, level as c_int, text.as_ptr()) }
+            guard::in_sink(|| unsafe { f(opaque.0, level as c_int, text.as_ptr()) });
         }
     })
 }
