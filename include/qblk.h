@@ -528,8 +528,8 @@ const char *qblk_get_error(void);
  * call returns, the function that was there before is called no more. The environment
  * variable QBLK_LOG (error, warn, info, debug, trace) logs to stderr until this is called.
  *
- * Returns 0; -EINVAL for an unknown level. Any thread, but not from inside such a function.
- * Since 0.1.
+ * Returns 0; -EINVAL for an unknown level; -EDEADLK from inside such a function, which may make
+ * all other calls (what these would log is left out). Any thread. Since 0.1.
  */
 int qblk_set_log(qblk_log_fn fn, void *opaque, int level);
 
@@ -638,8 +638,9 @@ int qblk_reopen(struct qblk *dev,
  * The new one is opened first; calls on the device wait meanwhile. NULL options are those that
  * it was opened with. A device that refuses writes because a flush failed takes them again.
  *
- * Returns 0; on failure, as qblk_open2(), all stays as it was. A device that was opened by
- * descriptor cannot be reopened (-EINVAL). Any thread. Since 0.1.
+ * A device that was opened by descriptor is opened anew by a duplicate of it.
+ *
+ * Returns 0; on failure, as qblk_open2(), all stays as it was. Any thread. Since 0.1.
  */
 int qblk_reopen2(struct qblk *dev, const struct qblk_options *options, uint32_t flags);
 

@@ -134,7 +134,10 @@ impl Driver for Qcow2 {
         let encryption = ["none", "aes", "luks", "unknown"][(h.crypt as usize).min(3)];
         properties.extend([
             ("qcow2.compat", compat.into()),
-            ("qcow2.refcount-bits", 1u64.checked_shl(h.refcount_order).unwrap_or(0).to_string().into_bytes()),
+            (
+                "qcow2.refcount-bits",
+                1u64.checked_shl(h.refcount_order).unwrap_or(0).to_string().into_bytes(),
+            ),
             ("qcow2.compression-type", compression.into()),
             ("qcow2.lazy-refcounts", on_off(h.compatible & header::COMPAT_LAZY != 0)),
             ("qcow2.extended-l2", on_off(h.incompatible & incompat::EXTENDED_L2 != 0)),

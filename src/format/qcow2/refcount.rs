@@ -12,6 +12,8 @@ use crate::block::*;
 
 /// Clean slices kept.
 const MAX_CLEAN: usize = 1024;
+/// Runs that are looked at for one of a certain length.
+const MAX_TRIES: usize = 64;
 
 /// Clusters that follow one another on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +54,8 @@ pub struct Refcounts {
     table: Vec<u64>,
     table_offset: u64,
     slices: HashMap<u64, Slice>,
+    /// How many of them are dirty.
+    dirty: usize,
     /// No cluster below is free.
     hint: u64,
     /// Clusters from here on were never handed out nor in the file when it was opened: what the
@@ -118,6 +122,7 @@ impl Refcounts {
             table,
             table_offset,
             slices: HashMap::new(),
+            dirty: 0,
             hint: 1,
             virgin: if grows { size.div_ceil(1 << cluster_bits) } else { u64::MAX },
             limit: if grows { 1 << (56 - cluster_bits) } else { size >> cluster_bits },
@@ -169,7 +174,7 @@ impl Refcounts {
     fn slice(&mut self, file: &Device, cluster: u64) -> Result<&mut Slice> {
         let index = cluster >> self.slice_bits();
         if !self.slices.contains_key(&index) {
-            if self.slices.len() >= MAX_CLEAN {
+            if self.slices.len() >= MAX_CLEAN + self.dirty {
                 self.slices.retain(|_, s| s.dirty || s.writing);
             }
             let offset = self.slice_offset(index);
@@ -204,7 +209,8 @@ impl Refcounts {
         let (order, mask) = (self.order, (1 << self.slice_bits()) - 1);
         let slice = self.slice(file, cluster)?;
         write_count(&mut slice.data, cluster & mask, order, count);
-        slice.dirty = true;
+        let before = std::mem::replace(&mut slice.dirty, true);
+        self.dirty += usize::from(!before);
         Ok(())
     }
 
@@ -313,6 +319,11 @@ impl Refcounts {
     pub fn allocate_all(&mut self, host: &dyn Host, count: u64) -> Result<Run> {
         let mut skipped = Vec::new();
         let found = loop {
+            // A new block takes the first cluster of what it counts, so no run is longer than the
+            // rest; and where the image is in small pieces looking on is not worth it.
+            if count >= 1 << self.block_bits() || skipped.len() >= MAX_TRIES {
+                break self.allocate_span(host, count);
+            }
             let (run, _) = match self.allocate(host.file(), count) {
                 Ok(found) => found,
                 Err(Stop::GrowTable(index)) => match self.grow_table(host, index) {
@@ -332,6 +343,42 @@ impl Refcounts {
             }
         }
         found
+    }
+
+    /// Take `count` clusters behind everything that is counted, with new blocks in front of them that
+    /// count both. As [`Refcounts::allocate_all`].
+    fn allocate_span(&mut self, host: &dyn Host, count: u64) -> Result<Run> {
+        let file = host.file();
+        let used = self.table.iter().rposition(|e| *e != 0).map_or(0, |i| i as u64 + 1);
+        let end = if self.virgin == u64::MAX { 0 } else { self.virgin };
+        let index = used.max(end.div_ceil(1 << self.block_bits()));
+        let per_block = 1u64 << self.block_bits();
+        // One block more for every block's worth of blocks and clusters.
+        let mut blocks = (count + 1).div_ceil(per_block);
+        while blocks + count > blocks * per_block {
+            blocks += 1;
+        }
+        let last = index + blocks - 1;
+        if !self.has_entry(last) {
+            // The table takes its place behind everything, too: look again.
+            self.grow_table(host, last + blocks)?;
+            return self.allocate_span(host, count);
+        }
+        let first = index << self.block_bits();
+        if first + blocks + count > self.limit {
+            return Err(no_space(file));
+        }
+        file.zero(first << self.cluster_bits, blocks << self.cluster_bits, ReqFlags::NONE)?;
+        for b in 0..blocks {
+            self.table[(index + b) as usize] = (first + b) << self.cluster_bits;
+            self.new_blocks.push((index + b) as usize);
+        }
+        self.blocks = None;
+        for cluster in first..first + blocks + count {
+            self.set(file, cluster, 1)?;
+        }
+        self.hand_out(Run { first, count: blocks + count });
+        Ok(Run { first: first + blocks, count })
     }
 
     /// The first cluster from `at` on, in the slice of `at`, whose count is 0, and true; or the first
@@ -421,6 +468,7 @@ impl Refcounts {
             self.table = before;
             let block_bits = self.block_bits() - self.slice_bits();
             self.slices.retain(|s, _| s >> block_bits < first_block);
+            self.dirty = self.slices.values().filter(|s| s.dirty).count();
             return Err(e);
         }
         self.hand_out(all);
@@ -445,6 +493,7 @@ impl Refcounts {
 
     /// Changed slices, to be written: where they lie and their bytes.
     pub fn take_dirty(&mut self) -> Vec<(u64, Box<[u8]>)> {
+        self.dirty = 0;
         let dirty: Vec<u64> =
             self.slices.iter().filter(|(_, s)| s.dirty).map(|(i, _)| *i).collect();
         dirty
@@ -470,7 +519,12 @@ impl Refcounts {
 
     /// Whether some change is not written.
     pub fn is_dirty(&self) -> bool {
-        !self.new_blocks.is_empty() || self.slices.values().any(|s| s.dirty)
+        !self.new_blocks.is_empty() || self.dirty > 0
+    }
+
+    /// Bytes of changes that are not written.
+    pub fn dirty_bytes(&self) -> usize {
+        self.dirty * self.slice_bytes()
     }
 
     /// Table entries that were set since this was last asked: where they lie and their values.

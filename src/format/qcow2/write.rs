@@ -441,7 +441,8 @@ impl Qcow2 {
 
     /// Whether so many changes wait in memory that they should be written.
     pub(super) fn much_waits(&self, meta: &Meta) -> bool {
-        meta.dirty_slices.len() << (self.slice_bits + 3) > MAX_DIRTY_BYTES
+        (meta.dirty_slices.len() << (self.slice_bits + 3)) + meta.refs.dirty_bytes()
+            > MAX_DIRTY_BYTES
             || meta.unmapped.len() > MAX_UNMAPPED
     }
 
