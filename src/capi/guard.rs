@@ -272,7 +272,12 @@ pub(super) fn install_hook() {
 pub(super) fn in_sink(callback: impl FnOnce()) {
     THREAD.with(|thread| {
         if !thread.in_sink.replace(true) {
+            // What its own calls fail with is not what the call that logs fails with.
+            // SAFETY: as in `clear`.
+            let text = unsafe { *thread.text.get() };
             callback();
+            // SAFETY: as in `clear`.
+            unsafe { *thread.text.get() = text };
             thread.in_sink.set(false);
         }
     });

@@ -8,12 +8,12 @@
 //! Lock order: a set's `fill` lock comes after the image's `Meta` lock. It is held while a slice is
 //! read from the file (which holds up misses of the same few sets only) and while entries change.
 
-use std::alloc::{Layout, alloc_zeroed};
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::*, fence};
 
+use memmap2::{MmapMut, MmapOptions};
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::block::{Error, Result};
+use crate::block::{Error, Name, Result};
 
 /// Slots in a set: their tags fill one cache line.
 const WAYS: usize = 8;
@@ -37,13 +37,7 @@ pub struct L2Cache {
     slice_bits: u32,
     /// Sets, less one: a power of two less one.
     set_mask: u64,
-    /// Which slice a slot holds: (slice + 1) above the count of refills; 0 above it = none.
-    tags: Box<[AtomicU64]>,
-    /// Entries, big-endian as on disk.
-    data: Box<[AtomicU64]>,
-    /// Slots looked at since the hand last passed.
-    used: Box<[AtomicU8]>,
-    state: Box<[AtomicU8]>,
+    memory: Memory,
     fill: [Mutex<()>; FILL_LOCKS],
     hand: AtomicU64,
 }
@@ -65,27 +59,72 @@ pub struct Held<'a> {
 /// Every slot that could take the slice holds changes: they must be written first.
 pub struct AllDirty;
 
-/// Zeroes from calloc: pages that are never used cost nothing. `None` if there is not as much memory.
-fn zeroed_words(n: usize) -> Option<Box<[AtomicU64]>> {
-    let layout = Layout::array::<AtomicU64>(n.max(1)).ok()?;
-    // SAFETY: the layout's size is not 0.
-    let words = unsafe { alloc_zeroed(layout) }.cast::<AtomicU64>();
-    if words.is_null() {
-        return None;
-    }
-    // SAFETY: allocated with the layout of a boxed slice of so many, and zeroes are a valid value.
-    Some(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(words, n.max(1))) })
+/// The memory of a cache: for each slot a slice's entries, its tag, and two bytes. All of it is zero
+/// at first, and pages that are never used cost nothing: it is mapped, not taken from malloc, which
+/// would touch it when it is taken a second time.
+struct Memory {
+    /// Aligned to a page.
+    base: *mut u8,
+    slots: usize,
+    slice_bits: u32,
+    /// Unmaps it.
+    _map: MmapMut,
 }
 
-fn zeroed_bytes(n: usize) -> Box<[AtomicU8]> {
-    let bytes = Box::into_raw(vec![0u8; n].into_boxed_slice());
-    // SAFETY: AtomicU8 has the layout of u8.
-    unsafe { Box::from_raw(bytes as *mut [AtomicU8]) }
+// SAFETY: all access is by atomics, but for filling a slot, which its fill lock guards.
+unsafe impl Send for Memory {}
+// SAFETY: as for Send.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    fn new(slots: usize, slice_bits: u32) -> std::io::Result<Self> {
+        let bytes = slots.checked_mul((8 << slice_bits) + 8 + 2);
+        let bytes = bytes.ok_or(std::io::ErrorKind::OutOfMemory)?;
+        let mut map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon()?;
+        Ok(Self { base: map.as_mut_ptr(), slots, slice_bits, _map: map })
+    }
+
+    /// `count` atomics that begin `at` bytes into the memory.
+    ///
+    /// # Safety
+    /// They must lie inside it, and `at` must be aligned for them.
+    #[inline]
+    unsafe fn part<T>(&self, at: usize, count: usize) -> &[T] {
+        // SAFETY: inside, by the caller's word; zeroes and whatever is stored are valid atomics.
+        unsafe { std::slice::from_raw_parts(self.base.add(at).cast::<T>(), count) }
+    }
+
+    /// Entries, big-endian as on disk.
+    #[inline]
+    fn data(&self) -> &[AtomicU64] {
+        // SAFETY: the first part of the memory.
+        unsafe { self.part(0, self.slots << self.slice_bits) }
+    }
+
+    /// Which slice a slot holds: (slice + 1) above the count of refills; 0 above it = none.
+    #[inline]
+    fn tags(&self) -> &[AtomicU64] {
+        // SAFETY: the second part, behind whole words.
+        unsafe { self.part((self.slots * 8) << self.slice_bits, self.slots) }
+    }
+
+    /// Slots looked at since the hand last passed.
+    #[inline]
+    fn used(&self) -> &[AtomicU8] {
+        // SAFETY: the third part.
+        unsafe { self.part(((self.slots * 8) << self.slice_bits) + self.slots * 8, self.slots) }
+    }
+
+    /// Bits of [`DIRTY`] and [`WRITING`].
+    fn state(&self) -> &[AtomicU8] {
+        // SAFETY: the last part.
+        unsafe { self.part(((self.slots * 8) << self.slice_bits) + self.slots * 9, self.slots) }
+    }
 }
 
 impl L2Cache {
     /// A cache for `slices` slices of 2^`slice_bits` entries, of at most `limit` bytes.
-    pub fn new(slice_bits: u32, slices: u64, limit: Option<u64>) -> Self {
+    pub fn new(name: &Name, slice_bits: u32, slices: u64, limit: Option<u64>) -> Result<Self> {
         let slice_bytes = 8u64 << slice_bits;
         let whole = slices.saturating_mul(slice_bytes);
         let set_bytes = slice_bytes * WAYS as u64;
@@ -98,25 +137,24 @@ impl L2Cache {
             }
         };
         // Where memory is limited the cache is smaller, which costs speed only.
-        let (mut sets, mut found) = (sets, None);
-        while found.is_none() && sets > 0 {
-            found = zeroed_words((sets as usize * WAYS) << slice_bits);
-            sets /= if found.is_none() { 2 } else { 1 };
-        }
-        let sets = sets.max(1);
-        let slots = sets as usize * WAYS;
-        let zeroed =
-            |n| zeroed_words(n).unwrap_or_else(|| (0..n).map(|_| AtomicU64::new(0)).collect());
-        Self {
+        let mut sets = sets;
+        let memory = loop {
+            match Memory::new(sets as usize * WAYS, slice_bits) {
+                Ok(memory) => break memory,
+                Err(_) if sets > 1 => sets /= 2,
+                Err(e) => {
+                    let errno = e.raw_os_error().unwrap_or(libc::ENOMEM);
+                    return Err(Error::Os { op: "mapping memory", file: name.clone(), errno });
+                }
+            }
+        };
+        Ok(Self {
             slice_bits,
             set_mask: sets - 1,
-            tags: zeroed(slots),
-            data: found.unwrap_or_else(|| zeroed(slots << slice_bits)),
-            used: zeroed_bytes(slots),
-            state: zeroed_bytes(slots),
+            memory,
             fill: [const { Mutex::new(()) }; FILL_LOCKS],
             hand: AtomicU64::new(0),
-        }
+        })
     }
 
     fn first_slot(&self, slice: u64) -> usize {
@@ -127,14 +165,14 @@ impl L2Cache {
     #[inline]
     pub fn find(&self, slice: u64) -> Option<Hit> {
         let first = self.first_slot(slice);
-        let tags = &self.tags[first..first + WAYS];
+        let tags = &self.memory.tags()[first..first + WAYS];
         for (way, tag) in tags.iter().enumerate() {
             let tag = tag.load(Acquire);
             if tag >> GENERATION_BITS == slice + 1 {
                 let slot = first + way;
                 // Looking first keeps the line shared between cores.
-                if self.used[slot].load(Relaxed) == 0 {
-                    self.used[slot].store(1, Relaxed);
+                if self.memory.used()[slot].load(Relaxed) == 0 {
+                    self.memory.used()[slot].store(1, Relaxed);
                 }
                 return Some(Hit { slot, tag });
             }
@@ -146,14 +184,14 @@ impl L2Cache {
     #[inline]
     pub fn entry(&self, hit: Hit, index: usize) -> u64 {
         let i = (hit.slot << self.slice_bits) + (index & ((1 << self.slice_bits) - 1));
-        self.data.get(i).map_or(0, |e| u64::from_be(e.load(Acquire)))
+        self.memory.data().get(i).map_or(0, |e| u64::from_be(e.load(Acquire)))
     }
 
     /// Whether the slot still holds what it held when it was found.
     #[inline]
     pub fn still(&self, hit: Hit) -> bool {
         fence(Acquire);
-        self.tags[hit.slot].load(Relaxed) == hit.tag
+        self.memory.tags()[hit.slot].load(Relaxed) == hit.tag
     }
 
     /// Hold the set of `slice` with the slice in it, reading it by `read` if it is not there.
@@ -168,34 +206,34 @@ impl L2Cache {
             return Ok(Ok(Held { cache: self, slot: hit.slot, _fill: fill }));
         }
         let Some(slot) = self.victim(first) else { return Ok(Err(AllDirty)) };
-        let tag = &self.tags[slot];
+        let tag = &self.memory.tags()[slot];
         let generation = (tag.load(Relaxed) + 1) & ((1 << GENERATION_BITS) - 1);
         // Readers that found the old slice must see the tag gone before they can see new entries.
         tag.store(generation, Relaxed);
         fence(Release);
-        let words = &self.data[slot << self.slice_bits..(slot + 1) << self.slice_bits];
+        let words = &self.memory.data()[slot << self.slice_bits..(slot + 1) << self.slice_bits];
         // SAFETY: the fill lock makes this the only writer; readers use atomic loads and drop what
         // they saw when they find the tag changed.
         let bytes = unsafe {
             std::slice::from_raw_parts_mut(words.as_ptr().cast_mut().cast::<u8>(), words.len() * 8)
         };
         read(bytes)?;
-        self.used[slot].store(1, Relaxed);
+        self.memory.used()[slot].store(1, Relaxed);
         tag.store((slice + 1) << GENERATION_BITS | generation, Release);
         Ok(Ok(Held { cache: self, slot, _fill: fill }))
     }
 
     /// A slot of the set at `first` that can be given up: an empty one, else by the clock.
     fn victim(&self, first: usize) -> Option<usize> {
-        let clean = |slot: usize| self.state[slot].load(Acquire) == 0;
-        let empty = |slot: usize| self.tags[slot].load(Relaxed) >> GENERATION_BITS == 0;
+        let clean = |slot: usize| self.memory.state()[slot].load(Acquire) == 0;
+        let empty = |slot: usize| self.memory.tags()[slot].load(Relaxed) >> GENERATION_BITS == 0;
         if let Some(slot) = (first..first + WAYS).find(|&s| empty(s) && clean(s)) {
             return Some(slot);
         }
         let hand = self.hand.fetch_add(1, Relaxed) as usize;
         for round in 0..2 * WAYS {
             let slot = first + (hand + round) % WAYS;
-            if clean(slot) && self.used[slot].swap(0, Relaxed) == 0 {
+            if clean(slot) && self.memory.used()[slot].swap(0, Relaxed) == 0 {
                 return Some(slot);
             }
         }
@@ -205,20 +243,21 @@ impl L2Cache {
     /// Copy the dirty slice in `slot` out to be written: which slice it is, and its bytes. The slot
     /// is no longer dirty, and stays until [`L2Cache::written`]. Under the image's `Meta` lock.
     pub fn take_dirty(&self, slot: usize) -> Result<(u64, Box<[u8]>)> {
-        let Some(tag) = self.tags.get(slot).map(|t| t.load(Acquire) >> GENERATION_BITS) else {
+        let Some(tag) = self.memory.tags().get(slot).map(|t| t.load(Acquire) >> GENERATION_BITS)
+        else {
             return Err(Error::Internal("a slot that is not there".into()));
         };
         let mut bytes = Vec::with_capacity(8 << self.slice_bits);
-        for word in &self.data[slot << self.slice_bits..(slot + 1) << self.slice_bits] {
+        for word in &self.memory.data()[slot << self.slice_bits..(slot + 1) << self.slice_bits] {
             bytes.extend_from_slice(&word.load(Relaxed).to_ne_bytes());
         }
-        self.state[slot].store(WRITING, Release);
+        self.memory.state()[slot].store(WRITING, Release);
         Ok((tag.wrapping_sub(1), bytes.into_boxed_slice()))
     }
 
     /// What was taken from `slot` is in the file.
     pub fn written(&self, slot: usize) {
-        self.state[slot].fetch_and(!WRITING, Release);
+        self.memory.state()[slot].fetch_and(!WRITING, Release);
     }
 }
 
@@ -235,12 +274,12 @@ impl Held<'_> {
 
     fn word(&self, index: usize) -> &AtomicU64 {
         let bits = self.cache.slice_bits;
-        &self.cache.data[(self.slot << bits) + (index & ((1 << bits) - 1))]
+        &self.cache.memory.data()[(self.slot << bits) + (index & ((1 << bits) - 1))]
     }
 
     /// Mark the slice as changed: `Some(slot)` if it was not yet.
     pub fn mark_dirty(&self) -> Option<usize> {
-        let before = self.cache.state[self.slot].fetch_or(DIRTY, AcqRel);
+        let before = self.cache.memory.state()[self.slot].fetch_or(DIRTY, AcqRel);
         (before & DIRTY == 0).then_some(self.slot)
     }
 }
@@ -258,7 +297,7 @@ mod tests {
 
     #[test]
     fn a_slice_given_up_is_noticed_by_who_found_it() {
-        let cache = L2Cache::new(9, 1 << 20, Some(32 << 10));
+        let cache = L2Cache::new(&Name::from("test"), 9, 1 << 20, Some(32 << 10)).unwrap();
         cache.hold(0, fill(7)).unwrap().ok().unwrap();
         let hit = cache.find(0).unwrap();
         assert_eq!(cache.entry(hit, 3), 7);
@@ -272,7 +311,7 @@ mod tests {
 
     #[test]
     fn dirty_slices_are_never_given_up() {
-        let cache = L2Cache::new(9, 1 << 20, Some(32 << 10));
+        let cache = L2Cache::new(&Name::from("test"), 9, 1 << 20, Some(32 << 10)).unwrap();
         for slice in 0..WAYS as u64 {
             let held = cache.hold(slice, fill(slice)).unwrap().ok().unwrap();
             held.set(0, 99);

@@ -175,7 +175,7 @@ impl Qcow2 {
             v3: header.version >= 3,
             size: AtomicU64::new(header.size),
             l1: AtomicPtr::new(Box::into_raw(Box::new(l1))),
-            cache: L2Cache::new(slice_bits, used, limit),
+            cache: L2Cache::new(file.name(), slice_bits, used, limit)?,
             compressed: compressed::Store::new(header.compression, cluster_bits),
             file,
             header,

@@ -1,0 +1,94 @@
+#!/bin/sh
+# Make the first inputs of the fuzz targets: small images by qemu-img, of every kind that it makes,
+# and some with bytes changed. Usage: fuzz/seeds.sh DIRECTORY
+set -eu
+
+out=${1:?usage: fuzz/seeds.sh DIRECTORY}
+command -v qemu-img >/dev/null || { echo "install qemu-utils (apt-get install qemu-utils)" >&2; exit 1; }
+mkdir -p "$out/qcow2_header" "$out/qcow2_ops"
+out=$(cd "$out" && pwd)
+tmp=$(mktemp -d)
+trap 'rm -rf "$tmp"' EXIT INT TERM
+cd "$tmp"
+image=image
+
+# How to open, six operations of six bytes each: read, write, zero, trim, flush, extents.
+script() {
+    printf "\\$1\\006"
+    printf '\017\000\000\000\000\377'
+    printf '\000\000\002\000\000\041'
+    printf '\004\000\004\000\000\020'
+    printf '\006\000\000\000\000\020'
+    printf '\007\000\000\000\000\000'
+    printf '\010\000\000\000\000\376'
+}
+
+# keep NAME [HOW...]: the image is an input of both targets.
+keep() {
+    name=$1
+    shift
+    cp "$image" "$out/qcow2_header/$name"
+    for how in "${@:-000}"; do
+        { script $how; cat "$image"; } > "$out/qcow2_ops/$name-$how"
+    done
+}
+
+# patch OFFSET OCTAL-ESCAPES
+patch() {
+    printf "$2" | dd of="$image" bs=1 seek="$1" conv=notrunc 2>/dev/null
+}
+
+make() {
+    rm -f "$image"
+    qemu-img create -q -f qcow2 "$@" "$image" $size
+}
+
+size=100k
+put() {
+    for command; do
+        qemu-io -f qcow2 -c "$command" "$image" >/dev/null
+    done
+}
+
+for opts in compat=0.10 compat=1.1 refcount_bits=1 refcount_bits=64 lazy_refcounts=on; do
+    make -o "cluster_size=512,$opts"
+    put "write -P 1 3000 2000" "write -P 2 99k 1k"
+    keep "plain-$opts"
+done
+make -o cluster_size=512
+put "write -P 1 0 8k" "write -z 512 1024" "write -zu 2k 1k"
+keep zeroed
+qemu-img snapshot -c one "$image"
+put "write -P 3 1k 4k"
+keep snapshot
+for type in zlib zstd; do
+    make -o "cluster_size=1k,compression_type=$type"
+    put "write -c -P 1 0 1k" "write -c -P 2 1k 1k" "write -c -P 3 12k 1k"
+    keep "compressed-$type"
+done
+make -o cluster_size=512
+keep empty
+size=8k
+make -o cluster_size=512,preallocation=metadata
+keep preallocated
+size=100k
+qemu-img create -q -f raw base 200k
+make -o cluster_size=512 -b base -F raw
+put "write -P 1 1k 600"
+keep overlay 000 002 006
+qemu-img bitmap --add -f qcow2 "$image" b
+cp "$image" "$out/qcow2_header/bitmap"
+make -o extended_l2=on,cluster_size=16k
+head -c 16384 "$image" > "$out/qcow2_header/extended-l2"
+# What a header may lie about: sizes, table places, features.
+make -o cluster_size=512
+put "write -P 1 0 4k"
+patch 24 '\000\000\000\377\377\377\377\377'
+keep huge
+make -o cluster_size=512
+put "write -P 1 0 4k"
+patch 48 '\000\000\000\000\000\000\000\000'
+keep table-at-0
+make -o cluster_size=512
+patch 72 '\000\000\000\000\000\000\000\003'
+keep dirty-corrupt

@@ -1,0 +1,28 @@
+//! The kept corpus runs through every target without a crash, and soon.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+fn run(target: fn(&[u8]), corpus: &str) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(corpus);
+    let mut count = 0;
+    for entry in std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())) {
+        let path = entry.unwrap().path();
+        let begin = Instant::now();
+        target(&std::fs::read(&path).unwrap());
+        let took = begin.elapsed();
+        assert!(took < Duration::from_secs(10), "{}: took {took:?}", path.display());
+        count += 1;
+    }
+    assert!(count > 0, "{} is empty", dir.display());
+}
+
+#[test]
+fn headers_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::qcow2_header, "qcow2_header");
+}
+
+#[test]
+fn operations_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::qcow2_ops, "qcow2_ops");
+}
