@@ -58,7 +58,6 @@ one() {
     tmp=$(mktemp -d "${TMPDIR:-/tmp}/qblk-run-XXXXXX")
     local run=("$bin") leaks=1
     case $(head -n 4 "$source") in *"RUN: fork"*) leaks=0 ;; esac
-    export QBLK_TEST_QUICK
     unset QBLK_TEST_QUICK
     : > "$log"
     compile() { "$@" >> "$log" 2>&1 || { echo "FAIL $name $variant: does not compile"; cat "$log"; rm -rf "$tmp"; exit 1; }; }
@@ -68,11 +67,11 @@ one() {
         cxx-shared) compile g++ -std=c++11 $warn $cflags -x c++ "$source" -x none -o "$bin" $link_shared ;;
         cxx-static) compile clang++ -std=c++17 $warn $cflags -x c++ "$source" -x none -o "$bin" $static_libs ;;
         static-exe) compile gcc -static -std=c17 $warn $cflags -o "$bin" "$source" -L"$stage/usr/lib" -lqblk $private ;;
-        asan) compile gcc -std=gnu17 $sane $warn $cflags -o "$bin" "$source" $link_shared; QBLK_TEST_QUICK=1 ;;
-        asan-static) compile clang++ -std=c++20 $sane $warn $cflags -x c++ "$source" -x none -o "$bin" $static_libs; QBLK_TEST_QUICK=1 ;;
+        asan) compile gcc -std=gnu17 $sane $warn $cflags -o "$bin" "$source" $link_shared; export QBLK_TEST_QUICK=1 ;;
+        asan-static) compile clang++ -std=c++20 $sane $warn $cflags -x c++ "$source" -x none -o "$bin" $static_libs; export QBLK_TEST_QUICK=1 ;;
         valgrind)
             compile gcc -std=c99 $warn $cflags -o "$bin" "$source" $link_shared
-            QBLK_TEST_QUICK=1
+            export QBLK_TEST_QUICK=1
             run=(valgrind -q --error-exitcode=99)
             [ $leaks = 0 ] || run+=(--leak-check=full --errors-for-leak-kinds=definite,indirect)
             run+=("$bin") ;;

@@ -11,6 +11,8 @@ mod iov;
 mod name;
 mod range_lock;
 
+use std::sync::Arc;
+
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
@@ -193,6 +195,10 @@ pub trait Driver: Send + Sync {
     fn kind(&self) -> &'static str;
     /// What it can do. Asked once, when the device is made.
     fn caps(&self) -> Caps;
+    /// What tells the source from others on this host (for a file, its device and inode numbers).
+    fn identity(&self) -> Option<(u64, u64)> {
+        None
+    }
     /// Size in bytes, now.
     fn size(&self) -> u64;
     /// Fill `buf` with the bytes from `offset` on.
@@ -252,6 +258,10 @@ pub trait Driver: Send + Sync {
     /// What can be told of the image: state bits, cluster size, the image below.
     fn describe(&self) -> Description {
         Description::default()
+    }
+    /// The devices that hold the bytes of this image and of those below, this one's first.
+    fn files(&self) -> Vec<Arc<Device>> {
+        Vec::new()
     }
     /// The image below, if there is one open.
     fn backing(&self) -> Option<&Device> {

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::{How, Source, check_type, checked, not_nonblocking, open_path, os, os_io, sys};
+use super::{How, Source, check_type, checked, open_path, os, os_io, sys};
 use crate::block::{Driver, Error, Name, Result};
 
 /// The permissions whose use QEMU and its like lock: byte 100 + n says that somebody uses it, byte
@@ -62,7 +62,7 @@ fn make(name: &Name, exclusive: bool) -> Result<Creating> {
         match create_new(&path) {
             Ok(file) => {
                 let creating = creating(file, Some(path));
-                not_nonblocking(&creating.file).map_err(|e| os_io("open", name, &e))?;
+                sys::set_status_flags(&creating.file, 0).map_err(|e| os("open", name, e))?;
                 return Ok(creating);
             }
             Err(e) if e.kind() == io::ErrorKind::AlreadyExists && !exclusive => {}

@@ -54,6 +54,8 @@ pub struct Host {
     pub(super) name: Name,
     pub(super) kind: &'static str,
     pub(super) is_block: bool,
+    /// Device and inode numbers.
+    pub(super) identity: (u64, u64),
     /// Requests that change the allocation of a block device keep to this, bytes.
     pub(super) logical: u64,
     pub(super) caps: Caps,
@@ -266,6 +268,9 @@ impl Driver for Host {
     }
 
     #[inline]
+    fn identity(&self) -> Option<(u64, u64)> {
+        Some(self.identity)
+    }
     fn size(&self) -> u64 {
         self.len.load(Acquire)
     }

@@ -206,13 +206,14 @@ impl Source {
         }
         Ok(Host {
             logical: if is_block { sys::logical_block(&file).into() } else { 1 },
-            limit: if is_block { sys::MAX_SIZE } else { sys::size_limit() },
+            limit: if is_block || !how.write { sys::MAX_SIZE } else { sys::size_limit() },
             file,
             edge,
             seek: if is_block { Seek::Never } else { seek },
             name: name.clone(),
             kind: if is_block { "host_device" } else { "file" },
             is_block,
+            identity: (meta.dev(), meta.ino()),
             caps,
             len: len.into(),
             flusher: Default::default(),
@@ -256,14 +257,9 @@ fn open_path(path: &Path, write: bool, flags: i32) -> io::Result<File> {
     // Should a FIFO have come there since anyone looked, opening it must not wait for its other end.
     let flags = flags | libc::O_NONBLOCK | libc::O_NOCTTY;
     let file = OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)?;
-    not_nonblocking(&file)?;
+    // Of what can be changed only O_DIRECT was asked for.
+    sys::set_status_flags(&file, flags & libc::O_DIRECT).map_err(io::Error::from_raw_os_error)?;
     Ok(file)
-}
-
-fn not_nonblocking(file: &File) -> io::Result<()> {
-    sys::status_flags(file)
-        .and_then(|flags| sys::set_status_flags(file, flags & !libc::O_NONBLOCK))
-        .map_err(io::Error::from_raw_os_error)
 }
 
 /// Another opening of the same file, with flags and a position of its own.

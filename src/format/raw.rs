@@ -12,7 +12,7 @@ use crate::block::*;
 
 /// A raw image.
 pub struct Raw {
-    file: Device,
+    file: Arc<Device>,
     /// Set where writes must not make it another format; held while the first sector changes, so that
     /// what is checked is what comes to be.
     guard: Option<Mutex<()>>,
@@ -23,7 +23,7 @@ impl Raw {
     /// The raw image in `file`.
     pub fn new(file: Device, params: &Params) -> Self {
         let guard = (params.probed && params.write).then(Mutex::default);
-        Self { file, guard, calls: params.calls.clone() }
+        Self { file: Arc::new(file), guard, calls: params.calls.clone() }
     }
 
     /// Do `work`, which makes of the first sector what `change` does, if that is no other format.
@@ -112,6 +112,9 @@ impl Driver for Raw {
     }
     fn map(&self, offset: u64, count: u64) -> Result<Run<'_>> {
         Ok(Run { len: count, place: Place::At { dev: &self.file, offset } })
+    }
+    fn files(&self) -> Vec<Arc<Device>> {
+        vec![self.file.clone()]
     }
     fn resize(&self, size: u64, prealloc: Prealloc, shrink: bool) -> Result<()> {
         if prealloc == Prealloc::Metadata {

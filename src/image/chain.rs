@@ -4,7 +4,7 @@
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -166,10 +166,10 @@ fn open_source(
                 }
                 _ => Name::from(path.clone()),
             };
-            opening.note(&shown, &name)?;
             file::open(&shown, how)?
         }
     };
+    opening.note(driver.identity(), driver.name(), &name)?;
     let kind = driver.kind();
     let (top, probed) = opening.image(driver, options, flags, false)?;
     Ok(Tree { top, name, options: options.clone(), flags, probed, driver: kind, again })
@@ -179,10 +179,8 @@ fn open_source(
 pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Result<()> {
     let calls = Arc::new(InFlight::default());
     let mut opening = Opening { calls: &calls, seen: Vec::new(), implicit: Implicit::Local };
-    opening.note(target, target)?;
-    if opening.seen.is_empty() {
-        return Ok(());
-    }
+    let Ok(meta) = std::fs::metadata(target.as_path()) else { return Ok(()) };
+    opening.seen.push((meta.dev(), meta.ino()));
     let below = Source::Path(below);
     match opening.below(target, below, options, OpenFlags::default(), false) {
         Err(e @ Error::Policy { .. }) => Err(e),
@@ -240,9 +238,8 @@ fn implicit(options: &Options) -> Result<Implicit> {
 
 impl Opening<'_> {
     /// Remember a file of the chain; refuse one that is there already.
-    fn note(&mut self, path: &Name, named_by: &Name) -> Result<()> {
-        if let Ok(meta) = std::fs::metadata(path.as_path()) {
-            let id = (meta.dev(), meta.ino());
+    fn note(&mut self, id: Option<(u64, u64)>, path: &Name, named_by: &Name) -> Result<()> {
+        if let Some(id) = id {
             if self.seen.contains(&id) {
                 return Err(Error::policy(
                     named_by,
@@ -367,7 +364,13 @@ impl Opening<'_> {
             below.set("format", Some(fmt));
         }
         let guess = below.get("format").is_none();
-        self.below(name, Source::Path(path.as_os_str()), &below, flags, guess).map(Some)
+        match self.below(name, Source::Path(path.as_os_str()), &below, flags, guess) {
+            // What is there, but neither a regular file nor a block device.
+            Err(Error::Invalid(what)) => {
+                Err(Error::policy(name, format!("names a backing file that is none: {what}")))
+            }
+            other => other.map(Some),
+        }
     }
 
     /// The path of a backing file that an image names, if the policy lets it be opened.
@@ -398,17 +401,7 @@ impl Opening<'_> {
                 _ => denied("which is not a local file"),
             });
         }
-        let path = beside(name.as_path(), Path::new(OsStr::from_bytes(bytes)));
-        if self.implicit != Implicit::Any
-            && let Ok(meta) = std::fs::metadata(&path)
-        {
-            let kind = meta.file_type();
-            // A directory gets the clearer error of opening it.
-            if !(kind.is_file() || kind.is_block_device() || kind.is_dir()) {
-                return Err(denied("which is neither a regular file nor a block device"));
-            }
-        }
-        Ok(path)
+        Ok(beside(name.as_path(), Path::new(OsStr::from_bytes(bytes))))
     }
 
     fn below(
@@ -439,10 +432,10 @@ impl Opening<'_> {
             Source::Memory(size) => file::from_memory(file::memory(size)?)?,
             Source::Path(path) => {
                 let path = Name::from(path.to_owned());
-                self.note(&path, above)?;
                 file::open(&path, how).map_err(|e| backing_error(e, above))?
             }
         };
+        self.note(driver.identity(), driver.name(), above)?;
         Ok(self.image(driver, options, flags, guess)?.0)
     }
 }

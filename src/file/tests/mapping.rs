@@ -60,7 +60,8 @@ fn many_mappings_shrink_under_many_readers() {
                                     match read(dev, at, 5000) {
                                         Ok(bytes) => {
                                             let left = left.load(SeqCst).saturating_sub(at);
-                                            let (there, cut) = bytes.split_at(left.min(5000) as usize);
+                                            let (there, cut) =
+                                                bytes.split_at(left.min(5000) as usize);
                                             assert!(there.iter().all(|b| *b == 7));
                                             assert!(cut.iter().all(|b| *b == 7 || *b == 0));
                                         }

@@ -31,7 +31,13 @@ impl Driver for Qcow2 {
 
     #[inline]
     fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
-        walk::read(self, buf, offset)
+        self.read_data(buf, offset)
+    }
+
+    fn files(&self) -> Vec<Arc<Device>> {
+        let mut files = vec![self.file.clone()];
+        files.extend_from_slice(&self.files_below);
+        files
     }
 
     #[inline]
@@ -49,7 +55,8 @@ impl Driver for Qcow2 {
                 Place::Zero { allocated: true, kept: Some((&self.file, host + in_cluster)) }
             }
             Entry::Compressed { offset, .. } => Place::Compressed { dev: &self.file, offset },
-            Entry::Unallocated => match self.below(offset) {
+            Entry::Unallocated | Entry::Below { .. } | Entry::BelowZero => match self.below(offset)
+            {
                 Some(below) => {
                     len = len.min(below.size().saturating_sub(offset)).max(1);
                     Place::Below(below)

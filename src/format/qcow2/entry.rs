@@ -8,6 +8,11 @@ const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 pub const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
 const ZERO: u64 = 1;
+/// Bits 56 to 61, reserved on disk. In the cache of an image that is only read they say in which image
+/// below a cluster was found that is not here: 1 = the one right below, [`BELOW_ZERO`] = none, zeroes.
+const BELOW_SHIFT: u32 = 56;
+const BELOW_MASK: u64 = 63 << BELOW_SHIFT;
+const BELOW_ZERO: u64 = 63;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
 const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
@@ -20,6 +25,10 @@ pub enum Entry {
     Zero { host: u64, copied: bool },
     /// Data at `host`, which may be written in place if `copied`.
     Normal { host: u64, copied: bool },
+    /// Not here; found before to be data at `host` of the file of the image `depth` below.
+    Below { depth: u32, host: u64 },
+    /// Not here; found before to be zeroes, all the way down.
+    BelowZero,
     /// `len` bytes at `offset` that inflate to a cluster.
     Compressed { offset: u64, len: u64 },
 }
@@ -67,6 +76,44 @@ fn complaint(raw: u64, cluster_bits: u32) -> &'static str {
     }
 }
 
+/// Decode an entry of a cache that [`sanitize`]d what it read from disk.
+#[inline]
+pub fn decode_cached(raw: u64, cluster_bits: u32, v3: bool) -> Result<Entry, &'static str> {
+    if raw & (BELOW_MASK | COMPRESSED) == 0 || raw & COMPRESSED != 0 {
+        return decode(raw, cluster_bits, v3);
+    }
+    if raw & !(BELOW_MASK | OFFSET_MASK) != 0 {
+        return Err("has reserved bits set");
+    }
+    Ok(match raw >> BELOW_SHIFT {
+        BELOW_ZERO => Entry::BelowZero,
+        depth => Entry::Below { depth: depth as u32, host: raw & OFFSET_MASK },
+    })
+}
+
+/// See that no entry of a big-endian slice from disk is taken for one that [`below`] made: such an
+/// entry is invalid, and stays so.
+pub fn sanitize(slice: &mut [u8]) {
+    for entry in slice.chunks_exact_mut(8) {
+        if entry[0] & 0x3f != 0 && entry[0] & 0x40 == 0 {
+            entry[7] |= 2;
+        }
+    }
+}
+
+/// The entry to remember that a cluster which is not here is data at `host` of the file of the image
+/// `depth` below, `None` if that does not fit into an entry.
+pub fn below(depth: u32, host: u64) -> Option<u64> {
+    let depth = u64::from(depth);
+    let fits = host & !OFFSET_MASK == 0 && (1..BELOW_ZERO).contains(&depth);
+    fits.then_some(depth << BELOW_SHIFT | host)
+}
+
+/// The entry to remember that a cluster is nowhere below.
+pub fn below_zero() -> u64 {
+    BELOW_ZERO << BELOW_SHIFT
+}
+
 /// The L2 table that an L1 entry points to (0 = none), and whether it may be changed in place.
 #[inline]
 pub fn decode_l1(raw: u64, cluster_bits: u32) -> Result<(u64, bool), &'static str> {
@@ -111,5 +158,25 @@ mod tests {
         let len = 4 * 512 - 0x12345 % 512;
         assert_eq!(decode(raw, 16, true), Ok(Entry::Compressed { offset: 0x12345, len }));
         assert!(decode(raw | COPIED, 16, true).is_err());
+    }
+
+    #[test]
+    fn what_was_found_below_is_remembered_and_never_believed_from_disk() {
+        let raw = below(7, 5 << 16).unwrap();
+        assert_eq!(decode_cached(raw, 16, true), Ok(Entry::Below { depth: 7, host: 5 << 16 }));
+        assert_eq!(decode_cached(below_zero(), 16, true), Ok(Entry::BelowZero));
+        assert_eq!(below(63, 0), None);
+        assert_eq!(below(0, 0), None);
+        assert_eq!(below(1, 1 << 56), None);
+        assert!(decode(raw, 16, true).is_err());
+        for raw in [raw, below_zero()] {
+            let mut slice = raw.to_be_bytes();
+            sanitize(&mut slice);
+            assert!(decode_cached(u64::from_be_bytes(slice), 16, true).is_err());
+        }
+        let compressed = (COMPRESSED | 3 << 54 | 0x12345).to_be_bytes();
+        let mut slice = compressed;
+        sanitize(&mut slice);
+        assert_eq!(slice, compressed);
     }
 }

@@ -206,7 +206,7 @@ impl Header {
         }
         // The extension area ends where the backing file's name begins.
         let end = if name_offset == 0 { cluster_size } else { name_offset };
-        let mut features = Vec::new();
+        let mut features: &[u8] = &[];
         let mut backing_format = None;
         h.extensions(name, head, u64::from(length), end, &mut features, &mut backing_format)?;
         if name_offset != 0 && name_length != 0 {
@@ -218,7 +218,7 @@ impl Header {
         }
         let unknown = h.incompatible & !incompat::KNOWN;
         if unknown != 0 {
-            h.unknown = Some(feature_names(unknown, &features));
+            h.unknown = Some(feature_names(unknown, features));
             // What such an image's other fields mean can not be known.
             return Ok(h);
         }
@@ -226,13 +226,13 @@ impl Header {
         Ok(h)
     }
 
-    fn extensions(
+    fn extensions<'a>(
         &mut self,
         name: &Name,
-        head: &[u8],
+        head: &'a [u8],
         from: u64,
         end: u64,
-        features: &mut Vec<(u8, String)>,
+        features: &mut &'a [u8],
         backing_format: &mut Option<Vec<u8>>,
     ) -> Result<()> {
         let (mut at, end) = (from, end.min(head.len() as u64));
@@ -257,13 +257,7 @@ impl Header {
                 EXT_BACKING_FORMAT => *backing_format = Some(data.to_vec()),
                 EXT_BITMAPS => self.has_bitmaps = true,
                 EXT_DATA_FILE => self.data_file = Some(data.to_vec()),
-                EXT_FEATURE_NAMES => {
-                    // Entries: type, bit, 46 bytes of name. Type 0 = incompatible.
-                    for entry in data.chunks_exact(48).filter(|e| e[0] == 0) {
-                        let text = entry[2..].split(|&b| b == 0).next().unwrap_or_default();
-                        features.push((entry[1], quoted(text)));
-                    }
-                }
+                EXT_FEATURE_NAMES => *features = data,
                 _ => {}
             }
             let exact = match magic {
@@ -421,11 +415,16 @@ fn needs_more(head: &[u8]) -> bool {
     true
 }
 
-fn feature_names(unknown: u64, names: &[(u8, String)]) -> String {
+/// The unknown incompatible features by name, as far as the image's table has names: entries of a
+/// type (0 = incompatible), a bit, and 46 bytes of name.
+fn feature_names(unknown: u64, table: &[u8]) -> String {
     let mut out = String::from("incompatible feature");
-    for bit in (0..64).filter(|b| unknown >> b & 1 != 0) {
-        match names.iter().find(|(b, _)| u32::from(*b) == bit) {
-            Some((_, name)) => out.push_str(&format!(" {name} (bit {bit})")),
+    for bit in (0..64u8).filter(|b| unknown >> b & 1 != 0) {
+        match table.chunks_exact(48).find(|e| e[..2] == [0, bit]) {
+            Some(entry) => {
+                let text = entry[2..].split(|&b| b == 0).next().unwrap_or_default();
+                out.push_str(&format!(" {} (bit {bit})", quoted(text)));
+            }
             None => out.push_str(&format!(" bit {bit}")),
         }
     }

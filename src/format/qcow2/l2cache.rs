@@ -8,6 +8,7 @@
 //! Lock order: a set's `fill` lock comes after the image's `Meta` lock. It is held while a slice is
 //! read from the file (which holds up misses of the same few sets only) and while entries change.
 
+use std::slice;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::*, fence};
 
 use memmap2::{MmapMut, MmapOptions};
@@ -59,16 +60,42 @@ pub struct Held<'a> {
 /// Every slot that could take the slice holds changes: they must be written first.
 pub struct AllDirty;
 
-/// The memory of a cache: for each slot a slice's entries, its tag, and two bytes. All of it is zero
-/// at first, and pages that are never used cost nothing: it is mapped, not taken from malloc, which
-/// would touch it when it is taken a second time.
+/// Zeroes at first. Much of it is mapped: pages that are never used cost nothing, and malloc would
+/// touch them when it hands them out a second time. Little comes from malloc, which is quicker.
+enum Words {
+    Heap(Box<[u64]>),
+    Map(MmapMut),
+}
+
+/// Bytes that still come from malloc.
+const LITTLE: usize = 16 << 10;
+
+impl Words {
+    fn new(count: usize) -> std::io::Result<Self> {
+        let bytes = count.checked_mul(8).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        if bytes <= LITTLE {
+            return Ok(Self::Heap(vec![0; count].into_boxed_slice()));
+        }
+        MmapOptions::new().len(bytes).no_reserve_swap().map_anon().map(Self::Map)
+    }
+
+    fn base(&mut self) -> *mut u8 {
+        match self {
+            Self::Heap(words) => words.as_mut_ptr().cast(),
+            Self::Map(map) => map.as_mut_ptr(),
+        }
+    }
+}
+
+/// The memory of a cache: for each slot a slice's entries, its tag, and two bytes.
 struct Memory {
-    /// Aligned to a page.
-    base: *mut u8,
+    data: *mut u8,
+    /// Tags of all slots, then their bytes `used`, then `state`.
+    tags: *mut u8,
     slots: usize,
     slice_bits: u32,
-    /// Unmaps it.
-    _map: MmapMut,
+    /// What the pointers point into.
+    _words: [Words; 2],
 }
 
 // SAFETY: all access is by atomics, but for filling a slot, which its fill lock guards.
@@ -78,47 +105,38 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     fn new(slots: usize, slice_bits: u32) -> std::io::Result<Self> {
-        let bytes = slots.checked_mul((8 << slice_bits) + 8 + 2);
-        let bytes = bytes.ok_or(std::io::ErrorKind::OutOfMemory)?;
-        let mut map = MmapOptions::new().len(bytes).no_reserve_swap().map_anon()?;
-        Ok(Self { base: map.as_mut_ptr(), slots, slice_bits, _map: map })
-    }
-
-    /// `count` atomics that begin `at` bytes into the memory.
-    ///
-    /// # Safety
-    /// They must lie inside it, and `at` must be aligned for them.
-    #[inline]
-    unsafe fn part<T>(&self, at: usize, count: usize) -> &[T] {
-        // SAFETY: inside, by the caller's word; zeroes and whatever is stored are valid atomics.
-        unsafe { std::slice::from_raw_parts(self.base.add(at).cast::<T>(), count) }
+        let all = slots.checked_mul(1 << slice_bits).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        let mut words = [Words::new(all)?, Words::new(slots + slots.div_ceil(4))?];
+        let (data, tags) = (words[0].base(), words[1].base());
+        Ok(Self { data, tags, slots, slice_bits, _words: words })
     }
 
     /// Entries, big-endian as on disk.
     #[inline]
     fn data(&self) -> &[AtomicU64] {
-        // SAFETY: the first part of the memory.
-        unsafe { self.part(0, self.slots << self.slice_bits) }
+        // SAFETY: so many words; zeroes and whatever is stored are valid atomics.
+        unsafe { slice::from_raw_parts(self.data.cast(), self.slots << self.slice_bits) }
     }
 
     /// Which slice a slot holds: (slice + 1) above the count of refills; 0 above it = none.
     #[inline]
     fn tags(&self) -> &[AtomicU64] {
-        // SAFETY: the second part, behind whole words.
-        unsafe { self.part((self.slots * 8) << self.slice_bits, self.slots) }
+        // SAFETY: the first so many words.
+        unsafe { slice::from_raw_parts(self.tags.cast(), self.slots) }
     }
 
     /// Slots looked at since the hand last passed.
     #[inline]
     fn used(&self) -> &[AtomicU8] {
-        // SAFETY: the third part.
-        unsafe { self.part(((self.slots * 8) << self.slice_bits) + self.slots * 8, self.slots) }
+        // SAFETY: behind the tags there is a word for every four slots: two bytes each.
+        unsafe { slice::from_raw_parts(self.tags.add(self.slots * 8).cast(), self.slots) }
     }
 
     /// Bits of [`DIRTY`] and [`WRITING`].
+    #[inline]
     fn state(&self) -> &[AtomicU8] {
-        // SAFETY: the last part.
-        unsafe { self.part(((self.slots * 8) << self.slice_bits) + self.slots * 9, self.slots) }
+        // SAFETY: as for `used`, the second half.
+        unsafe { slice::from_raw_parts(self.tags.add(self.slots * 9).cast(), self.slots) }
     }
 }
 
@@ -215,7 +233,7 @@ impl L2Cache {
         // SAFETY: the fill lock makes this the only writer; readers use atomic loads and drop what
         // they saw when they find the tag changed.
         let bytes = unsafe {
-            std::slice::from_raw_parts_mut(words.as_ptr().cast_mut().cast::<u8>(), words.len() * 8)
+            slice::from_raw_parts_mut(words.as_ptr().cast_mut().cast::<u8>(), words.len() * 8)
         };
         read(bytes)?;
         self.memory.used()[slot].store(1, Relaxed);

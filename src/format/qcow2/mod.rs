@@ -15,6 +15,7 @@
 //!
 //! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache.
 
+mod chain;
 mod compressed;
 mod create;
 mod discard;
@@ -93,10 +94,12 @@ struct Writer {
 
 /// An open qcow2 image.
 pub struct Qcow2 {
-    file: Device,
+    file: Arc<Device>,
     header: Header,
     backing: Option<Device>,
     backing_is_named: bool,
+    /// Files of the images below, the one right below first, as far down as is known.
+    files_below: Vec<Arc<Device>>,
     cluster_bits: u32,
     /// Entries in an L2 table, as a power of two.
     l2_bits: u32,
@@ -177,10 +180,11 @@ impl Qcow2 {
             l1: AtomicPtr::new(Box::into_raw(Box::new(l1))),
             cache: L2Cache::new(file.name(), slice_bits, used, limit)?,
             compressed: compressed::Store::new(header.compression, cluster_bits),
-            file,
+            file: Arc::new(file),
             header,
             backing: None,
             backing_is_named: false,
+            files_below: Vec::new(),
             writer,
             calls: params.calls,
         };
@@ -284,6 +288,7 @@ impl Qcow2 {
     /// Put the image that it stands on beneath it.
     /// `named`: it is the one that the header names.
     pub fn attach(&mut self, below: Device, named: bool) {
+        self.files_below = below.driver().files();
         self.backing = Some(below);
         self.backing_is_named = named;
     }
@@ -341,9 +346,9 @@ impl Qcow2 {
                 }
             };
             let first = self.cache.entry(hit, index);
-            let entry = entry::decode(first, self.cluster_bits, self.v3);
+            let entry = entry::decode_cached(first, self.cluster_bits, self.v3);
             let step = match entry {
-                Ok(Entry::Normal { .. }) => self.cluster_size(),
+                Ok(Entry::Normal { .. } | Entry::Below { .. }) => self.cluster_size(),
                 Ok(Entry::Zero { host, .. }) if host != 0 => self.cluster_size(),
                 _ => 0,
             };
@@ -409,7 +414,11 @@ impl Qcow2 {
             if offset + bytes.len() as u64 > self.file.size() {
                 return Err(self.cut_off("the end of an L2 table", offset + bytes.len() as u64));
             }
-            self.file.read_slice(bytes, offset)
+            self.file.read_slice(bytes, offset)?;
+            if self.writer.is_none() {
+                entry::sanitize(bytes);
+            }
+            Ok(())
         })
     }
 
