@@ -127,7 +127,7 @@ check-rust:
 
 check-capi: check-header stage
 	sh capi-tests/header-check.sh $(STAGE)/usr/include
-	sh capi-tests/exports.sh $(OUT)/$(REAL) qblk.map include/qblk.h
+	sh capi-tests/exports.sh $(OUT)/$(REAL) $(OUT)/libqblk.a qblk.map include/qblk.h
 	sh capi-tests/native-libs.sh "$(NATIVE_LIBS)" "$(LIBS_PRIVATE)"
 	bash capi-tests/run.sh $(STAGE) $(OUT)/capi-tests
 

@@ -1,9 +1,9 @@
 #!/bin/sh
-# exports.sh LIBRARY MAP HEADER: the library exports exactly what the map names, each at its
+# exports.sh LIBRARY ARCHIVE MAP HEADER: the library and the archive export exactly what the map names, each at its
 # version; the header declares exactly those, with a QBLK_HAVE_ macro each; nothing of Rust, std or
 # a dependency leaves the library, nor does what only tests use.
 set -eu
-so=$1 map=$2 header=$3
+so=$1 archive=$2 map=$3 header=$4
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 same() { # WHAT A B
@@ -18,9 +18,11 @@ nm -D --defined-only "$so" | awk '$2 != "A" { print $3 }' | sort > "$dir/so"
 [ -s "$dir/map" ] || { echo "exports: $map names nothing"; exit 1; }
 same "the library differs from the map" "$dir/map" "$dir/so"
 if grep -v '^qblk_[a-z]' "$dir/so"; then echo "exports: not ours"; exit 1; fi
+sed 's/@.*//' "$dir/map" | sort -u > "$dir/names"
+nm -g --defined-only "$archive" 2>/dev/null | awk 'NF == 3 { print $3 }' | sort > "$dir/archive"
+same "the archive differs from the map" "$dir/names" "$dir/archive"
 sed 's,/\*.*,,; /^ *\*/d; /^#/d' "$header" | tr '\n' ' ' | grep -o 'qblk_[a-z0-9_]* *(' | tr -d ' (' |
     sort -u > "$dir/header"
-sed 's/@.*//' "$dir/map" | sort -u > "$dir/names"
 same "the header differs from the map" "$dir/names" "$dir/header"
 sed -n 's/^#define QBLK_HAVE_\([A-Z0-9_]*\) 1$/qblk_\1/p' "$header" | tr 'A-Z' 'a-z' | sort > "$dir/have"
 same "the QBLK_HAVE_ macros differ from the map" "$dir/names" "$dir/have"

@@ -1,4 +1,5 @@
-/* A program that ends without qblk_close loses nothing that it wrote, however it ends. */
+/* A program that ends without qblk_close loses nothing that it wrote, however it ends.
+ * RUN: static-exe */
 #include "test.h"
 #include <pthread.h>
 

@@ -11,7 +11,6 @@ use super::sys;
 const SAFE: u32 = 4096;
 /// The same for requests and for memory.
 pub const ANY: (u32, u32) = (SAFE, SAFE);
-const TMPFS: u64 = 0x0102_1994;
 
 /// The alignment of offsets and lengths, and of memory, that a file opened with `O_DIRECT` asks
 /// for, in bytes. `None` if the file does not do direct I/O after all.
@@ -35,7 +34,7 @@ pub fn alignment(file: &File, is_block: bool) -> Option<(u32, u32)> {
 /// so only one that brings bytes counts.
 fn probe(file: &File) -> u32 {
     // It takes the flag and has no use for it.
-    if sys::file_system(file) == TMPFS {
+    if sys::file_system(file) == sys::TMPFS {
         return 1;
     }
     let Ok(layout) = Layout::from_size_align(2 * SAFE as usize, SAFE as usize) else { return SAFE };

@@ -103,6 +103,9 @@ pub fn file_size(file: &File) -> Result<u64, Errno> {
     Ok(fstat(file)?.st_size.max(0) as u64)
 }
 
+/// What [`file_system`] says of tmpfs.
+pub const TMPFS: u64 = 0x0102_1994;
+
 /// The magic number of the file system, 0 if there is no telling.
 pub fn file_system(file: &File) -> u64 {
     // SAFETY: a `statfs` of zeroes is a valid one.

@@ -81,6 +81,8 @@ struct Writer {
     meta: Mutex<Meta>,
     /// A write has committed or given up.
     settled: Condvar,
+    /// Buffers for copying on write.
+    spare: Mutex<Vec<Vec<u8>>>,
     /// One flush at a time.
     turn: Mutex<()>,
     /// Flushes begun, and the number of the last one that ended well.
@@ -257,6 +259,7 @@ impl Qcow2 {
                 limbo: Vec::new(),
             }),
             settled: Condvar::new(),
+            spare: Mutex::new(Vec::new()),
             turn: Mutex::new(()),
             begun: AtomicU64::new(0),
             ended: AtomicU64::new(0),

@@ -15,6 +15,9 @@ const MAX_GRANT: u64 = 8 << 20;
 /// Bytes by which a file is lengthened ahead of need.
 const GROW_MIN: u64 = 1 << 20;
 const GROW_MAX: u64 = 256 << 20;
+/// Buffers for copying kept for the next write, and the bytes of one that is worth keeping.
+const SPARES: usize = 4;
+const SPARE_BYTES: usize = 2 << 20;
 /// Pieces of memory in one write that need no allocation.
 const FEW: usize = 64;
 /// What changes may wait in memory: bytes of L2 slices, runs of unmapped clusters.
@@ -320,20 +323,31 @@ impl Qcow2 {
         if start == offset && end == part_end {
             return self.file.write(part, host, ReqFlags::NONE);
         }
-        let mut around = Around::default();
-        self.around(&mut around, grant.blank, start, offset, true)?;
-        let head = around.pieces.len();
-        self.around(&mut around, grant.blank, part_end, end, true)?;
-        match self.write_around(&around, head, part, host, start, offset) {
-            // Memory mapped from a file that has shrunk since: read it, to tell what is wrong.
-            Err(Error::Io { errno: libc::EFAULT, .. }) => {}
-            other => return other,
+        let spare = grant.writer.spare.lock().pop();
+        let mut around = Around { bytes: spare.unwrap_or_default(), ..Around::default() };
+        let mut done = Ok(());
+        // Memory mapped from a file that has shrunk since is no memory: then it is read, to tell what
+        // is wrong.
+        for map in [true, false] {
+            around.clear();
+            done = self
+                .around(&mut around, grant.blank, start, offset, map)
+                .map(|()| around.pieces.len())
+                .and_then(|head| {
+                    self.around(&mut around, grant.blank, part_end, end, map)?;
+                    self.write_around(&around, head, part, host, start, offset)
+                });
+            if !matches!(done, Err(Error::Io { errno: libc::EFAULT, .. })) {
+                break;
+            }
         }
-        around = Around::default();
-        self.around(&mut around, grant.blank, start, offset, false)?;
-        let head = around.pieces.len();
-        self.around(&mut around, grant.blank, part_end, end, false)?;
-        self.write_around(&around, head, part, host, start, offset)
+        if around.bytes.len() <= SPARE_BYTES {
+            let mut spare = grant.writer.spare.lock();
+            if spare.len() < SPARES {
+                spare.push(around.bytes);
+            }
+        }
+        done
     }
 
     fn write_around(
@@ -393,7 +407,7 @@ impl Qcow2 {
                 Some(base) => out.pieces.push(Piece::Mapped(base, len as usize)),
                 None => {
                     let room = out.room(len as usize);
-                    walk::read(self, OneIov::dst(&mut out.bytes[room..]).iov(), at)?;
+                    walk::read(self, OneIov::dst(&mut out.bytes[room..out.used]).iov(), at)?;
                 }
             }
             at += len;
@@ -513,8 +527,9 @@ impl Qcow2 {
 #[derive(Default)]
 struct Around {
     pieces: Vec<Piece>,
-    /// Bytes that had to be read.
+    /// Bytes that had to be read: the first `used` of these.
     bytes: Vec<u8>,
+    used: usize,
 }
 
 enum Piece {
@@ -536,10 +551,19 @@ impl Around {
 
     /// Room for `len` more bytes: where it begins.
     fn room(&mut self, len: usize) -> usize {
-        let at = self.bytes.len();
-        self.bytes.resize(at + len, 0);
+        let at = self.used;
+        self.used += len;
+        // Memory that was used before is not cleared anew.
+        if self.bytes.len() < self.used {
+            self.bytes.resize(self.used, 0);
+        }
         self.pieces.push(Piece::Read(at, len));
         at
+    }
+
+    fn clear(&mut self) {
+        self.pieces.clear();
+        self.used = 0;
     }
 
     fn iovec(&self, piece: &Piece) -> iovec {
