@@ -1,7 +1,7 @@
 #!/bin/sh
-# exports.sh LIBRARY ARCHIVE MAP HEADER: the library and the archive export exactly what the map names, each at its
-# version; the header declares exactly those, with a QBLK_HAVE_ macro each; nothing of Rust, std or
-# a dependency leaves the library, nor does what only tests use.
+# exports.sh LIBRARY ARCHIVE MAP HEADER: the library and the archive export exactly what the map
+# names, the library each at its version; the header declares exactly those, with a QBLK_HAVE_ macro
+# each; nothing of Rust, std or a dependency leaves them, nor does what only tests use.
 set -eu
 so=$1 archive=$2 map=$3 header=$4
 dir=$(mktemp -d)

@@ -171,8 +171,12 @@ impl Round {
             94 => self.refused(),
             95 | 96 => self.judge(),
             97 => self.by_qemu(),
-            98 => self.snapshot(),
-            _ => self.cache_hint(),
+            98 => match self.rng.below(3) {
+                0 => self.snapshot(),
+                1 => self.cache_hint(),
+                _ => self.crash(),
+            },
+            _ => self.write_fua_and_crash(),
         }
     }
 
@@ -382,6 +386,46 @@ impl Round {
         check_same(&self.path, self.setup.format, &self.model[..seen as usize], &scratch);
         self.open();
         self.compare_range(0, size);
+    }
+
+    /// What is in the file at this moment is what a killed process leaves behind.
+    fn crash_copy(&self) -> PathBuf {
+        let copy = self.dir.join("crashed");
+        std::fs::copy(&self.path, &copy).unwrap();
+        if self.setup.format == "qcow2" {
+            check_no_corruption(&copy);
+        }
+        copy
+    }
+
+    fn crash(&mut self) {
+        let flush = self.rng.one_in(2);
+        self.note(format!("crash, flush={flush}"));
+        if flush {
+            self.image().flush().unwrap();
+        }
+        let copy = self.crash_copy();
+        if flush {
+            let image = open_with(&copy, &self.options(), RO);
+            assert_same(&read_all(&image), &self.model, 0, "flushed, then crashed");
+        }
+    }
+
+    /// A write with FUA is on disk, and so is the way to it.
+    fn write_fua_and_crash(&mut self) {
+        let (offset, count) = self.a_range();
+        self.note(format!("write {count}@{offset} twice, the second part of it with FUA, crash"));
+        let data = self.rng.bytes(count as usize);
+        // The first one may allocate, which the second must then make durable.
+        self.image().write_at(&data, offset, NONE).unwrap();
+        self.model[offset as usize..][..count as usize].copy_from_slice(&data);
+        let (from, n) = (offset + count / 3, count - count / 3);
+        let data = self.rng.bytes(n as usize);
+        self.image().write_at(&data, from, ReqFlags::FUA).unwrap();
+        self.model[from as usize..][..n as usize].copy_from_slice(&data);
+        let copy = self.crash_copy();
+        let image = open_with(&copy, &self.options(), RO);
+        assert_same(&read_range(&image, from, n), &data, from, "written with FUA, then crashed");
     }
 
     /// QEMU writes meanwhile.

@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::Plan;
-use crate::images::{Images, Kind, Kind::*, On, On::*, refresh};
+use crate::images::{CLUSTER, Images, Kind, Kind::*, On, On::*, refresh};
+use crate::load::have_memory_at_hand;
 use crate::oracle::{Oracle, at};
 use crate::qemu::{self, How};
 use crate::rivals::{Imago, Ours};
@@ -161,6 +162,11 @@ pub fn same_bytes(
     Ok(())
 }
 
+/// Memory for the clusters that `work` allocates.
+pub fn have_memory_for(work: &Work) {
+    have_memory_at_hand((work.ops.unwrap_or(0) * CLUSTER).min(1 << 30));
+}
+
 /// A fresh image for every sample.
 struct Fresh<'a> {
     images: &'a Images,
@@ -179,6 +185,7 @@ impl Fresh<'_> {
     fn with(&self, use_it: impl FnOnce(&Path) -> Res<Sample>) -> Res<Sample> {
         let file = self.file();
         at(&file, std::fs::write(&file, &self.pristine))?;
+        have_memory_for(&self.work);
         let sample = use_it(&file);
         let _ = std::fs::remove_file(&file);
         sample

@@ -87,3 +87,19 @@ fn busy_seconds() -> f64 {
     // SAFETY: sysconf has no conditions.
     busy / unsafe { libc::sysconf(libc::_SC_CLK_TCK) }.max(1) as f64
 }
+
+/// Take so much memory, touch it, and give it back, so that the kernel has it at hand. In a virtual
+/// machine pages that were free for a while may be the host's again: the first touch of each then
+/// costs several microseconds, and it is luck which sample pays for that.
+pub fn have_memory_at_hand(bytes: u64) {
+    // SAFETY: a mapping of our own, that nothing but the kernel touches, made and removed here.
+    unsafe {
+        let (prot, flags) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let flags = flags | libc::MAP_POPULATE;
+        let base = libc::mmap(std::ptr::null_mut(), bytes as usize, prot, flags, -1, 0);
+        if base != libc::MAP_FAILED {
+            libc::munmap(base, bytes as usize);
+        }
+    }
+}

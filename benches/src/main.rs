@@ -216,7 +216,7 @@ fn measure(spec: &Spec, images: &Images, plan: &Plan) -> Res<Measured> {
         row.unit = row.unit.by_cpu();
     }
     if plan.alone {
-        row.contenders.retain(|c| c.who == row::Who::Ours);
+        row.contenders.retain(|c| matches!(c.who, row::Who::Ours | row::Who::OursDisk));
     }
     let mut figures: Vec<Figures> =
         row.contenders.iter().map(|c| Figures { who: c.who, samples: Vec::new() }).collect();

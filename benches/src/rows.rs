@@ -356,6 +356,7 @@ fn new_image<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     let mut row = fresh_row(images, plan, work, |file, _| create(file, images.size, &[]), None)?;
     let sparse = images.dir(Tmpfs).join("sparse.raw");
     let limit = move || {
+        have_memory_for(&work);
         let sample = drive(&Plain::sparse(&sparse, images.size)?, &work, plan.seconds);
         let _ = std::fs::remove_file(&sparse);
         sample
@@ -382,6 +383,7 @@ fn cow<'a>(images: &'a Images, plan: &'a Plan, below: Kind, format: &'static str
     let mut row = fresh_row(images, plan, work, make, Some(below))?;
     let (from, to) = (images.path(Full, Tmpfs), images.dir(Tmpfs).join("copies.raw"));
     let limit = move || {
+        have_memory_for(&work);
         let sample = drive(&CopyOnWrite::new(&from, &to)?, &work, plan.seconds);
         let _ = std::fs::remove_file(&to);
         sample

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Instant;
 
 use super::common::*;
-use qblk::{Extent, Image, Options, ReqFlags};
+use qblk::{Extent, Image, OpenFlags, Options, ReqFlags};
 
 const THREADS: u64 = 4;
 
@@ -162,4 +162,112 @@ fn work(image: &Image, mut rng: Rng, mine: Stripes, mut model: Vec<u8>, ops: u64
         }
     }
     model
+}
+
+/// What byte `offset` may be: zero, or a tag that tells its place, with two bits that tell versions
+/// apart. Whoever finds the tag of another place has read or written the wrong cluster.
+fn tag(offset: u64) -> u8 {
+    let block = (offset >> 9).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58;
+    (block as u8) << 2 | 3
+}
+
+fn tagged(offset: u64, count: u64, version: u8) -> Vec<u8> {
+    (offset..offset + count).map(|o| tag(o) & (0xfc | version) | u8::from(version == 0) << 1).collect()
+}
+
+fn check_tags(found: &[u8], offset: u64, what: &str) {
+    for (i, byte) in found.iter().enumerate() {
+        let at = offset + i as u64;
+        let fine = *byte == 0 || *byte & 0xfc == tag(at) & 0xfc;
+        assert!(fine, "{what}: found {byte:#x} at {at}, which is of another place");
+    }
+}
+
+#[test]
+fn threads_that_write_over_one_another_never_meet_bytes_of_another_place() {
+    let mut rng = Rng::new(seed("racing"));
+    let end = deadline(40);
+    let mut rounds = 0;
+    while rounds == 0 || Instant::now() < end {
+        race(&mut rng);
+        rounds += 1;
+    }
+    eprintln!("racing: {rounds} rounds");
+}
+
+fn race(rng: &mut Rng) {
+    let dir = Tmp::in_memory("racing");
+    let (path, base) = (dir.join("top"), dir.join("base"));
+    let size = 1u64 << 20;
+    let cluster = rng.pick(&["512", "512", "4096", "65536"]);
+    let compat = rng.pick(&["0.10", "1.1", "1.1"]);
+    let mut pairs = vec![("cluster-size", cluster), ("compat", compat)];
+    if rng.one_in(2) {
+        std::fs::write(&base, tagged(0, size / 2, 0)).unwrap();
+        pairs.extend([("backing-file", "base"), ("backing-fmt", "raw")]);
+    }
+    let seed = rng.next();
+    let what = format!("{pairs:?} seed {seed}");
+    create(&path, "qcow2", size, &pairs);
+    if rng.one_in(3) {
+        // Compressed and shared clusters are given up piece by piece.
+        let unit = if cluster == "65536" { 65536 } else { 4096 };
+        std::fs::write(dir.join("flat"), tagged(0, size, 0)).unwrap();
+        let opts = format!("cluster_size={unit}");
+        qemu_img!("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", opts, dir.join("flat"), path);
+        if rng.one_in(2) {
+            qemu_img!("snapshot", "-c", "s", path);
+        }
+    }
+    let image = open_with(&path, &options(&[("cache.l2-size", "1")]), RW | OpenFlags::NO_LOCK);
+    let busy = AtomicBool::new(true);
+    std::thread::scope(|s| {
+        let workers: Vec<_> = (0..3)
+            .map(|thread| {
+                let image = &image;
+                s.spawn(move || rush(image, Rng::new(seed ^ thread), size))
+            })
+            .collect();
+        for _ in 0..2 {
+            s.spawn(|| {
+                while busy.load(SeqCst) {
+                    check_tags(&read_range(&image, 0, size), 0, "read");
+                }
+            });
+        }
+        s.spawn(|| {
+            while busy.load(SeqCst) {
+                image.flush().unwrap();
+            }
+        });
+        let done: Vec<_> = workers.into_iter().map(|w| w.join()).collect();
+        busy.store(false, SeqCst);
+        for d in done {
+            d.unwrap_or_else(|_| panic!("a worker failed: {what}"));
+        }
+    });
+    let last = read_all(&image);
+    check_tags(&last, 0, &what);
+    image.close().unwrap();
+    check_clean(&path);
+    check_same(&path, "qcow2", &last, &dir.join("model"));
+}
+
+fn rush(image: &Image, mut rng: Rng, size: u64) {
+    for _ in 0..1500 {
+        let count = rng.pick(&[100, 512, 4096, 5000, 65536]);
+        // Few places, so that they meet.
+        let at = rng.below(16) * 65536 + rng.below(2) * 512 * rng.below(100);
+        let count = count.min(size - at);
+        match rng.below(9) {
+            0..=3 => {
+                let data = tagged(at, count, rng.below(3) as u8 + 1);
+                image.write_at(&data, at, NONE).unwrap();
+            }
+            4 => image.zero(at, count, NONE).unwrap(),
+            5 => image.zero(at, count, ReqFlags::MAY_TRIM).unwrap(),
+            6 => image.trim(at, count, NONE).unwrap(),
+            _ => check_tags(&read_range(image, at, count), at, "read by a worker"),
+        }
+    }
 }

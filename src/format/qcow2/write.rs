@@ -50,20 +50,30 @@ pub(super) struct Grant<'a> {
     committed: bool,
 }
 
-impl Drop for Grant<'_> {
-    fn drop(&mut self) {
-        let mut meta = self.writer.meta.lock();
-        if !self.committed && !self.kept {
-            for cluster in self.host.first..self.host.first + self.host.count {
-                self.image.release_or_leak(&mut meta, cluster);
-            }
-        }
+impl Grant<'_> {
+    /// Let other writes at the guest clusters.
+    fn settle(&mut self, meta: &mut Meta) {
         let mine = (self.first, self.first + self.host.count);
         if let Some(i) = meta.busy.iter().position(|b| *b == mine) {
             meta.busy.swap_remove(i);
         }
-        drop(meta);
         self.writer.settled.notify_all();
+    }
+}
+
+impl Drop for Grant<'_> {
+    fn drop(&mut self) {
+        if self.committed {
+            return;
+        }
+        let writer = self.writer;
+        let mut meta = writer.meta.lock();
+        if !self.kept {
+            for cluster in self.host.first..self.host.first + self.host.count {
+                self.image.release_or_leak(&mut meta, cluster);
+            }
+        }
+        self.settle(&mut meta);
     }
 }
 
@@ -323,8 +333,7 @@ impl Qcow2 {
         if start == offset && end == part_end {
             return self.file.write(part, host, ReqFlags::NONE);
         }
-        let spare = grant.writer.spare.lock().pop();
-        let mut around = Around { bytes: spare.unwrap_or_default(), ..Around::default() };
+        let mut around = Around::default();
         let mut done = Ok(());
         // Memory mapped from a file that has shrunk since is no memory: then it is read, to tell what
         // is wrong.
@@ -341,7 +350,7 @@ impl Qcow2 {
                 break;
             }
         }
-        if around.bytes.len() <= SPARE_BYTES {
+        if (1..=SPARE_BYTES).contains(&around.bytes.len()) {
             let mut spare = grant.writer.spare.lock();
             if spare.len() < SPARES {
                 spare.push(around.bytes);
@@ -389,13 +398,15 @@ impl Qcow2 {
     /// Gather what guest range `from..to` holds at present, nothing if it is zeroes and the host has
     /// zeroes already.
     fn around(&self, out: &mut Around, blank: bool, from: u64, to: u64, map: bool) -> Result<()> {
-        let (first, mut at, mut all_zero) = (out.pieces.len(), from, true);
+        // Zeroes are noted when something follows them, so that nothing is if nothing does.
+        let (mut at, mut zeroes) = (from, 0);
+        let mut all_zero = true;
         while at < to {
             let run = walk::locate(self, at, to - at)?;
             let len = run.len.min(to - at);
             let mapped = match run.place {
                 Place::Zero { .. } => {
-                    out.zeroes(len);
+                    zeroes += len;
                     at += len;
                     continue;
                 }
@@ -403,17 +414,21 @@ impl Qcow2 {
                 _ => None,
             };
             all_zero = false;
+            out.zeroes(std::mem::take(&mut zeroes));
             match mapped {
                 Some(base) => out.pieces.push(Piece::Mapped(base, len as usize)),
                 None => {
+                    if out.bytes.is_empty() {
+                        out.bytes = self.writer_parts()?.spare.lock().pop().unwrap_or_default();
+                    }
                     let room = out.room(len as usize);
                     walk::read(self, OneIov::dst(&mut out.bytes[room..out.used]).iov(), at)?;
                 }
             }
             at += len;
         }
-        if all_zero && blank {
-            out.pieces.truncate(first);
+        if !(all_zero && blank) {
+            out.zeroes(zeroes);
         }
         Ok(())
     }
@@ -441,9 +456,9 @@ impl Qcow2 {
         self.dirtied(writer, &mut meta, &held);
         drop(held);
         grant.committed = true;
+        grant.settle(&mut meta);
         let much = self.much_waits(&meta);
         drop(meta);
-        drop(grant);
         if much { self.writeback() } else { Ok(()) }
     }
 
