@@ -123,7 +123,7 @@ check-deps:
 
 check-rust:
 	$(NEED_CARGO)
-	$(CARGO) test
+	$(CARGO) test --locked -p qblk -p qblk-tool -p qblk-fuzz
 
 check-capi: check-header stage
 	sh capi-tests/header-check.sh $(STAGE)/usr/include

@@ -33,7 +33,7 @@ if [ "$seconds" = keep ]; then
     for target in $targets; do
         new=$(mktemp -d)
         # What reaches new code, not what reaches it more often; short ones: it is kept in git.
-        "$bins/$target" -set_cover_merge=1 -use_counters=0 -max_len=12000 -timeout=10 \
+        "$bins/$target" -set_cover_merge=1 -use_counters=0 -max_len=5000 -timeout=10 \
             -rss_limit_mb=2048 "$new" "fuzz/corpus/$target" "$CARGO_TARGET_DIR/found/$target" 2>&1 |
             tail -n 1
         rm -rf "fuzz/corpus/$target"

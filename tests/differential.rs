@@ -436,7 +436,7 @@ impl Round {
         let offset = self.rng.below(sectors - count / 512 + 1) * 512;
         let byte = self.rng.range(1, 256) as u8;
         // Where QEMU sees the end too early it zeroes what lies behind that.
-        let whole = self.model.len() % 512 == 0;
+        let whole = self.model.len().is_multiple_of(512);
         let (command, byte) = match self.rng.below(3) * u64::from(whole) {
             1 => (format!("write -z {offset} {count}"), 0),
             2 => (format!("write -zu {offset} {count}"), 0),

@@ -1,9 +1,9 @@
 //! Images beside those of qemu-img and qemu-io: what they make is read to the byte here, what is
 //! made and written here is sound and the same there.
 
-mod common;
 #[path = "interop/chain.rs"]
 mod chain;
+mod common;
 #[path = "interop/compressed.rs"]
 mod compressed;
 #[path = "interop/extents.rs"]

@@ -113,7 +113,7 @@ fn step(image: &Image, op: &[u8], buf: &mut [u8]) -> Result<()> {
     let offset = match command >> 6 {
         0 => raw & 0xf_ffff,
         1 => size.saturating_sub(raw & 0xf_ffff),
-        2 => (u128::from(size) * u128::from(raw) >> 32) as u64,
+        2 => ((u128::from(size) * u128::from(raw)) >> 32) as u64,
         _ => raw << 9,
     }
     .min(size);

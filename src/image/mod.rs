@@ -1,7 +1,7 @@
 //! Whole images: opened by name with their chain, created, resized, described.
 //!
 //! An [`Image`] is a context: an independent way into a source that may be shared. What is shared,
-//! the open chain and its calls under way, is a [`Shared`]; reopening swaps the chain beneath all
+//! the open chain and its calls under way, is a `Shared`; reopening swaps the chain beneath all
 //! contexts at once, so that there is never more than one owner of an image's metadata.
 //!
 //! Lock order: `Shared::admin`, then whatever the drivers lock. No call holds `admin` while data
@@ -275,7 +275,8 @@ impl Image {
 
     fn write_call(&self, offset: u64, count: u64) -> Result<Call<'_>> {
         let call = self.data_call(offset, count)?;
-        if !self.write.load(Relaxed) {
+        // Another context may have reopened the source read-only.
+        if !self.write.load(Relaxed) || !call.flags.has(OpenFlags::RDWR) {
             return Err(Error::ReadOnly(call.name.clone()));
         }
         Ok(call)
@@ -491,7 +492,9 @@ impl Image {
     /// Flush and close now, whoever still has the handle: its calls answer `EBADF` from then on.
     /// For the end of the program.
     pub(crate) fn shut(&self) -> Result<()> {
-        let _admin = self.shared.admin.lock();
+        // Whoever ends the program from within a call must not wait for that call here.
+        let patience = std::time::Duration::from_secs(1);
+        let Some(_admin) = self.shared.admin.try_lock_for(patience) else { return Ok(()) };
         self.shared.closed.store(true, SeqCst);
         let tree = self.shared.tree.swap(ptr::null_mut(), SeqCst);
         if tree.is_null() {

@@ -171,7 +171,8 @@ fn an_image_that_is_cut_off_anywhere_is_reported_or_read_rightly() {
     for n in lengths {
         fs::write(&cut, &bytes[..n]).unwrap();
         for flags in [RO, RW] {
-            let image = match Image::open(cut.as_os_str(), &options(&[("format", "qcow2")]), flags) {
+            let image = match Image::open(cut.as_os_str(), &options(&[("format", "qcow2")]), flags)
+            {
                 Ok(image) => image,
                 Err(e) => {
                     refused += 1;

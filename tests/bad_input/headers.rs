@@ -46,12 +46,10 @@ fn u64b(v: u64) -> Vec<u8> {
 }
 
 fn cases() -> Vec<Case> {
-    let one32 = |what, at, value: u32, words: &[&str]| {
-        case(what, &[(at, &u32b(value))], Corrupt, words)
-    };
-    let one64 = |what, at, value: u64, words: &[&str]| {
-        case(what, &[(at, &u64b(value))], Corrupt, words)
-    };
+    let one32 =
+        |what, at, value: u32, words: &[&str]| case(what, &[(at, &u32b(value))], Corrupt, words);
+    let one64 =
+        |what, at, value: u64, words: &[&str]| case(what, &[(at, &u64b(value))], Corrupt, words);
     vec![
         case("magic", &[(0, b"QFI\xfa")], Format, &["51, 46, 49, fa", "51, 46, 49, fb"]),
         case("version 0", &[(4, &u32b(0))], Unsupported, &["version 0", "2 and 3"]),
@@ -59,8 +57,18 @@ fn cases() -> Vec<Case> {
         case("version 4", &[(4, &u32b(4))], Unsupported, &["version 4", "2 and 3"]),
         one64("backing offset", 8, 65537, &["65537", "65536"]),
         one64("backing offset, huge", 8, u64::MAX, &["backing", "65536"]),
-        case("backing name length", &[(8, &u64b(1000)), (16, &u32b(1024))], Corrupt, &["1024", "1023"]),
-        case("backing name past the cluster", &[(8, &u64b(65530)), (16, &u32b(7))], Corrupt, &["7", "6"]),
+        case(
+            "backing name length",
+            &[(8, &u64b(1000)), (16, &u32b(1024))],
+            Corrupt,
+            &["1024", "1023"],
+        ),
+        case(
+            "backing name past the cluster",
+            &[(8, &u64b(65530)), (16, &u32b(7))],
+            Corrupt,
+            &["7", "6"],
+        ),
         one32("cluster bits 8", 20, 8, &["8", "9 to 21"]),
         one32("cluster bits 22", 20, 22, &["22", "9 to 21"]),
         one32("cluster bits, huge", 20, u32::MAX, &["4294967295", "9 to 21"]),
@@ -71,7 +79,12 @@ fn cases() -> Vec<Case> {
         one32("L1 entries, none", 36, 0, &["found 0 ", "at least 1"]),
         one32("L1 entries, many", 36, (4 << 20) + 1, &["4194305", "4194304"]),
         one32("L1 entries, huge", 36, u32::MAX, &["4294967295", "4194304"]),
-        one64("L1 offset, unaligned", 40, 3 * 65536 + 512, &["0x30200", "multiple of the cluster size"]),
+        one64(
+            "L1 offset, unaligned",
+            40,
+            3 * 65536 + 512,
+            &["0x30200", "multiple of the cluster size"],
+        ),
         one64("L1 offset, none", 40, 0, &["0x0", "L1"]),
         one64("L1 offset, huge", 40, 0xffff_ffff_ffff_0000, &["0xffffffffffff0000"]),
         one64("refcount table, unaligned", 48, 65537, &["0x10001", "multiple of the cluster size"]),
@@ -81,7 +94,12 @@ fn cases() -> Vec<Case> {
         one32("refcount table, many clusters", 56, 129, &["found 129", "1 to 128"]),
         one32("refcount table, very many", 56, u32::MAX, &["4294967295", "128"]),
         one32("snapshots", 60, 65537, &["65537", "65536"]),
-        case("snapshot table, unaligned", &[(60, &u32b(1)), (64, &u64b(65537))], Corrupt, &["snapshot", "0x10001"]),
+        case(
+            "snapshot table, unaligned",
+            &[(60, &u32b(1)), (64, &u64b(65537))],
+            Corrupt,
+            &["snapshot", "0x10001"],
+        ),
         one32("refcount order", 96, 7, &["7", "at most 6"]),
         one32("refcount order, huge", 96, u32::MAX, &["4294967295", "at most 6"]),
         one32("header length, short", 100, 103, &["103", "104"]),
@@ -90,17 +108,37 @@ fn cases() -> Vec<Case> {
         one32("header length, huge", 100, u32::MAX, &["4294967295"]),
         case("compression type without its bit", &[(104, &[1])], Corrupt, &["found 1", "clear"]),
         case("its bit without compression type", &[(72, &u64b(8))], Corrupt, &["found 0", "set"]),
-        case("compression type 2", &[(72, &u64b(8)), (104, &[2])], Unsupported, &["compression type 2"]),
+        case(
+            "compression type 2",
+            &[(72, &u64b(8)), (104, &[2])],
+            Unsupported,
+            &["compression type 2"],
+        ),
         case("unknown features", &[(72, &u64b(1 << 50 | 1 << 63))], Unsupported, &["50", "63"]),
-        case("extension past the cluster", &[(112, &extension(0x1234, 65536, &[]))], Corrupt, &["0x00001234", "65536", "65416"]),
-        case("extension, huge", &[(112, &extension(0x1234, u32::MAX, &[]))], Corrupt, &["4294967295"]),
+        case(
+            "extension past the cluster",
+            &[(112, &extension(0x1234, 65536, &[]))],
+            Corrupt,
+            &["0x00001234", "65536", "65416"],
+        ),
+        case(
+            "extension, huge",
+            &[(112, &extension(0x1234, u32::MAX, &[]))],
+            Corrupt,
+            &["4294967295"],
+        ),
         case(
             "extension into the backing name",
             &[(8, &u64b(136)), (16, &u32b(4)), (112, &extension(0x1234, 17, &[0; 17]))],
             Corrupt,
             &["17", "16"],
         ),
-        case("LUKS header without LUKS", &[(112, &extension(0x0537_be77, 16, &[0; 16]))], Corrupt, &["LUKS"]),
+        case(
+            "LUKS header without LUKS",
+            &[(112, &extension(0x0537_be77, 16, &[0; 16]))],
+            Corrupt,
+            &["LUKS"],
+        ),
         case(
             "subclusters in small clusters",
             &[(20, &u32b(12)), (72, &u64b(16))],

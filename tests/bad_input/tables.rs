@@ -10,6 +10,8 @@ use qblk::block::ErrorKind;
 use qblk::{OpenFlags, Options, ReqFlags};
 
 const CLUSTER: u64 = 65536;
+const COPIED: u64 = 1 << 63;
+const COMPRESSED: u64 = 1 << 62;
 const MASK: u64 = 0x00ff_ffff_ffff_fe00;
 
 /// An image with clusters 0 to 3 written: its path, where the L1 table is and where the L2 table.
@@ -64,13 +66,13 @@ fn corrupt_at(path: &Path, at: u64, words: &[&str]) {
 #[test]
 fn wrong_l2_entries_are_reported() {
     for (compat, entry, word) in [
-        ("1.1", 1 << 63 | 5 * CLUSTER | 2, "reserved"),
-        ("1.1", 1 << 63 | 5 * CLUSTER | 1 << 56, "reserved"),
-        ("1.1", 1 << 61 | 5 * CLUSTER, "reserved"),
-        ("1.1", 1 << 63 | (5 * CLUSTER + 512), "multiple of the cluster size"),
-        ("0.10", 1 << 63 | 5 * CLUSTER | 1, "zero flag"),
+        ("1.1", COPIED | (5 * CLUSTER) | 2, "reserved"),
+        ("1.1", COPIED | (5 * CLUSTER) | (1 << 56), "reserved"),
+        ("1.1", (1 << 61) | (5 * CLUSTER), "reserved"),
+        ("1.1", COPIED | (5 * CLUSTER + 512), "multiple of the cluster size"),
+        ("0.10", COPIED | (5 * CLUSTER) | 1, "zero flag"),
         ("0.10", 1, "zero flag"),
-        ("1.1", 1 << 63 | 1 << 62 | 5 * CLUSTER, "compressed"),
+        ("1.1", COPIED | COMPRESSED | (5 * CLUSTER), "compressed"),
     ] {
         let dir = Tmp::in_memory("l2");
         let (path, _, l2) = written(&dir, compat);
@@ -88,9 +90,9 @@ fn wrong_l2_entries_are_reported() {
 #[test]
 fn wrong_l1_entries_are_reported() {
     for (entry, word) in [
-        (1u64 << 63 | 4 * CLUSTER | 1, "reserved"),
-        (1 << 63 | 4 * CLUSTER | 1 << 60, "reserved"),
-        (1 << 63 | (4 * CLUSTER + 1024), "multiple of the cluster size"),
+        (COPIED | (4 * CLUSTER) | 1, "reserved"),
+        (COPIED | (4 * CLUSTER) | (1 << 60), "reserved"),
+        (COPIED | (4 * CLUSTER + 1024), "multiple of the cluster size"),
     ] {
         let dir = Tmp::in_memory("l1");
         let (path, l1, _) = written(&dir, "1.1");
@@ -104,7 +106,7 @@ fn what_lies_past_the_end_of_the_file_is_reported() {
     let far = 1u64 << 40;
     let dir = Tmp::in_memory("past");
     let (path, _, l2) = written(&dir, "1.1");
-    poke(&path, l2 + 8, &(1u64 << 63 | far).to_be_bytes());
+    poke(&path, l2 + 8, &(COPIED | far).to_be_bytes());
     let image = open(&path, RW);
     for e in [image.read_at(&mut [0; 10], CLUSTER), image.write_at(&[0; 10], CLUSTER, NONE)] {
         let e = e.unwrap_err();
@@ -115,14 +117,14 @@ fn what_lies_past_the_end_of_the_file_is_reported() {
     drop(image);
 
     let (path, _, l2) = written(&dir, "1.1");
-    poke(&path, l2 + 8, &(1u64 << 62 | far).to_be_bytes());
+    poke(&path, l2 + 8, &(COMPRESSED | far).to_be_bytes());
     let image = open(&path, RO);
     let e = image.read_at(&mut [0; 10], CLUSTER).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
     assert!(e.to_string().contains("compressed cluster"), "{e}");
 
     let (path, l1, _) = written(&dir, "1.1");
-    poke(&path, l1, &(1u64 << 63 | far).to_be_bytes());
+    poke(&path, l1, &(COPIED | far).to_be_bytes());
     corrupt_at(&path, 0, &["L2 table", "0x1000000", "past the end"]);
 }
 
@@ -132,7 +134,7 @@ fn wrong_refcount_tables_are_reported_before_anything_is_written() {
     let table = CLUSTER;
     for (entry, word) in [
         (2 * CLUSTER + 512, "multiple of the cluster size"),
-        (1 << 56 | 2 * CLUSTER, "2^56"),
+        ((1 << 56) | (2 * CLUSTER), "2^56"),
         (2 * CLUSTER + 1, "multiple of the cluster size"),
     ] {
         let (path, ..) = written(&dir, "1.1");
@@ -186,7 +188,7 @@ fn use_it(path: &Path, rng: &mut Rng) {
 fn tables_that_point_at_tables_do_no_harm_to_the_program() {
     let mut rng = Rng::new(11);
     let dir = Tmp::in_memory("loops");
-    for owned in [0, 1u64 << 63] {
+    for owned in [0, COPIED] {
         let (path, l1, l2) = written(&dir, "1.1");
         let targets = [0, CLUSTER, 2 * CLUSTER, l1, l2];
         for target in targets {
@@ -232,9 +234,9 @@ fn random_tables_do_no_harm_to_the_program() {
             let value = match rng.below(5) {
                 0 => rng.next(),
                 1 => rng.below(12) * CLUSTER,
-                2 => 1 << 63 | (rng.below(12) * CLUSTER),
-                3 => 1 << 62 | rng.below(1 << 20) | rng.below(256) << 54,
-                _ => 1 << 63 | (rng.next() & MASK),
+                2 => COPIED | (rng.below(12) * CLUSTER),
+                3 => COMPRESSED | rng.below(1 << 20) | (rng.below(256) << 54),
+                _ => COPIED | (rng.next() & MASK),
             };
             bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
         }

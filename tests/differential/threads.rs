@@ -172,7 +172,9 @@ fn tag(offset: u64) -> u8 {
 }
 
 fn tagged(offset: u64, count: u64, version: u8) -> Vec<u8> {
-    (offset..offset + count).map(|o| tag(o) & (0xfc | version) | u8::from(version == 0) << 1).collect()
+    (offset..offset + count)
+        .map(|o| tag(o) & (0xfc | version) | u8::from(version == 0) << 1)
+        .collect()
 }
 
 fn check_tags(found: &[u8], offset: u64, what: &str) {

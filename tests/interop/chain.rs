@@ -74,7 +74,12 @@ fn a_relative_name_is_seen_from_the_image() {
     let image = qblk::Image::open_fd(fd, &Options::new(), RO).unwrap();
     assert_eq!(read_range(&image, 0, 1), [0x61]);
     // A name with `file:` in the image is a path, too.
-    let path = names(&dir, "with-scheme", &format!("file:{}", dir.join("bases/base").display()), Some("raw"));
+    let path = names(
+        &dir,
+        "with-scheme",
+        &format!("file:{}", dir.join("bases/base").display()),
+        Some("raw"),
+    );
     assert_eq!(read_range(&open(&path, RO), 0, 1), [0x61]);
     // As is one with a colon behind a slash.
     fs::write(dir.join("bases/a:b"), [0x62; 512]).unwrap();
@@ -113,7 +118,12 @@ fn a_format_that_is_not_recorded_is_found_by_probing_but_not_trusted() {
     let path = names(&dir, "on-alone", "alone", None);
     assert_eq!(read_range(&open(&path, RO), 0, 2), [0x44; 2]);
 
-    create(&dir.join("on-more"), "qcow2", SIZE, &[("backing-file", "flat"), ("backing-fmt", "raw")]);
+    create(
+        &dir.join("on-more"),
+        "qcow2",
+        SIZE,
+        &[("backing-file", "flat"), ("backing-fmt", "raw")],
+    );
     let path = names(&dir, "guessed", "on-more", None);
     policy(&path, &Options::new(), RO, &["on-more", "flat"]);
     // The caller's word settles it.
@@ -255,7 +265,8 @@ fn chains_of_200_images_work_and_deeper_ones_are_refused() {
     for i in 1..=201 {
         let below = (i - 1).to_string();
         let format = if i == 1 { "raw" } else { "qcow2" };
-        let pairs = [("backing-file", &below[..]), ("backing-fmt", format), ("cluster-size", "512")];
+        let pairs =
+            [("backing-file", &below[..]), ("backing-fmt", format), ("cluster-size", "512")];
         create(&dir.join(i.to_string()), "qcow2", SIZE, &pairs);
     }
     let image = open(&dir.join("199"), RW);

@@ -54,7 +54,12 @@ fn holds(path: &std::path::Path, dir: &Tmp, cluster: &[u8]) {
     check_same(path, "qcow2", &model, &dir.join("model"));
     let image = open(path, RW);
     for at in [CLUSTER, CLUSTER + 1, 2 * CLUSTER - 513] {
-        assert_same(&read_range(&image, at as u64, 513), &model[at..at + 513], at as u64, "a piece");
+        assert_same(
+            &read_range(&image, at as u64, 513),
+            &model[at..at + 513],
+            at as u64,
+            "a piece",
+        );
     }
     assert_same(&read_all(&image), &model, 0, "all");
     let all = all_extents(&image, 0, 4 * CLUSTER as u64, 10);

@@ -10,9 +10,12 @@ use qblk::{OpenFlags, Options, ReqFlags};
 
 #[test]
 fn what_a_snapshot_holds_stays_when_the_image_is_written() {
-    for (compat, cluster, compressed) in
-        [("0.10", "65536", false), ("1.1", "512", false), ("1.1", "65536", true), ("1.1", "2M", false)]
-    {
+    for (compat, cluster, compressed) in [
+        ("0.10", "65536", false),
+        ("1.1", "512", false),
+        ("1.1", "65536", true),
+        ("1.1", "2M", false),
+    ] {
         let dir = Tmp::in_memory("snapshot");
         let (path, flat, out) = (dir.join("image"), dir.join("flat"), dir.join("out"));
         let size = 6usize << 20;
@@ -81,7 +84,10 @@ fn refused(path: &Path, flags: OpenFlags, kind: ErrorKind, words: &[&str]) {
     assert_eq!(e.kind(), kind, "{e}");
     let name = path.file_name().unwrap().to_str().unwrap();
     for word in words.iter().chain([&name]) {
-        assert!(e.to_string().to_lowercase().contains(&word.to_lowercase()), "{word:?} not in: {e}");
+        assert!(
+            e.to_string().to_lowercase().contains(&word.to_lowercase()),
+            "{word:?} not in: {e}"
+        );
     }
     let image = open(path, flags | OpenFlags::INFO_ONLY);
     assert_eq!(image.info().unwrap().format, "qcow2");

@@ -147,8 +147,7 @@ fn preallocation_takes_the_space_that_it_says() {
                 let what = format!("{compat} {cluster} {how}");
                 let dir = Tmp::new("prealloc");
                 let path = dir.join("image");
-                let pairs =
-                    [("compat", compat), ("cluster-size", cluster), ("preallocation", how)];
+                let pairs = [("compat", compat), ("cluster-size", cluster), ("preallocation", how)];
                 create(&path, "qcow2", size, &pairs);
                 check_clean(&path);
                 judge(&path, size, how, cluster, &what);

@@ -31,7 +31,7 @@ fn cells(compressions: &[&'static str]) -> Vec<Cell> {
                         }
                         // QEMU itself fails there: compressed clusters share a host cluster, which
                         // so narrow a count cannot say.
-                        if compression != "" && bits.len() == 1 {
+                        if !compression.is_empty() && bits.len() == 1 {
                             continue;
                         }
                         all.push(Cell { compat, cluster, bits, chain, compression });
@@ -93,14 +93,16 @@ fn images_made_by_qemu_are_read_to_the_byte() {
             bytes[at..at + n].copy_from_slice(&data);
         }
         fs::write(&flat, &bytes).unwrap();
-        let mut opts =
-            format!("compat={},cluster_size={},refcount_bits={}", cell.compat, cell.cluster, cell.bits);
-        if cell.compression != "" {
+        let mut opts = format!(
+            "compat={},cluster_size={},refcount_bits={}",
+            cell.compat, cell.cluster, cell.bits
+        );
+        if !cell.compression.is_empty() {
             opts += &format!(",compression_type={}", cell.compression);
         }
         let mut args: Vec<&dyn AsRef<std::ffi::OsStr>> =
             vec![&"convert", &"-f", &"raw", &"-O", &"qcow2", &"-o", &opts];
-        if cell.compression != "" {
+        if !cell.compression.is_empty() {
             args.push(&"-c");
         }
         let backing = dir.join("base");

@@ -2,12 +2,12 @@
 //!
 //! What it promises:
 //! * A read of an allocated cluster takes no lock: the L1 table and the cached L2 slices are read
-//!   with atomic loads ([`l2cache`]).
+//!   with atomic loads (`l2cache`).
 //! * A write is prepare (find or allocate where), move the data, commit (make the mapping visible);
 //!   no lock is held while data moves, and an allocation that comes to nothing gives its clusters
-//!   back ([`write`]).
+//!   back (`write`).
 //! * What may point must be on disk before what it points from. Tables change in memory only, and
-//!   [`flush`] alone writes them, in an order that every crash leaves consistent.
+//!   `flush` alone writes them, in an order that every crash leaves consistent.
 //! * A freed cluster is handed out again only when no table on disk and no call under way can still
 //!   point to it.
 //!
