@@ -56,7 +56,7 @@ lib: $(OUT)/$(REAL) $(OUT)/libqblk.a
 tool: $(TOOL)
 
 # In recipes and not as prerequisites: `sudo make install` needs none of them once all is built.
-NEED_CARGO = @command -v $(CARGO) >/dev/null || { echo "Rust is missing: https://rustup.rs tells how to install it."; exit 1; }
+NEED_CARGO = @command -v $(CARGO) >/dev/null || { echo "Rust is missing: install it with rustup, or as root: apt-get install cargo (1.88 or later)."; exit 1; }
 NEED_CC = @command -v $(CC) >/dev/null || { echo "A C compiler is missing. As root: apt-get install gcc"; exit 1; }
 NEED_PKG_CONFIG = @command -v pkg-config >/dev/null || { echo "pkg-config is missing. As root: apt-get install pkg-config"; exit 1; }
 

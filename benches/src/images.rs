@@ -264,8 +264,8 @@ impl Images {
                 Ok(())
             }
             Kind::Zlib | Kind::Zstd => {
-                let raw = self.tmpfs.join("text.raw");
-                write_text(&raw, self.small)?;
+                let raw = self.tmpfs.join("programs.raw");
+                write_programs(&raw, self.small)?;
                 let how = if kind == Kind::Zlib {
                     "compression_type=zlib"
                 } else {
@@ -386,29 +386,45 @@ fn noise(offset: u64, len: usize) -> Vec<u8> {
     bytes
 }
 
-/// A file of words and numbers, which deflate to somewhat over half.
-fn write_text(path: &Path, size: u64) -> Res<()> {
-    let mut file = std::io::BufWriter::with_capacity(1 << 20, at(path, File::create(path))?);
-    let words: Vec<Vec<u8>> = (0..6000u64)
-        .map(|i| noise(i * 31 + 7, 3 + (i % 9) as usize).iter().map(|b| b'a' + b % 26).collect())
-        .collect();
-    let mut left = size as usize;
-    let mut x = 0x2545_f491_4f6c_dd1du64;
-    while left > 0 {
-        x ^= x << 13;
-        x ^= x >> 7;
-        x ^= x << 17;
-        let mut piece = words[(x >> 20) as usize % words.len()].clone();
-        match x % 5 {
-            0 => piece.extend_from_slice(&x.to_le_bytes()[1..5]),
-            1 => piece.extend_from_slice(b", "),
-            _ => piece.push(b' '),
-        }
-        let n = piece.len().min(left);
-        at(path, file.write_all(&piece[..n]))?;
-        left -= n;
+/// A file of what disk images hold: this system's programs and libraries, one after the other, from
+/// the first again if they are too few. What text of a made-up sort would deflate to, and how fast,
+/// says little: literals cost some decoders far more than matches.
+fn write_programs(path: &Path, size: u64) -> Res<()> {
+    let mut files = Vec::new();
+    for dir in ["/usr/bin", "/usr/lib"] {
+        list_files(Path::new(dir), &mut files);
     }
-    at(path, file.flush())
+    files.sort();
+    let mut to = at(path, File::create(path))?;
+    let mut left = size;
+    while left > 0 {
+        let before = left;
+        for file in &files {
+            let mut from = match File::open(file) {
+                Ok(f) => std::io::Read::take(f, left),
+                Err(_) => continue,
+            };
+            left -= at(path, std::io::copy(&mut from, &mut to))?;
+        }
+        if left == before {
+            return Err(
+                "/usr/bin, /usr/lib: nothing to read there, to fill compressed images with"
+                    .to_owned(),
+            );
+        }
+    }
+    Ok(())
+}
+
+fn list_files(dir: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        // Links are not followed: they might go round.
+        match entry.file_type() {
+            Ok(t) if t.is_dir() => list_files(&entry.path(), files),
+            Ok(t) if t.is_file() => files.push(entry.path()),
+            _ => {}
+        }
+    }
 }
 
 /// Copy a file, holes kept, by writes of 1 MiB at most: how a file on ext4 was written decides what

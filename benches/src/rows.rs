@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use crate::Plan;
 use crate::contenders::*;
 use crate::images::{CLUSTER, Images, Kind, On, PIECE, create, overlay};
-use crate::oracle::{CopyOnWrite, Oracle, Plain, TwoReads, Zeroes};
+use crate::oracle::{CopyOnWrite, Oracle, Plain, TwoReads, Zeroes, at};
 use crate::process;
 use crate::rivals::{Imago, Ours, OursByC};
 use crate::row::{Against::*, Contender, Row, Target, Unit, Who};
@@ -331,11 +331,13 @@ fn compressed<'a>(
 ) -> Res<Row<'a>> {
     let work = Work::reads(block, pattern, images.small);
     let (a, c) = (images.path(kind, Tmpfs), images.path(kind, Tmpfs));
+    let bytes = at(&a, a.metadata())?.len();
+    let part = bytes as f64 * 100.0 / images.small as f64;
     let mut row = Row {
         unit: Unit::PerCpuSecond,
         contenders: vec![anew(Who::Ours, plan, work, move || Ours::open(&a, false, &[]))],
         targets: vec![to_reach(Imago, lead), to_reach(Qemu, lead)],
-        remarks: Vec::new(),
+        remarks: vec![format!("Compressed to {part:.0} %: programs and libraries.")],
     };
     if kind == Zlib {
         same_bytes(images, kind, block, images.small, &[])?;

@@ -1,5 +1,6 @@
 //! What the tests share: a directory that goes away, numbers that can be had again, the peers.
-#![allow(dead_code)]
+// Each test program uses some of it.
+#![allow(dead_code, unused_imports, unused_macros)]
 
 use std::ffi::OsStr;
 use std::fs;

@@ -349,7 +349,11 @@ impl Qcow2 {
                 }
             };
             let first = self.cache.entry(hit, index);
-            let entry = entry::decode_cached(first, self.cluster_bits, self.v3);
+            // Only where nothing is written is a slice sanitized, and may it have such entries.
+            let entry = match self.writer {
+                None => entry::decode_cached(first, self.cluster_bits, self.v3),
+                Some(_) => entry::decode(first, self.cluster_bits, self.v3),
+            };
             let step = match entry {
                 Ok(Entry::Normal { .. } | Entry::Below { .. }) => self.cluster_size(),
                 Ok(Entry::Zero { host, .. }) if host != 0 => self.cluster_size(),

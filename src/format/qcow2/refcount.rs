@@ -605,7 +605,7 @@ mod tests {
         for order in 0..=6 {
             let mut data = vec![0; 64];
             let max = if order == 6 { u64::MAX } else { (1u64 << (1u32 << order)) - 1 };
-            let n = 64 * 8 >> order;
+            let n = (64 * 8) >> order;
             write_count(&mut data, 3, order, max);
             write_count(&mut data, 5, order, 1);
             for i in 0..n {
