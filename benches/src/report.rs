@@ -12,7 +12,7 @@ fn column(text: &str, width: usize) -> String {
     format!("{text:<width$}")
 }
 
-const WIDTHS: [usize; 8] = [42, 11, 13, 10, 15, 41, 10, 5];
+const WIDTHS: [usize; 8] = [43, 11, 13, 10, 15, 41, 10, 5];
 
 fn print_cells(cells: [&str; 8]) {
     let cells: Vec<String> = cells.iter().zip(WIDTHS).map(|(c, w)| column(c, w)).collect();

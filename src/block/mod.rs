@@ -11,6 +11,7 @@ mod iov;
 mod name;
 mod range_lock;
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use device::Device;
@@ -237,10 +238,20 @@ pub trait Driver: Send + Sync {
         out.push(Extent::data(offset, count));
         Ok(())
     }
-    /// Memory through which `count` bytes at `offset` can be read for as long as the driver lives,
-    /// if it has such. Only the kernel may be handed it (a fault there is EFAULT, not a signal).
-    fn mapped(&self, _offset: u64, _count: u64) -> Option<*const u8> {
+    /// The file behind the driver, if the kernel may copy from it as it is.
+    fn file(&self) -> Option<BorrowedFd<'_>> {
         None
+    }
+    /// Copy `count` bytes at `from_offset` of another driver to `offset` inside the kernel, where blocks
+    /// may even come to be shared; [`Error::NotSupported`] where that can not be had.
+    fn copy_from(
+        &self,
+        _from: &dyn Driver,
+        _from_offset: u64,
+        _offset: u64,
+        _count: u64,
+    ) -> Result<()> {
+        Err(Error::NotSupported("copying in the kernel"))
     }
     /// Change the size; bytes that come into being read as zeroes.
     fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {

@@ -7,8 +7,7 @@
 //! for descriptors that nobody else changes.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::sync::OnceLock;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -43,6 +42,7 @@ pub(super) struct Cannot {
     pub zero_range: AtomicBool,
     pub zero_out: AtomicBool,
     pub dsync: AtomicBool,
+    pub copy: AtomicBool,
 }
 
 /// A file, a block device, or memory that behaves like one.
@@ -70,8 +70,6 @@ pub struct Host {
     pub(super) cannot: Cannot,
     /// What reads are served from.
     pub(super) map: Option<Mapping>,
-    /// What the kernel is handed; not `map`, where a page that is gone may turn to zeroes.
-    pub(super) kernel_map: OnceLock<Option<Mapping>>,
 }
 
 /// Where a request stopped, and why.
@@ -337,20 +335,34 @@ impl Driver for Host {
         self.find_extents(offset, count, out)
     }
 
-    fn mapped(&self, offset: u64, count: u64) -> Option<*const u8> {
-        if !self.caps.read_only || self.is_block || self.caps.align > 1 {
-            return None;
+    fn file(&self) -> Option<BorrowedFd<'_>> {
+        (!self.is_block && self.caps.align <= 1).then(|| self.file.as_fd())
+    }
+
+    fn copy_from(&self, from: &dyn Driver, at: u64, offset: u64, count: u64) -> Result<()> {
+        const CANNOT: Error = Error::NotSupported("copying in the kernel");
+        let ours = Driver::file(self).filter(|_| !self.cannot.copy.load(Relaxed));
+        let (Some(to), Some(from)) = (ours, from.file()) else { return Err(CANNOT) };
+        let end = self.end_to_write("copy", offset, count)?;
+        let _longer = (end > self.len.load(Relaxed)).then(|| self.growing.read());
+        self.flusher.dirty();
+        let result = sys::copy(from, at, to, offset, count);
+        self.flusher.dirty();
+        match result {
+            Ok(copied) if copied == count => {
+                self.len.fetch_max(end, Release);
+                Ok(())
+            }
+            // The source ends early: who reads it finds out why.
+            Ok(_) => Err(CANNOT),
+            Err(errno @ (libc::ENOSPC | libc::EDQUOT | libc::EFBIG | libc::EIO)) => {
+                Err(self.io_error("copy", offset, count, errno))
+            }
+            Err(_) => {
+                self.cannot.copy.store(true, Relaxed);
+                Err(CANNOT)
+            }
         }
-        // On tmpfs, whose pages are small, faulting them in costs more than the copy that it saves;
-        // on ext4, whose are large, it saves a fifth of a copy-on-write.
-        let whole = || match sys::file_system(&self.file) {
-            sys::TMPFS => None,
-            _ => Mapping::for_kernel(&self.file, self.size()).ok(),
-        };
-        let at = self.kernel_map.get_or_init(whole).as_ref()?.at(offset, count)?;
-        // The page that a file cut short ends in reads as zeroes behind the end, without a fault.
-        let size = sys::file_size(&self.file).ok()?;
-        (offset + count <= size).then_some(at)
     }
 
     fn resize(&self, size: u64, prealloc: Prealloc, shrink: bool) -> Result<()> {

@@ -28,7 +28,6 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::OnceLock;
 
 use parking_lot::RwLock;
 
@@ -220,7 +219,6 @@ impl Source {
             growing: RwLock::new(()),
             cannot: Default::default(),
             map,
-            kernel_map: OnceLock::new(),
         })
     }
 }

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::mem::size_of;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::{c_int, iovec, off_t};
 
@@ -43,6 +43,39 @@ pub unsafe fn preadv(file: &File, vecs: &[iovec], offset: u64) -> Result<usize, 
     // SAFETY: the pieces are good by contract, `vecs` is a slice.
     retry(|| unsafe { libc::preadv(file.as_raw_fd(), vecs.as_ptr(), count, offset as off_t) })
         .map(|n| n as usize)
+}
+
+/// Copy `count` bytes from file to file in the kernel: how many went, fewer only at the source's end.
+pub fn copy(
+    from: BorrowedFd<'_>,
+    mut at: u64,
+    to: BorrowedFd<'_>,
+    mut offset: u64,
+    count: u64,
+) -> Result<u64, Errno> {
+    let mut done = 0;
+    while done < count {
+        let (mut from_at, mut to_at) = (at as libc::loff_t, offset as libc::loff_t);
+        let left = (count - done).min(1 << 30) as usize;
+        let n = retry(|| {
+            // SAFETY: the positions are our own numbers.
+            unsafe {
+                libc::copy_file_range(
+                    from.as_raw_fd(),
+                    &mut from_at,
+                    to.as_raw_fd(),
+                    &mut to_at,
+                    left,
+                    0,
+                )
+            }
+        })? as u64;
+        if n == 0 {
+            break;
+        }
+        (at, offset, done) = (at + n, offset + n, done + n);
+    }
+    Ok(done)
 }
 
 /// One `pwritev2`, or `pwritev` when there are no flags: how many bytes went.

@@ -115,20 +115,16 @@ fn a_fault_that_is_not_ours_does_what_it_did_before() {
 }
 
 #[test]
-fn memory_for_the_kernel_is_given_for_what_is_there_only() {
+fn files_copy_from_files_in_the_kernel_and_say_where_they_cannot() {
     let temp = Temp::with(&[7; 10_000]);
-    assert!(temp.open(RW).driver().mapped(0, 10).is_none());
-    let dev = temp.open(RO);
-    let at = dev.driver().mapped(100, 9_900).unwrap();
-    let out = Temp::with(b"").file();
-    // SAFETY: an address that only the kernel looks at.
-    let put = |n| unsafe { libc::pwrite(out.as_raw_fd(), at.cast(), n, 0) };
-    assert_eq!(put(9_900), 9_900);
-    assert!(dev.driver().mapped(100, 9_901).is_none());
-    temp.file().set_len(2000).unwrap();
-    assert!(dev.driver().mapped(100, 9_900).is_none());
-    assert!(dev.driver().mapped(100, 1_900).is_some());
-    // Handed out before: an error, not a signal.
-    let put = |n| unsafe { libc::pwrite(out.as_raw_fd(), at.wrapping_add(8192).cast(), n, 0) };
-    assert_eq!(put(100), -1);
+    let (from, to) = (temp.open(RO), Temp::with(&[1; 20_000]));
+    let dev = to.open(RW);
+    dev.driver().copy_from(from.driver(), 100, 500, 9_000).unwrap();
+    let bytes = read(&dev, 0, 20_000).unwrap();
+    assert_eq!((bytes[499], &bytes[500..9_500], bytes[9_500]), (1, &[7; 9_000][..], 1));
+    dev.driver().copy_from(from.driver(), 0, 20_000, 10_000).unwrap();
+    assert_eq!(dev.size(), 30_000);
+    // What the source has not got is not made up.
+    let cannot = dev.driver().copy_from(from.driver(), 5_000, 0, 6_000);
+    assert!(matches!(cannot, Err(Error::NotSupported(_))));
 }

@@ -333,23 +333,16 @@ impl Qcow2 {
         if start == offset && end == part_end {
             return self.file.write(part, host, ReqFlags::NONE);
         }
-        let mut around = Around::default();
-        let mut done = Ok(());
-        // Memory mapped from a file that has shrunk since is no memory: then it is read, to tell what
-        // is wrong.
-        for map in [true, false] {
-            around.clear();
-            done = self
-                .around(&mut around, grant.blank, start, offset, map)
-                .map(|()| around.pieces.len())
-                .and_then(|head| {
-                    self.around(&mut around, grant.blank, part_end, end, map)?;
-                    self.write_around(&around, head, part, host, start, offset)
-                });
-            if !matches!(done, Err(Error::Io { errno: libc::EFAULT, .. })) {
-                break;
-            }
+        // A small write into a cluster: let the kernel copy the cluster, then write over it.
+        let small = grant.host.count == 1 && part.len() as u64 <= self.cluster_size() / 4;
+        if small && self.copy_whole(start, host)? {
+            return self.file.write(part, host + (offset - start), ReqFlags::NONE);
         }
+        let mut around = Around::default();
+        self.around(&mut around, grant.blank, start, offset)?;
+        let head = around.pieces.len();
+        self.around(&mut around, grant.blank, part_end, end)?;
+        let done = self.write_around(&around, head, part, host, start, offset);
         if (1..=SPARE_BYTES).contains(&around.bytes.len()) {
             let mut spare = grant.writer.spare.lock();
             if spare.len() < SPARES {
@@ -357,6 +350,22 @@ impl Qcow2 {
             }
         }
         done
+    }
+
+    /// Copy what the guest cluster at `start` holds to the host cluster at `host`, if it lies as it is
+    /// in one piece of a file that the kernel can copy from.
+    fn copy_whole(&self, start: u64, host: u64) -> Result<bool> {
+        let found = walk::locate(self, start, self.cluster_size())?;
+        match found.place {
+            Place::At { dev, offset } if found.len == self.cluster_size() => {
+                match self.file.driver().copy_from(dev.driver(), offset, host, found.len) {
+                    Ok(()) => Ok(true),
+                    Err(Error::NotSupported(_)) => Ok(false),
+                    Err(e) => Err(e),
+                }
+            }
+            _ => Ok(false),
+        }
     }
 
     fn write_around(
@@ -390,41 +399,31 @@ impl Qcow2 {
             len += slot.iov_len;
         }
         let at = if before.is_empty() { host + (offset - start) } else { host };
-        // SAFETY: the pieces are the caller's memory, the static zeroes, `around`'s own bytes, and
-        // mappings that live as long as their drivers, which are below this one.
+        // SAFETY: the pieces are the caller's memory, the static zeroes and `around`'s own bytes.
         self.file.write(unsafe { Src::from_raw(vecs, len) }, at, ReqFlags::NONE)
     }
 
     /// Gather what guest range `from..to` holds at present, nothing if it is zeroes and the host has
     /// zeroes already.
-    fn around(&self, out: &mut Around, blank: bool, from: u64, to: u64, map: bool) -> Result<()> {
+    fn around(&self, out: &mut Around, blank: bool, from: u64, to: u64) -> Result<()> {
         // Zeroes are noted when something follows them, so that nothing is if nothing does.
         let (mut at, mut zeroes) = (from, 0);
         let mut all_zero = true;
         while at < to {
             let run = walk::locate(self, at, to - at)?;
             let len = run.len.min(to - at);
-            let mapped = match run.place {
-                Place::Zero { .. } => {
-                    zeroes += len;
-                    at += len;
-                    continue;
-                }
-                Place::At { dev, offset } if map => dev.driver().mapped(offset, len),
-                _ => None,
-            };
+            if let Place::Zero { .. } = run.place {
+                zeroes += len;
+                at += len;
+                continue;
+            }
             all_zero = false;
             out.zeroes(std::mem::take(&mut zeroes));
-            match mapped {
-                Some(base) => out.pieces.push(Piece::Mapped(base, len as usize)),
-                None => {
-                    if out.bytes.is_empty() {
-                        out.bytes = self.writer_parts()?.spare.lock().pop().unwrap_or_default();
-                    }
-                    let room = out.room(len as usize);
-                    walk::read(self, OneIov::dst(&mut out.bytes[room..out.used]).iov(), at)?;
-                }
+            if out.bytes.is_empty() {
+                out.bytes = self.writer_parts()?.spare.lock().pop().unwrap_or_default();
             }
+            let room = out.room(len as usize);
+            walk::read(self, OneIov::dst(&mut out.bytes[room..out.used]).iov(), at)?;
             at += len;
         }
         if !(all_zero && blank) {
@@ -549,8 +548,6 @@ struct Around {
 
 enum Piece {
     Zeroes(usize),
-    /// Memory of a driver below; for the kernel only.
-    Mapped(*const u8, usize),
     /// Range of `Around::bytes`.
     Read(usize, usize),
 }
@@ -576,15 +573,9 @@ impl Around {
         at
     }
 
-    fn clear(&mut self) {
-        self.pieces.clear();
-        self.used = 0;
-    }
-
     fn iovec(&self, piece: &Piece) -> iovec {
         let (base, iov_len) = match *piece {
             Piece::Zeroes(n) => (ZEROES.0.as_ptr(), n),
-            Piece::Mapped(base, n) => (base, n),
             Piece::Read(at, n) => (self.bytes[at..].as_ptr(), n),
         };
         iovec { iov_base: base.cast_mut().cast(), iov_len }
