@@ -171,6 +171,12 @@ pub fn page(machine: &Machine, results: &[Result], plan: &Plan) -> String {
          processor time.\n",
         plan.samples, plan.seconds
     );
+    if plan.cpu {
+        p.push_str(
+            "The machine was shared, so ratios are of requests per second of processor time, but \
+             for those of two threads.\n\n",
+        );
+    }
     p.push_str("## Processor time of one request, and notes\n\n| work | ours | pread/pwrite | imago | qemu | |\n|---|---|---|---|---|---|\n");
     for r in results {
         let cpu = |f: Option<&Figures>| match f.map(Figures::cpu_us) {

@@ -32,6 +32,8 @@ pub enum Against {
     Limit(&'static str),
     /// [`Who::Base`], by this name.
     Base(&'static str),
+    /// Not ours at all: [`Who::Limit`] over [`Who::LimitBase`], what the machine makes possible.
+    Machine(&'static str),
     /// imago.
     Imago,
     /// The better of the ways to run qemu.
@@ -267,6 +269,10 @@ fn verdict(figures: &[Figures], unit: Unit, target: &Target) -> Option<Verdict> 
         }
         Against::Limit(name) => (format!("× {name}"), ours, find(figures, Who::Limit)?),
         Against::Base(name) => (format!("× {name}"), ours, find(figures, Who::Base)?),
+        Against::Machine(name) => {
+            let (two, one) = (find(figures, Who::Limit)?, find(figures, Who::LimitBase)?);
+            (name.to_owned(), two, one)
+        }
         Against::Imago => ("× imago".to_owned(), ours, find(figures, Who::Imago)?),
         Against::Qemu => {
             let (ours, other) = best_qemu(figures, unit)?;

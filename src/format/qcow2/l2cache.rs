@@ -8,8 +8,9 @@
 //! Lock order: a set's `fill` lock comes after the image's `Meta` lock. It is held while a slice is
 //! read from the file (which holds up misses of the same few sets only) and while entries change.
 
+use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::slice;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering::*, fence};
+use std::sync::atomic::{AtomicPtr, AtomicU8, AtomicU64, Ordering::*, fence};
 
 use memmap2::{MmapMut, MmapOptions};
 use parking_lot::{Mutex, MutexGuard};
@@ -87,15 +88,18 @@ impl Words {
     }
 }
 
-/// The memory of a cache: for each slot a slice's entries, its tag, and two bytes.
+/// The memory of a cache: for each slot a tag, where its slice's entries are, and two bytes. Room for
+/// entries is allocated when a slot is first filled, and stays until the cache goes: an image that is
+/// opened for a single read costs a single slice.
 struct Memory {
-    data: *mut u8,
-    /// Tags of all slots, then their bytes `used`, then `state`.
+    /// Tags of all slots, then their places, then their bytes `used`, then `state`.
     tags: *mut u8,
     slots: usize,
     slice_bits: u32,
-    /// What the pointers point into.
-    _words: [Words; 2],
+    /// What the pointer points into.
+    _words: Words,
+    /// Rooms that were allocated.
+    rooms: Mutex<Vec<*mut u64>>,
 }
 
 // SAFETY: all access is by atomics, but for filling a slot, which its fill lock guards.
@@ -103,40 +107,80 @@ unsafe impl Send for Memory {}
 // SAFETY: as for Send.
 unsafe impl Sync for Memory {}
 
+impl Drop for Memory {
+    fn drop(&mut self) {
+        for room in self.rooms.get_mut().drain(..) {
+            // SAFETY: allocated by `room` with this layout, and nobody has the cache any more.
+            unsafe { dealloc(room.cast(), Self::layout(self.slice_bits)) };
+        }
+    }
+}
+
 impl Memory {
     fn new(slots: usize, slice_bits: u32) -> std::io::Result<Self> {
-        let all = slots.checked_mul(1 << slice_bits).ok_or(std::io::ErrorKind::OutOfMemory)?;
-        let mut words = [Words::new(all)?, Words::new(slots + slots.div_ceil(4))?];
-        let (data, tags) = (words[0].base(), words[1].base());
-        Ok(Self { data, tags, slots, slice_bits, _words: words })
+        let mut words = Words::new(2 * slots + slots.div_ceil(4))?;
+        let tags = words.base();
+        Ok(Self { tags, slots, slice_bits, _words: words, rooms: Mutex::new(Vec::new()) })
     }
 
-    /// Entries, big-endian as on disk.
-    #[inline]
-    fn data(&self) -> &[AtomicU64] {
-        // SAFETY: so many words; zeroes and whatever is stored are valid atomics.
-        unsafe { slice::from_raw_parts(self.data.cast(), self.slots << self.slice_bits) }
+    fn layout(slice_bits: u32) -> Layout {
+        // SAFETY: 8 is a power of two, and a slice has at most 4 KiB.
+        unsafe { Layout::from_size_align_unchecked(8 << slice_bits, 8) }
     }
 
     /// Which slice a slot holds: (slice + 1) above the count of refills; 0 above it = none.
     #[inline]
     fn tags(&self) -> &[AtomicU64] {
-        // SAFETY: the first so many words.
+        // SAFETY: the first so many words; zeroes and whatever is stored are valid atomics.
         unsafe { slice::from_raw_parts(self.tags.cast(), self.slots) }
+    }
+
+    /// Where a slot's entries are; null if it was never filled.
+    #[inline]
+    fn places(&self) -> &[AtomicPtr<u64>] {
+        // SAFETY: the next so many words; null is a valid pointer.
+        unsafe { slice::from_raw_parts(self.tags.add(self.slots * 8).cast(), self.slots) }
+    }
+
+    /// A slot's entries, big-endian as on disk; none if it was never filled.
+    #[inline]
+    fn entries(&self, slot: usize) -> &[AtomicU64] {
+        let place = self.places()[slot].load(Acquire);
+        if place.is_null() {
+            return &[];
+        }
+        // SAFETY: a room for so many, which stays as long as the cache.
+        unsafe { slice::from_raw_parts(place.cast(), 1 << self.slice_bits) }
+    }
+
+    /// The room of a slot that is to be filled. Under its fill lock.
+    fn room(&self, slot: usize) -> Option<*mut u64> {
+        let place = &self.places()[slot];
+        let mut room = place.load(Relaxed);
+        if room.is_null() {
+            // SAFETY: the layout's size is not 0.
+            room = unsafe { alloc_zeroed(Self::layout(self.slice_bits)) }.cast();
+            if room.is_null() {
+                return None;
+            }
+            self.rooms.lock().push(room);
+            place.store(room, Release);
+        }
+        Some(room)
     }
 
     /// Slots looked at since the hand last passed.
     #[inline]
     fn used(&self) -> &[AtomicU8] {
-        // SAFETY: behind the tags there is a word for every four slots: two bytes each.
-        unsafe { slice::from_raw_parts(self.tags.add(self.slots * 8).cast(), self.slots) }
+        // SAFETY: behind tags and places there is a word for every four slots: two bytes each.
+        unsafe { slice::from_raw_parts(self.tags.add(self.slots * 16).cast(), self.slots) }
     }
 
     /// Bits of [`DIRTY`] and [`WRITING`].
     #[inline]
     fn state(&self) -> &[AtomicU8] {
         // SAFETY: as for `used`, the second half.
-        unsafe { slice::from_raw_parts(self.tags.add(self.slots * 9).cast(), self.slots) }
+        unsafe { slice::from_raw_parts(self.tags.add(self.slots * 17).cast(), self.slots) }
     }
 }
 
@@ -201,8 +245,8 @@ impl L2Cache {
     /// Entry `index` of a found slice. Means nothing unless [`L2Cache::still`] holds afterwards.
     #[inline]
     pub fn entry(&self, hit: Hit, index: usize) -> u64 {
-        let i = (hit.slot << self.slice_bits) + (index & ((1 << self.slice_bits) - 1));
-        self.memory.data().get(i).map_or(0, |e| u64::from_be(e.load(Acquire)))
+        let i = index & ((1 << self.slice_bits) - 1);
+        self.memory.entries(hit.slot).get(i).map_or(0, |e| u64::from_be(e.load(Acquire)))
     }
 
     /// Whether the slot still holds what it held when it was found.
@@ -224,18 +268,17 @@ impl L2Cache {
             return Ok(Ok(Held { cache: self, slot: hit.slot, _fill: fill }));
         }
         let Some(slot) = self.victim(first) else { return Ok(Err(AllDirty)) };
+        let Some(room) = self.memory.room(slot) else {
+            return Err(Error::Internal("no memory for a slice of an L2 table".into()));
+        };
         let tag = &self.memory.tags()[slot];
         let generation = (tag.load(Relaxed) + 1) & ((1 << GENERATION_BITS) - 1);
         // Readers that found the old slice must see the tag gone before they can see new entries.
         tag.store(generation, Relaxed);
         fence(Release);
-        let words = &self.memory.data()[slot << self.slice_bits..(slot + 1) << self.slice_bits];
         // SAFETY: the fill lock makes this the only writer; readers use atomic loads and drop what
         // they saw when they find the tag changed.
-        let bytes = unsafe {
-            slice::from_raw_parts_mut(words.as_ptr().cast_mut().cast::<u8>(), words.len() * 8)
-        };
-        read(bytes)?;
+        read(unsafe { slice::from_raw_parts_mut(room.cast::<u8>(), 8 << self.slice_bits) })?;
         self.memory.used()[slot].store(1, Relaxed);
         tag.store((slice + 1) << GENERATION_BITS | generation, Release);
         Ok(Ok(Held { cache: self, slot, _fill: fill }))
@@ -266,7 +309,7 @@ impl L2Cache {
             return Err(Error::Internal("a slot that is not there".into()));
         };
         let mut bytes = Vec::with_capacity(8 << self.slice_bits);
-        for word in &self.memory.data()[slot << self.slice_bits..(slot + 1) << self.slice_bits] {
+        for word in self.memory.entries(slot) {
             bytes.extend_from_slice(&word.load(Relaxed).to_ne_bytes());
         }
         self.memory.state()[slot].store(WRITING, Release);
@@ -291,8 +334,7 @@ impl Held<'_> {
     }
 
     fn word(&self, index: usize) -> &AtomicU64 {
-        let bits = self.cache.slice_bits;
-        &self.cache.memory.data()[(self.slot << bits) + (index & ((1 << bits) - 1))]
+        &self.cache.memory.entries(self.slot)[index & ((1 << self.cache.slice_bits) - 1)]
     }
 
     /// Mark the slice as changed: `Some(slot)` if it was not yet.
