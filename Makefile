@@ -133,7 +133,7 @@ check-capi: check-header stage
 
 bench:
 	$(NEED_CARGO)
-	$(CARGO) run --release -p qblk-bench
+	$(CARGO) run --locked --release -p qblk-bench -- $(BENCH_ARGS)
 
 lint:
 	$(NEED_CARGO)
