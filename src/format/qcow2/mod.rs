@@ -271,15 +271,12 @@ impl Qcow2 {
     /// Clear the autoclear bits that a program which does not know them must clear before it writes.
     /// To be called when nothing else can fail any more.
     pub(super) fn clear_autoclear(&self) -> Result<()> {
-        let (old, known) = (self.header.autoclear, 0);
-        if self.writer.is_none() || !self.v3 || old & !known == 0 {
+        // None of the features is kept right while writing, so all bits go. (Where bitmaps are in
+        // use, `check_writable` has refused.)
+        if self.writer.is_none() || self.header.autoclear == 0 {
             return Ok(());
         }
-        self.file.write_slice(
-            &(old & known).to_be_bytes(),
-            header::at::AUTOCLEAR,
-            ReqFlags::NONE,
-        )?;
+        self.file.write_slice(&[0; 8], header::at::AUTOCLEAR, ReqFlags::NONE)?;
         self.file.flush()
     }
 

@@ -19,11 +19,7 @@ impl Qcow2 {
         if new > i64::MAX as u64 {
             return Err(self.too_big(new));
         }
-        if new < old {
-            self.shrink(writer, old, new)
-        } else {
-            self.grow(writer, old, new, prealloc)
-        }
+        if new < old { self.shrink(old, new) } else { self.grow(writer, old, new, prealloc) }
     }
 
     fn too_big(&self, size: u64) -> Error {
@@ -36,7 +32,7 @@ impl Qcow2 {
         }
     }
 
-    fn shrink(&self, writer: &Writer, old: u64, new: u64) -> Result<()> {
+    fn shrink(&self, old: u64, new: u64) -> Result<()> {
         // New calls see the new end at once; those that saw the old one are waited for.
         self.size.store(new, Release);
         self.calls.wait();
@@ -49,7 +45,6 @@ impl Qcow2 {
             self.size.store(old, Release);
             return result;
         }
-        let _ = writer;
         // The space goes back now, not at some later flush: no call holds it any more.
         self.flush_all()
     }
