@@ -16,6 +16,7 @@ pub mod file;
 pub mod format;
 pub mod image;
 pub mod log;
+pub mod nbd;
 
 pub use block::{Error, Extent, ReqFlags, Result};
 pub use image::{Image, Info, OpenFlags, Options};

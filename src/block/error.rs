@@ -79,6 +79,24 @@ pub enum Error {
         /// By whom, how.
         what: String,
     },
+    /// An NBD peer broke the protocol.
+    #[error("{peer}: the peer broke the NBD protocol: {what}")]
+    Proto {
+        /// The peer.
+        peer: Name,
+        /// What was found and what was expected.
+        what: String,
+    },
+    /// A peer answered with an error, or cannot be reached.
+    #[error("{peer}: {what}: {}", errno_text(*errno))]
+    Net {
+        /// The peer.
+        peer: Name,
+        /// What was being done, and what the peer said.
+        what: String,
+        /// The system's error number, positive.
+        errno: i32,
+    },
     /// The open policy forbids it.
     #[error("{file}: {what}")]
     Policy {
@@ -133,6 +151,8 @@ pub enum ErrorKind {
     Unsupported,
     /// `QBLK_ELOCKED`.
     Locked,
+    /// `QBLK_EPROTO`.
+    Proto,
     /// `QBLK_EPOLICY`.
     Policy,
     /// `QBLK_EINTERNAL`.
@@ -165,6 +185,16 @@ impl Error {
         Self::Unsupported { file: file.clone(), what: what.into() }
     }
 
+    /// A peer that broke the NBD protocol.
+    pub fn proto(peer: &Name, what: impl Into<String>) -> Self {
+        Self::Proto { peer: peer.clone(), what: what.into() }
+    }
+
+    /// A peer that answered with an error, or cannot be reached.
+    pub fn net(peer: &Name, what: impl Into<String>, errno: i32) -> Self {
+        Self::Net { peer: peer.clone(), what: what.into(), errno }
+    }
+
     /// Something that the open policy forbids.
     pub fn policy(file: &Name, what: impl Into<String>) -> Self {
         Self::Policy { file: file.clone(), what: what.into() }
@@ -179,7 +209,9 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         use ErrorKind as K;
         match self {
-            Self::Os { errno, .. } | Self::Io { errno, .. } => K::Errno(*errno),
+            Self::Os { errno, .. } | Self::Io { errno, .. } | Self::Net { errno, .. } => {
+                K::Errno(*errno)
+            }
             Self::Invalid(_) | Self::Range { .. } => K::Errno(libc::EINVAL),
             Self::ReadOnly(_) => K::Errno(libc::EROFS),
             Self::NotSupported(_) => K::Errno(libc::ENOTSUP),
@@ -191,6 +223,7 @@ impl Error {
             Self::Format { .. } => K::Format,
             Self::Unsupported { .. } => K::Unsupported,
             Self::Locked { .. } => K::Locked,
+            Self::Proto { .. } => K::Proto,
             Self::Policy { .. } => K::Policy,
             Self::Internal(_) => K::Internal,
         }

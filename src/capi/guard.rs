@@ -49,6 +49,7 @@ impl Fail {
             ErrorKind::Format => QBLK_EFORMAT,
             ErrorKind::Unsupported => QBLK_EUNSUPPORTED,
             ErrorKind::Locked => QBLK_ELOCKED,
+            ErrorKind::Proto => QBLK_EPROTO,
             ErrorKind::Policy => QBLK_EPOLICY,
             ErrorKind::Internal => QBLK_EINTERNAL,
         }

@@ -1,0 +1,1 @@
+//! The client: an NBD export as a driver.

@@ -1,0 +1,1 @@
+//! The server: open devices as NBD exports.
