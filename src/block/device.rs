@@ -114,6 +114,13 @@ impl Device {
         if self.plain { self.driver.read(buf, offset) } else { self.read_emulated(buf, offset) }
     }
 
+    /// Read if nothing has to be waited for, as [`Driver::read_now`] does; what would need emulation
+    /// is not done so.
+    #[inline]
+    pub fn read_now(&self, buf: Dst<'_>, offset: u64) -> Result<bool> {
+        if self.plain { self.driver.read_now(buf, offset) } else { Ok(false) }
+    }
+
     /// Read into one slice.
     pub fn read_slice(&self, buf: &mut [u8], offset: u64) -> Result<()> {
         self.read(OneIov::dst(buf).iov(), offset)

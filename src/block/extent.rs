@@ -29,6 +29,8 @@ impl Extent {
     pub const COMPRESSED: u32 = 8;
     /// `host_offset` is valid.
     pub const HOST: u32 = 16;
+    /// Inside the library only: the image at `depth` has it, as data or as zeroes.
+    pub const OWNED: u32 = 1 << 31;
 
     /// An extent of depth 0.
     pub fn new(offset: u64, length: u64, flags: u32) -> Self {
@@ -37,13 +39,13 @@ impl Extent {
 
     /// Plain data that lies in a file at the same offset.
     pub fn data(offset: u64, length: u64) -> Self {
-        let flags = Self::ALLOCATED | Self::DATA | Self::HOST;
+        let flags = Self::ALLOCATED | Self::DATA | Self::HOST | Self::OWNED;
         Self { host_offset: offset, ..Self::new(offset, length, flags) }
     }
 
     /// A hole of a raw device: there, and zeroes.
     pub fn hole(offset: u64, length: u64) -> Self {
-        Self::new(offset, length, Self::ALLOCATED | Self::ZERO)
+        Self::new(offset, length, Self::ALLOCATED | Self::ZERO | Self::OWNED)
     }
 
     /// Whether any of `flags` is set.
@@ -71,17 +73,25 @@ pub struct ExtentList<'a> {
     out: &'a mut [Extent],
     len: usize,
     full: bool,
+    /// Flags that are kept.
+    keep: u32,
 }
 
 impl<'a> ExtentList<'a> {
-    /// An empty list over `out`.
+    /// An empty list over `out`, which keeps [`Extent::OWNED`].
     pub fn new(out: &'a mut [Extent]) -> Self {
         let full = out.is_empty();
-        Self { out, len: 0, full }
+        Self { out, len: 0, full, keep: u32::MAX }
+    }
+
+    /// An empty list of what the C ABI knows.
+    pub fn for_c(out: &'a mut [Extent]) -> Self {
+        Self { keep: !Extent::OWNED, ..Self::new(out) }
     }
 
     /// Add an extent that begins where the last one ended. What finds no room is dropped.
-    pub fn push(&mut self, e: Extent) {
+    pub fn push(&mut self, mut e: Extent) {
+        e.flags &= self.keep;
         if self.full || e.length == 0 {
             return;
         }

@@ -96,6 +96,9 @@ pub struct Caps {
     pub extents: bool,
     /// The medium turns.
     pub rotational: bool,
+    /// Bytes pass through the host's page cache (or are memory): a write is as a rule a copy in memory,
+    /// and waits for nobody.
+    pub cached: bool,
 }
 
 impl Default for Caps {
@@ -113,6 +116,7 @@ impl Default for Caps {
             cache: false,
             extents: false,
             rotational: false,
+            cached: false,
         }
     }
 }
@@ -204,6 +208,11 @@ pub trait Driver: Send + Sync {
     fn size(&self) -> u64;
     /// Fill `buf` with the bytes from `offset` on.
     fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()>;
+    /// Fill `buf` if that needs to wait for no disk and no peer; `false`, with nothing said about
+    /// what is in `buf`, where it might.
+    fn read_now(&self, _buf: Dst<'_>, _offset: u64) -> Result<bool> {
+        Ok(false)
+    }
     /// Write `buf` at `offset`; of `flags` only FUA matters, and only if `caps().fua`.
     fn write(&self, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()>;
     /// Write bytes of the last block, of which the device has (or is to have) only a part; asked

@@ -43,6 +43,7 @@ pub(super) struct Cannot {
     pub zero_out: AtomicBool,
     pub dsync: AtomicBool,
     pub copy: AtomicBool,
+    pub nowait: AtomicBool,
 }
 
 /// A file, a block device, or memory that behaves like one.
@@ -54,6 +55,8 @@ pub struct Host {
     pub(super) name: Name,
     pub(super) kind: &'static str,
     pub(super) is_block: bool,
+    /// The file lives in memory (tmpfs).
+    pub(super) in_memory: bool,
     /// Device and inode numbers.
     pub(super) identity: (u64, u64),
     /// Requests that change the allocation of a block device keep to this, bytes.
@@ -292,6 +295,29 @@ impl Driver for Host {
         }
         // Several pieces, the end of the file, an interruption, an error: found out there.
         self.read_on(buf, offset, done)
+    }
+
+    fn read_now(&self, buf: Dst<'_>, offset: u64) -> Result<bool> {
+        // Memory has nothing to wait for but swap, and its file system does not know the flag.
+        if self.in_memory {
+            return self.read(buf, offset).map(|()| true);
+        }
+        if self.caps.align > 1 || self.cannot.nowait.load(Relaxed) {
+            return Ok(false);
+        }
+        let mut vecs = [NO_PIECE; PIECES];
+        let (n, bytes) = buf.fill(&mut vecs);
+        // SAFETY: the pieces are the caller's memory, writable while `buf` lives.
+        match unsafe { sys::preadv_now(&self.file, &vecs[..n], offset) } {
+            // Fewer: not all of it is in memory, or the file ends there. Found out by a plain read.
+            Ok(got) => Ok(got == buf.len() && got == bytes),
+            Err(errno) => {
+                if matches!(errno, libc::EOPNOTSUPP | libc::ENOSYS | libc::EINVAL) {
+                    self.cannot.nowait.store(true, Relaxed);
+                }
+                Ok(false)
+            }
+        }
     }
 
     #[inline]

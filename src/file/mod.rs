@@ -191,6 +191,7 @@ impl Source {
             cache: true,
             extents: !is_block && !matches!(seek, Seek::Never),
             rotational: is_block && sys::rotational(&file),
+            cached: align == 1,
             ..defaults
         };
         let mut map = None;
@@ -206,6 +207,7 @@ impl Source {
         Ok(Host {
             logical: if is_block { sys::logical_block(&file).into() } else { 1 },
             limit: if is_block || !how.write { sys::MAX_SIZE } else { sys::size_limit() },
+            in_memory: !is_block && sys::file_system(&file) == sys::TMPFS,
             file,
             edge,
             seek: if is_block { Seek::Never } else { seek },

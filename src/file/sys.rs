@@ -45,6 +45,19 @@ pub unsafe fn preadv(file: &File, vecs: &[iovec], offset: u64) -> Result<usize, 
         .map(|n| n as usize)
 }
 
+/// One `preadv2` that does not wait: how many bytes were in memory; EAGAIN if none was.
+///
+/// # Safety
+/// Every piece must be writable memory.
+pub unsafe fn preadv_now(file: &File, vecs: &[iovec], offset: u64) -> Result<usize, Errno> {
+    let (fd, count) = (file.as_raw_fd(), vecs.len() as c_int);
+    // SAFETY: the pieces are good by contract, `vecs` is a slice.
+    retry(|| unsafe {
+        libc::preadv2(fd, vecs.as_ptr(), count, offset as off_t, libc::RWF_NOWAIT)
+    })
+    .map(|n| n as usize)
+}
+
 /// Copy `count` bytes from file to file in the kernel: how many went, fewer only at the source's end.
 pub fn copy(
     from: BorrowedFd<'_>,

@@ -87,6 +87,10 @@ impl Driver for Raw {
         self.file.read(buf, offset)
     }
     #[inline]
+    fn read_now(&self, buf: Dst<'_>, offset: u64) -> Result<bool> {
+        self.file.read_now(buf, offset)
+    }
+    #[inline]
     fn write(&self, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()> {
         if self.guard.is_none() || offset >= PROBE_LEN as u64 {
             return self.file.write(buf, offset, flags);

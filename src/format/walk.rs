@@ -82,15 +82,15 @@ fn describe(
         }
         Place::Own => return holes(owner, offset, offset, found, out),
         Place::At { offset: host, .. } => {
-            e.flags = here | Extent::DATA | Extent::HOST;
+            e.flags = here | Extent::DATA | Extent::HOST | Extent::OWNED;
             e.host_offset = host;
         }
         Place::Compressed { offset: host, .. } => {
-            e.flags = here | Extent::DATA | Extent::COMPRESSED | Extent::HOST;
+            e.flags = here | Extent::DATA | Extent::COMPRESSED | Extent::HOST | Extent::OWNED;
             e.host_offset = host;
         }
         Place::Zero { allocated, kept } => {
-            e.flags = Extent::ZERO | if allocated { here } else { 0 };
+            e.flags = Extent::ZERO | if allocated { here | Extent::OWNED } else { 0 };
             if let Some((_, host)) = kept {
                 e.flags |= Extent::HOST;
                 e.host_offset = host;

@@ -172,7 +172,8 @@ fn open_source(
     opening.note(driver.identity(), driver.name(), &name)?;
     let kind = driver.kind();
     let (top, probed) = opening.image(driver, options, flags, false)?;
-    Ok(Tree { top, name, options: options.clone(), flags, probed, driver: kind, again })
+    let files = top.driver().files();
+    Ok(Tree { top, files, name, options: options.clone(), flags, probed, driver: kind, again })
 }
 
 /// Refuse `target` as a new image on top of `below` if it is `below` or in its chain.

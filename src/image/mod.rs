@@ -23,7 +23,7 @@ use parking_lot::Mutex;
 use crate::block::*;
 pub use chain::Probe;
 pub use create::create;
-pub use options::{Options, Use, parse_size};
+pub use options::{Options, Use, parse_seconds, parse_size};
 
 /// How to open. The values are those of the C ABI (`QBLK_OPEN_*`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -126,6 +126,8 @@ pub struct Info {
 /// An open chain of images.
 pub(crate) struct Tree {
     pub(crate) top: Device,
+    /// The devices that hold the bytes, of `top` first; none for a description.
+    pub(crate) files: Vec<Arc<Device>>,
     pub(crate) name: Name,
     pub(crate) options: Options,
     pub(crate) flags: OpenFlags,
@@ -344,9 +346,46 @@ impl Image {
     /// `offset` on, and returns how many; they may end before the range does.
     pub fn extents(&self, offset: u64, count: u64, out: &mut [Extent]) -> Result<usize> {
         let call = self.data_call(offset, count)?;
+        let mut list = ExtentList::for_c(out);
+        crate::format::extents(&call.top, offset, count, &mut list)?;
+        Ok(list.len())
+    }
+
+    /// [`Image::extents`] with [`Extent::OWNED`].
+    pub(crate) fn extents_owned(
+        &self,
+        offset: u64,
+        count: u64,
+        out: &mut [Extent],
+    ) -> Result<usize> {
+        let call = self.data_call(offset, count)?;
         let mut list = ExtentList::new(out);
         crate::format::extents(&call.top, offset, count, &mut list)?;
         Ok(list.len())
+    }
+
+    /// Fill `buf` if nothing has to be waited for; see [`Driver::read_now`].
+    #[inline]
+    pub(crate) fn read_now(&self, buf: Dst<'_>, offset: u64) -> Result<bool> {
+        self.data_call(offset, buf.len() as u64)?.top.read_now(buf, offset)
+    }
+
+    /// The host file of the image at `depth`, if the kernel may send from it at any later time: what
+    /// an [`Extent`] says of a place in it must stay true. In an image that is written only a raw
+    /// one's does: elsewhere a cluster may come to belong to another part of the disk.
+    pub(crate) fn host_file(&self, depth: u32) -> Result<Option<Arc<Device>>> {
+        let call = self.call()?;
+        let raw = call.top.driver().kind() == "raw";
+        if !raw && call.flags.has(OpenFlags::RDWR) {
+            return Ok(None);
+        }
+        let file = call.files.get(depth as usize).filter(|f| f.driver().file().is_some());
+        Ok(file.cloned())
+    }
+
+    /// Whether writes are as a rule copies in memory.
+    pub(crate) fn is_cached(&self) -> Result<bool> {
+        Ok(self.call()?.top.caps().cached)
     }
 
     /// What the image is.

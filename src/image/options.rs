@@ -3,7 +3,9 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::ops::RangeInclusive;
 use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
 
 use crate::block::{Error, Result, quoted};
 
@@ -159,6 +161,22 @@ impl Options {
         Ok(self.one_of(key, &["off", "on"])?.map(|i| i == 1))
     }
 
+    /// The value of `key` as a time in seconds.
+    pub(crate) fn seconds(&self, key: &str) -> Result<Option<Duration>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        let time = std::str::from_utf8(v).ok().and_then(parse_seconds);
+        time.map(Some).ok_or_else(|| bad(key, v, "seconds such as 5 or 0.5"))
+    }
+
+    /// The value of `key` as a whole number.
+    pub(crate) fn number(&self, key: &str, range: RangeInclusive<u32>) -> Result<Option<u32>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        let number = std::str::from_utf8(v).ok().and_then(|v| v.parse().ok());
+        number.filter(|n| range.contains(n)).map(Some).ok_or_else(|| {
+            bad(key, v, &format!("a number from {} to {}", range.start(), range.end()))
+        })
+    }
+
     /// The value of `key` as a size in bytes.
     pub(crate) fn size(&self, key: &str) -> Result<Option<u64>> {
         let Some(v) = self.get(key) else { return Ok(None) };
@@ -169,6 +187,14 @@ impl Options {
 
 fn bad(key: &str, value: &[u8], expected: &str) -> Error {
     Error::invalid(format!("option '{key}': found {}, expected {expected}", quoted(value)))
+}
+
+/// A time: seconds, with a fraction if there is one.
+pub fn parse_seconds(s: &str) -> Option<Duration> {
+    let plain = !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit() || b == b'.');
+    let seconds: f64 = s.parse().ok().filter(|_| plain)?;
+    // Longer than anybody waits, and still a time that can be added to now.
+    (seconds <= 1e9).then(|| Duration::from_secs_f64(seconds))
 }
 
 /// A size in bytes: a whole number, and one of k, M, G, T, P, E (times 1024 each) behind it.

@@ -40,6 +40,49 @@ impl Qcow2 {
         Ok(())
     }
 
+    /// Read guest data if all of it is in memory. A slice of tables is small, and is read in any case.
+    pub(super) fn read_data_now(&self, mut buf: Dst<'_>, mut offset: u64) -> Result<bool> {
+        while !buf.is_empty() {
+            let found = self.lookup(offset, buf.len() as u64)?;
+            let in_cluster = offset & (self.cluster_size() - 1);
+            let mut len = found.len;
+            let part = |len: u64| buf.split_at(len as usize).0;
+            let done = match found.entry {
+                Entry::Normal { host, .. } => {
+                    len = self.present(host, in_cluster, len)?;
+                    self.file.read_now(part(len), host + in_cluster)?
+                }
+                Entry::Below { depth, host } => match self.files_below.get(depth as usize - 1) {
+                    Some(file) => file.read_now(part(len), host + in_cluster)?,
+                    None => return Err(Error::Internal("an image below vanished".into())),
+                },
+                Entry::Zero { .. } | Entry::BelowZero => {
+                    part(len).zero_fill();
+                    true
+                }
+                Entry::Unallocated => match self.below(offset) {
+                    None => {
+                        part(len).zero_fill();
+                        true
+                    }
+                    // What is below is looked up, and remembered, by the plain way.
+                    Some(_) if self.writer.is_none() => false,
+                    Some(below) => {
+                        len = len.min(below.size().saturating_sub(offset)).max(1);
+                        below.read_now(part(len), offset)?
+                    }
+                },
+                Entry::Compressed { .. } => false,
+            };
+            if !done {
+                return Ok(false);
+            }
+            offset += len;
+            buf = buf.split_at(len as usize).1;
+        }
+        Ok(true)
+    }
+
     /// Read up to `len` bytes that this image has not got; returns how many were.
     fn read_below(&self, buf: Dst<'_>, offset: u64, mut len: u64) -> Result<u64> {
         let Some(below) = self.below(offset) else {

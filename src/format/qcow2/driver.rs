@@ -21,6 +21,7 @@ impl Driver for Qcow2 {
             cache: true,
             extents: true,
             rotational: below.rotational,
+            cached: below.cached,
             ..Caps::default()
         }
     }
@@ -32,6 +33,10 @@ impl Driver for Qcow2 {
     #[inline]
     fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
         self.read_data(buf, offset)
+    }
+
+    fn read_now(&self, buf: Dst<'_>, offset: u64) -> Result<bool> {
+        self.read_data_now(buf, offset)
     }
 
     fn files(&self) -> Vec<Arc<Device>> {

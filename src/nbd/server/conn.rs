@@ -1,0 +1,546 @@
+//! One connection after negotiation: requests are taken from the socket, many at a time, and what
+//! needs not wait is answered at once by this thread, many replies in one system call. What would wait
+//! goes to the pool.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use std::sync::{Arc, OnceLock};
+
+use parking_lot::Mutex;
+
+use super::export::Export;
+use super::handshake::Agreed;
+use super::input::Input;
+use super::job::{Buffer, Job, Reply};
+use super::memory::Pages;
+use super::send::{Sending, errno};
+use super::{Inner, reply};
+use crate::block::{Error, quoted};
+use crate::log::{Level, log};
+use crate::nbd::net::Waker;
+use crate::nbd::proto::{Mode, Request, cmd, cmd_flag};
+use crate::nbd::tls::Session;
+
+/// Bytes of replies that are gathered before they are sent.
+pub(super) const OUTPUT: usize = 256 << 10;
+/// Most data of one request that the pool has, bytes. Larger requests are done in pieces by the
+/// connection's own thread: what that costs is shared by all of the bytes.
+pub(super) const JOB: u64 = 1 << 20;
+/// Data of requests in the pool, of one connection, bytes.
+const BYTES: usize = 8 << 20;
+/// A payload of a refused request that is read and forgotten rather than hung up on, bytes.
+const SKIP: u64 = 256 << 20;
+
+/// A meta context that was negotiated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Context {
+    /// `base:allocation`.
+    Allocation = 1,
+    /// `qemu:allocation-depth`.
+    Depth = 2,
+}
+
+/// Why a connection ends.
+#[derive(Debug)]
+pub enum Cut {
+    /// The client hung up, or we did.
+    Closed,
+    /// It was silent, or took nothing, for too long.
+    Idle,
+    /// It broke the protocol.
+    Protocol(String),
+    /// Something failed in the middle of a reply.
+    Failed(String),
+}
+
+impl Cut {
+    /// The meaning of a failure of sending.
+    pub fn from_send(errno: i32) -> Self {
+        match errno {
+            libc::EAGAIN => Self::Idle,
+            libc::EPIPE | libc::ECONNRESET | libc::ENOTCONN | libc::ESHUTDOWN => Self::Closed,
+            e => Self::Failed(format!("sending: {}", io::Error::from_raw_os_error(e))),
+        }
+    }
+}
+
+/// A connection in transmission, as its own thread and those of the pool see it.
+pub struct Conn {
+    pub(super) server: Arc<Inner>,
+    pub(super) export: Arc<Export>,
+    pub(super) fd: OwnedFd,
+    pub(super) tls: Option<Arc<Session>>,
+    pub(super) mode: Mode,
+    pub(super) contexts: Vec<Context>,
+    /// For messages.
+    pub(super) peer: String,
+    pub(super) sending: Mutex<Sending>,
+    /// Replies that wait to be sent. Lock order: alone, or inside `sending`.
+    pub(super) done: Mutex<VecDeque<Reply>>,
+    /// Requests in the pool, and replies in `done`.
+    pub(super) in_pool: AtomicUsize,
+    /// Bytes that these count for.
+    pub(super) bytes: AtomicUsize,
+    /// The connection's thread waits for one of them.
+    pub(super) waiting: AtomicBool,
+    pub(super) waker: OnceLock<Waker>,
+    cut: AtomicBool,
+}
+
+/// What the connection's own thread has.
+pub(super) struct Own {
+    pub(super) conn: Arc<Conn>,
+    pub(super) input: Input,
+    pub(super) out: Pages,
+    /// Bytes in `out`.
+    pub(super) len: usize,
+    /// Most bytes that were there since the memory was given back.
+    pub(super) high: usize,
+    /// Writes are copies in memory.
+    cached: bool,
+}
+
+impl Conn {
+    /// A connection that was just negotiated.
+    pub fn new(
+        server: Arc<Inner>,
+        agreed: Agreed,
+        (fd, tls): (OwnedFd, Option<Arc<Session>>),
+        peer: String,
+    ) -> Arc<Self> {
+        let Agreed { export, mode, contexts } = agreed;
+        Arc::new(Self {
+            server,
+            export,
+            fd,
+            tls,
+            mode,
+            contexts,
+            peer,
+            sending: Mutex::default(),
+            done: Mutex::default(),
+            in_pool: AtomicUsize::new(0),
+            bytes: AtomicUsize::new(0),
+            waiting: AtomicBool::new(false),
+            waker: OnceLock::new(),
+            cut: AtomicBool::new(false),
+        })
+    }
+
+    /// Serve until the client disconnects, the server stops, or something is wrong.
+    pub fn serve(self: &Arc<Self>) {
+        let cached = self.export.with(|i| i.is_cached()).unwrap_or(false);
+        let result = match (Input::new(), Pages::new(OUTPUT)) {
+            (Ok(input), Ok(out)) => {
+                Own { conn: self.clone(), input, out, len: 0, high: 0, cached }.serve()
+            }
+            _ => Err(Cut::Failed("no memory".into())),
+        };
+        match result {
+            Ok(()) | Err(Cut::Closed) => {}
+            Err(why) => {
+                let level = match why {
+                    Cut::Idle => Level::Info,
+                    _ => Level::Warn,
+                };
+                log(level, format_args!("NBD client {}: cut off: {why:?}", self.peer));
+            }
+        }
+        self.cut();
+        // The pool may still work for this connection: its replies go nowhere now.
+        self.await_pool(0);
+    }
+
+    /// Hang up.
+    pub fn cut(&self) {
+        self.cut.store(true, SeqCst);
+        // SAFETY: the descriptor is open.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
+    }
+
+    /// Whether the connection was hung up on.
+    pub(super) fn is_cut(&self) -> bool {
+        self.cut.load(Relaxed)
+    }
+
+    /// Wait until at most `most` requests are in the pool.
+    fn await_pool(&self, most: usize) {
+        let Some(waker) = self.waker.get() else { return };
+        self.waiting.store(true, SeqCst);
+        while self.in_pool.load(SeqCst) > most {
+            if self.has_left() || !self.done.lock().is_empty() {
+                let finished = {
+                    let mut s = self.sending.lock();
+                    self.is_cut() || self.finish(&mut s, true).is_ok()
+                };
+                if !finished || self.send_done(true).is_err() {
+                    self.cut();
+                }
+                continue;
+            }
+            super::input::wait(None, waker, None);
+            waker.reset();
+        }
+        self.waiting.store(false, SeqCst);
+    }
+
+    pub(super) fn note_error(&self, r: &Request, e: &Error) {
+        self.server.stats.errors.fetch_add(1, Relaxed);
+        log(
+            Level::Info,
+            format_args!(
+                "NBD client {}, export {}: command {} at {} of {}: {e}",
+                self.peer,
+                quoted(&self.export.name),
+                r.kind,
+                r.offset,
+                r.length
+            ),
+        );
+    }
+}
+
+impl Own {
+    fn serve(mut self) -> Result<(), Cut> {
+        let header = self.conn.mode.request_len();
+        loop {
+            while self.input.len() < header {
+                self.flush()?;
+                if self.conn.server.is_stopping() || self.conn.export.removed.load(Relaxed) {
+                    return self.goodbye();
+                }
+                if !self.receive()? {
+                    return self.goodbye();
+                }
+            }
+            let r = Request::decode(self.input.bytes(), self.conn.mode).map_err(|magic| {
+                Cut::Protocol(format!("a request begins with {:#010x}", magic.0))
+            })?;
+            self.input.consume(header);
+            if r.kind == cmd::DISC {
+                return self.goodbye();
+            }
+            self.request(&r)?;
+        }
+    }
+
+    /// All that was asked for is answered, and then no more.
+    fn goodbye(&mut self) -> Result<(), Cut> {
+        self.flush()?;
+        self.conn.await_pool(0);
+        self.conn.send_done(true)
+    }
+
+    /// Send the replies that were gathered.
+    pub(super) fn flush(&mut self) -> Result<(), Cut> {
+        if self.len > 0 {
+            let n = std::mem::take(&mut self.len);
+            self.conn.send(&self.out[..n], false)?;
+        }
+        Ok(())
+    }
+
+    /// Have room for `n` more bytes of replies (at most [`OUTPUT`]).
+    pub(super) fn room(&mut self, n: usize) -> Result<(), Cut> {
+        if self.len + n > OUTPUT {
+            self.flush()?;
+        }
+        self.high = self.high.max(self.len + n);
+        Ok(())
+    }
+
+    pub(super) fn put(&mut self, bytes: &[u8]) -> Result<(), Cut> {
+        self.room(bytes.len())?;
+        self.out[self.len..self.len + bytes.len()].copy_from_slice(bytes);
+        self.len += bytes.len();
+        Ok(())
+    }
+
+    pub(super) fn ok(&mut self, r: &Request) -> Result<(), Cut> {
+        let (bytes, n) = reply::ok_bytes(self.conn.mode, r);
+        self.put(&bytes[..n])
+    }
+
+    pub(super) fn fail(&mut self, r: &Request, e: &Error) -> Result<(), Cut> {
+        self.conn.note_error(r, e);
+        let mut out = Vec::new();
+        reply::error(&mut out, self.conn.mode, r, e);
+        self.put(&out)
+    }
+
+    /// Receive more; `false` when the client sends no more.
+    pub(super) fn receive(&mut self) -> Result<bool, Cut> {
+        if let Some(tls) = &self.conn.tls
+            && self.input.take(tls)?
+        {
+            return Ok(true);
+        }
+        let idle = self.conn.server.settings().idle_timeout;
+        // Large memory is not kept for a client that is silent.
+        if self.high.max(self.input.high()) > 128 << 10 && self.conn.in_pool.load(Relaxed) == 0 {
+            let quiet = std::time::Duration::from_secs(1);
+            if !self.input.is_ready(&self.conn.fd, quiet.min(idle.unwrap_or(quiet))) {
+                if self.len == 0 {
+                    self.out.release();
+                    self.high = 0;
+                }
+                self.input.release();
+            }
+        }
+        loop {
+            let waits = self.conn.in_pool.load(SeqCst) > 0;
+            if self.conn.waker.get().is_some() && (waits || self.conn.has_left()) {
+                // Replies of the pool that the socket did not take are for this thread to finish.
+                let Some(waker) = self.conn.waker.get() else { continue };
+                if self.conn.has_left() {
+                    let mut s = self.conn.sending.lock();
+                    self.conn.finish(&mut s, true)?;
+                    drop(s);
+                    self.conn.send_done(true)?;
+                    continue;
+                }
+                if !super::input::wait(Some(&self.conn.fd), waker, None) {
+                    waker.reset();
+                    continue;
+                }
+            }
+            return self.input.receive(&self.conn.fd, self.conn.tls.as_deref());
+        }
+    }
+
+    /// Do one request, or have it done.
+    fn request(&mut self, r: &Request) -> Result<(), Cut> {
+        let conn = self.conn.clone();
+        let has_payload = r.kind == cmd::WRITE
+            || (conn.mode == Mode::Extended && r.flags & cmd_flag::PAYLOAD_LEN != 0);
+        conn.server.stats.count(r);
+        if let Err((errno, why)) = self.check(r) {
+            if has_payload {
+                self.skip(r)?;
+            }
+            let mut out = Vec::new();
+            reply::error_text(&mut out, conn.mode, r, errno, &why);
+            conn.server.stats.errors.fetch_add(1, Relaxed);
+            return self.put(&out);
+        }
+        match r.kind {
+            cmd::READ => self.read(r),
+            cmd::WRITE => self.write(r),
+            cmd::BLOCK_STATUS if has_payload => self.status_of_some(r),
+            cmd::BLOCK_STATUS if self.cached => match conn.status(r, None) {
+                Ok(out) => self.put_long(&out),
+                Err(e) => self.fail(r, &e),
+            },
+            cmd::FLUSH if conn.export.read_only => self.ok(r),
+            _ => self.submit(*r, None, 0),
+        }
+    }
+
+    /// Block status of the contexts that the payload names.
+    fn status_of_some(&mut self, r: &Request) -> Result<(), Cut> {
+        let mut payload = vec![0; r.length as usize];
+        self.take(&mut payload)?;
+        let (length, ids) = payload.split_at(8);
+        let length = u64::from_be_bytes(length.try_into().unwrap_or_default());
+        let ids: Vec<u32> =
+            ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
+        let ask = Request { length, ..*r };
+        let known = ids.iter().all(|id| self.conn.contexts.iter().any(|c| *c as u32 == *id));
+        let status = match known && length > 0 && !ids.is_empty() {
+            true => self.conn.status(&ask, Some(&ids)),
+            false => Err(Error::invalid("contexts that were not negotiated, or nothing asked for")),
+        };
+        match status {
+            Ok(out) => self.put_long(&out),
+            Err(e) => self.fail(r, &e),
+        }
+    }
+
+    /// As `put`, of bytes that may be more than the output has room for.
+    fn put_long(&mut self, bytes: &[u8]) -> Result<(), Cut> {
+        bytes.chunks(OUTPUT / 2).try_for_each(|piece| self.put(piece))
+    }
+
+    /// Whether a request means something: else an error and its text.
+    fn check(&self, r: &Request) -> Result<(), (i32, String)> {
+        use cmd_flag::*;
+        let conn = &self.conn;
+        let extended = conn.mode == Mode::Extended;
+        let max = u64::from(conn.server.settings().max_request);
+        let known = match r.kind {
+            cmd::READ if conn.mode > Mode::Simple => DF,
+            cmd::READ => 0,
+            cmd::WRITE if extended => FUA | PAYLOAD_LEN,
+            cmd::WRITE | cmd::TRIM => FUA,
+            cmd::FLUSH | cmd::CACHE => 0,
+            cmd::WRITE_ZEROES => FUA | NO_HOLE | FAST_ZERO,
+            cmd::BLOCK_STATUS if extended => REQ_ONE | PAYLOAD_LEN,
+            cmd::BLOCK_STATUS => REQ_ONE,
+            other => return Err((libc::EINVAL, format!("unknown command {other}"))),
+        };
+        if r.flags & !known != 0 {
+            let text = format!("flags {:#x} mean nothing to command {}", r.flags & !known, r.kind);
+            return Err((libc::EINVAL, text));
+        }
+        let changes = matches!(r.kind, cmd::WRITE | cmd::TRIM | cmd::WRITE_ZEROES);
+        if changes && conn.export.read_only {
+            return Err((libc::EPERM, "the export is read-only".into()));
+        }
+        match r.kind {
+            cmd::FLUSH if (r.offset, r.length) != (0, 0) => {
+                return Err((libc::EINVAL, "a flush has no range".into()));
+            }
+            cmd::FLUSH => return Ok(()),
+            cmd::BLOCK_STATUS if r.flags & PAYLOAD_LEN != 0 => {
+                // The number of bytes to describe, and the ids of contexts.
+                let most = 8 + 4 * conn.contexts.len() as u64;
+                return match r.length {
+                    12.. if r.length <= most && r.length.is_multiple_of(4) => Ok(()),
+                    n => Err((libc::EINVAL, format!("a payload of {n} bytes, expected 12 to {most}"))),
+                };
+            }
+            cmd::BLOCK_STATUS if conn.contexts.is_empty() => {
+                return Err((libc::EINVAL, "no meta context was negotiated".into()));
+            }
+            cmd::BLOCK_STATUS | cmd::READ | cmd::WRITE if r.length == 0 => {
+                return Err((libc::EINVAL, "a request for no bytes".into()));
+            }
+            cmd::READ | cmd::WRITE if r.length > max => {
+                let text = format!("{} bytes in one request, {max} at most", r.length);
+                return Err((libc::EOVERFLOW, text));
+            }
+            _ => {}
+        }
+        let size = conn.export.with(|i| i.size()).unwrap_or(0);
+        match r.offset.checked_add(r.length) {
+            Some(end) if end <= size => Ok(()),
+            _ => {
+                let errno = if changes { libc::ENOSPC } else { libc::EINVAL };
+                let text = format!(
+                    "{} bytes at offset {} leave the export, which has {size}",
+                    r.length, r.offset
+                );
+                Err((errno, text))
+            }
+        }
+    }
+
+    /// Read and forget the payload of a refused request.
+    fn skip(&mut self, r: &Request) -> Result<(), Cut> {
+        if r.length > SKIP {
+            return Err(Cut::Protocol(format!("a payload of {} bytes", r.length)));
+        }
+        let mut left = r.length as usize;
+        while left > 0 {
+            let n = self.some(left)?;
+            self.input.consume(n);
+            left -= n;
+        }
+        Ok(())
+    }
+
+    /// Have some bytes of payload, at most `most`: how many there are.
+    fn some(&mut self, most: usize) -> Result<usize, Cut> {
+        while self.input.len() == 0 {
+            self.flush()?;
+            if !self.receive()? {
+                return Err(Cut::Closed);
+            }
+        }
+        Ok(self.input.len().min(most))
+    }
+
+    /// Fill `to` with payload.
+    fn take(&mut self, to: &mut [u8]) -> Result<(), Cut> {
+        let mut at = 0;
+        while at < to.len() {
+            let n = self.some(to.len() - at)?;
+            to[at..at + n].copy_from_slice(&self.input.bytes()[..n]);
+            self.input.consume(n);
+            at += n;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, r: &Request) -> Result<(), Cut> {
+        if !self.cached && r.length <= JOB {
+            let mut payload = match Buffer::new(r.length as usize) {
+                Ok(payload) => payload,
+                Err(e) => {
+                    self.skip(r)?;
+                    return self.fail(r, &e);
+                }
+            };
+            self.take(&mut payload)?;
+            return self.submit(*r, Some(payload), r.length as usize);
+        }
+        // In pieces, as they come: no more of it is ever held than the input has room for.
+        let whole = self.input.capacity();
+        let fits = r.length <= whole as u64;
+        let (mut offset, mut left, mut result) = (r.offset, r.length, Ok(()));
+        while left > 0 {
+            let wanted = (left as usize).min(whole);
+            while self.input.len() < wanted {
+                self.flush()?;
+                if !self.receive()? {
+                    return Err(Cut::Closed);
+                }
+            }
+            if result.is_ok() {
+                // FUA of pieces is one flush after the last.
+                let flags = if fits { r.flags } else { r.flags & !cmd_flag::FUA };
+                let piece = Request { offset, length: wanted as u64, flags, ..*r };
+                result = self.conn.change(&piece, Some(&self.input.bytes()[..wanted]));
+            }
+            self.input.consume(wanted);
+            offset += wanted as u64;
+            left -= wanted as u64;
+        }
+        if result.is_ok() && !fits && r.flags & cmd_flag::FUA != 0 {
+            result = self.conn.export.with(|i| i.flush());
+        }
+        match result {
+            Ok(()) => self.ok(r),
+            Err(e) => self.fail(r, &e),
+        }
+    }
+
+    /// Hand a request to the pool, when there is room for it.
+    pub(super) fn submit(
+        &mut self,
+        request: Request,
+        payload: Option<Buffer>,
+        budget: usize,
+    ) -> Result<(), Cut> {
+        let conn = self.conn.clone();
+        let settings = conn.server.settings();
+        if conn.waker.get().is_none() {
+            let waker = Waker::new().map_err(|e| Cut::Failed(e.to_string()))?;
+            let _ = conn.waker.set(waker);
+        }
+        let room = |n: usize| {
+            n < settings.max_in_flight
+                && conn.bytes.load(Relaxed) + budget <= BYTES
+                && conn.server.memory.load(Relaxed) + budget <= settings.max_memory
+        };
+        loop {
+            let n = conn.in_pool.load(SeqCst);
+            // A connection with nothing under way always gets on, whatever the others hold.
+            if n == 0 || room(n) {
+                break;
+            }
+            self.flush()?;
+            conn.await_pool(n - 1);
+            if conn.is_cut() {
+                return Err(Cut::Closed);
+            }
+        }
+        conn.in_pool.fetch_add(1, SeqCst);
+        conn.bytes.fetch_add(budget, Relaxed);
+        conn.server.memory.fetch_add(budget, Relaxed);
+        conn.server.pool.submit(&conn, Job { request, payload, budget }, settings.threads);
+        Ok(())
+    }
+}

@@ -1,0 +1,86 @@
+//! An export: a device under a name.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+
+use super::super::proto::flag;
+use crate::block::{Can, Error, Result};
+use crate::image::{Image, Info, state};
+
+/// A device under a name.
+pub struct Export {
+    pub(super) name: Vec<u8>,
+    pub(super) description: Vec<u8>,
+    /// A context of our own: the device stays open for as long as it is exported.
+    pub(super) image: Image,
+    pub(super) read_only: bool,
+    /// A call on the device ended in a panic; shared with its handles.
+    broken: Arc<AtomicBool>,
+    /// Nobody may begin to use it any more.
+    pub(super) removed: AtomicBool,
+    /// Threads of the pool that work on it.
+    running: AtomicUsize,
+    /// Whether other exports want threads, too.
+    pub(super) is_one_of_many: AtomicBool,
+}
+
+impl Export {
+    /// Export a context; `broken` is set when a call on it panics, and it is used no more then.
+    pub fn new(
+        name: Vec<u8>,
+        description: Vec<u8>,
+        image: Image,
+        broken: Arc<AtomicBool>,
+        read_only: bool,
+    ) -> Result<Self> {
+        let read_only = read_only || image.info()?.state & state::READ_ONLY != 0;
+        Ok(Self {
+            name,
+            description,
+            image,
+            read_only,
+            broken,
+            removed: AtomicBool::new(false),
+            running: AtomicUsize::new(0),
+            is_one_of_many: AtomicBool::new(false),
+        })
+    }
+
+    /// Do something with the device. A panic in it breaks the device and is an error of this request.
+    pub fn with<R>(&self, work: impl FnOnce(&Image) -> Result<R>) -> Result<R> {
+        if self.broken.load(Relaxed) {
+            return Err(Error::Internal("an earlier request met an internal error".into()));
+        }
+        catch_unwind(AssertUnwindSafe(|| work(&self.image))).unwrap_or_else(|_| {
+            self.broken.store(true, Relaxed);
+            Err(Error::Internal("a request ended in a panic".into()))
+        })
+    }
+
+    /// Size in bytes and transmission flags, as of now.
+    pub fn facts(&self) -> Result<(Info, u16)> {
+        let info = self.with(Image::info)?;
+        let mut flags = flag::HAS_FLAGS | flag::CAN_MULTI_CONN | flag::SEND_CACHE | flag::SEND_FLUSH;
+        for (on, bit) in [
+            (self.read_only, flag::READ_ONLY),
+            (info.state & state::ROTATIONAL != 0, flag::ROTATIONAL),
+            (!self.read_only && info.can_fua != Can::Not, flag::SEND_FUA),
+            (!self.read_only, flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO),
+        ] {
+            flags |= if on { bit } else { 0 };
+        }
+        Ok((info, flags))
+    }
+
+    /// Take one of `most` threads, if that leaves some to others.
+    pub(super) fn running_begins(&self, most: usize) -> bool {
+        let many = self.is_one_of_many.load(Relaxed);
+        let share = if many { (most / 2).max(1) } else { most };
+        self.running.fetch_update(Relaxed, Relaxed, |n| (n < share).then_some(n + 1)).is_ok()
+    }
+
+    pub(super) fn running_ended(&self) {
+        self.running.fetch_sub(1, Relaxed);
+    }
+}

@@ -1,0 +1,110 @@
+//! Threads for what would have to wait: a disk, a peer, a decompression. Shared by all connections of a
+//! server, made when they are needed, gone when they were idle for a while.
+//!
+//! Fair: connections take turns, however many requests each has queued, and where there are several
+//! exports none can hold more than half of the threads, so that a device that hangs leaves some to
+//! the others.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex};
+
+use super::conn::Conn;
+use super::job::Job;
+
+/// How long a thread waits for work before it ends.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The pool of one server.
+#[derive(Default)]
+pub struct Pool {
+    state: Mutex<State>,
+    work: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Connections that have jobs, each with its jobs, in the order of their turns.
+    ready: VecDeque<(Arc<Conn>, VecDeque<Job>)>,
+    threads: usize,
+    idle: usize,
+}
+
+impl Pool {
+    /// Have a job done by one of at most `most` threads.
+    pub fn submit(self: &Arc<Self>, conn: &Arc<Conn>, job: Job, most: usize) {
+        let mut state = self.state.lock();
+        match state.ready.iter_mut().find(|(c, _)| Arc::ptr_eq(c, conn)) {
+            Some((_, jobs)) => jobs.push_back(job),
+            None => state.ready.push_back((conn.clone(), VecDeque::from([job]))),
+        }
+        if state.idle > 0 {
+            drop(state);
+            self.work.notify_one();
+        } else if state.threads < most {
+            state.threads += 1;
+            drop(state);
+            let pool = self.clone();
+            if super::spawn("qblk-nbd-pool", move || pool.run(most)).is_err() {
+                let mut state = self.state.lock();
+                state.threads -= 1;
+                // Where there is not a single thread the connection does it itself.
+                if state.threads == 0
+                    && let Some((conn, job)) = state.take(most)
+                {
+                    drop(state);
+                    conn.run(job);
+                    conn.export.running_ended();
+                }
+            }
+        }
+    }
+
+    fn run(&self, most: usize) {
+        let mut state = self.state.lock();
+        loop {
+            if let Some((conn, job)) = state.take(most) {
+                drop(state);
+                conn.run(job);
+                conn.export.running_ended();
+                // Jobs of an export that had its share may go on now.
+                state = self.state.lock();
+                if state.idle > 0 && !state.ready.is_empty() {
+                    self.work.notify_one();
+                }
+                continue;
+            }
+            state.idle += 1;
+            let timed_out = self.work.wait_for(&mut state, PATIENCE).timed_out();
+            state.idle -= 1;
+            if timed_out && state.ready.is_empty() {
+                state.threads -= 1;
+                return;
+            }
+        }
+    }
+}
+
+impl State {
+    /// The next job whose export may have another thread.
+    fn take(&mut self, most: usize) -> Option<(Arc<Conn>, Job)> {
+        for _ in 0..self.ready.len() {
+            let (conn, mut jobs) = self.ready.pop_front()?;
+            if !conn.export.running_begins(most) {
+                self.ready.push_back((conn, jobs));
+                continue;
+            }
+            let job = jobs.pop_front();
+            if !jobs.is_empty() {
+                self.ready.push_back((conn.clone(), jobs));
+            }
+            match job {
+                Some(job) => return Some((conn, job)),
+                None => conn.export.running_ended(),
+            }
+        }
+        None
+    }
+}

@@ -1,0 +1,190 @@
+//! Reads: small ones are gathered with other replies, the data of large ones go from a host file to
+//! the socket inside the kernel, and holes are told instead of sent.
+
+use std::sync::Arc;
+
+use super::conn::{Cut, JOB, OUTPUT, Own};
+use super::reply;
+use crate::block::{Device, Extent, OneIov, Result};
+use crate::nbd::proto::{Mode, Request, chunk, cmd_flag};
+
+/// From this many bytes on, data are sent from the file.
+const LARGE: u64 = 64 << 10;
+/// Data that are copied at a time, bytes.
+const PIECE: usize = 128 << 10;
+/// Extents that are looked up at a time.
+const EXTENTS: usize = 32;
+
+impl Own {
+    pub(super) fn read(&mut self, r: &Request) -> std::result::Result<(), Cut> {
+        if r.length >= LARGE {
+            return self.read_large(r);
+        }
+        let len = r.length as usize;
+        self.room(reply::MAX_HEADER + len)?;
+        let mode = self.conn.mode;
+        let (head, n) = reply::read_header(mode, chunk::DONE, r, r.offset, r.length);
+        let data = &mut self.out[self.len + n..self.len + n + len];
+        match self.conn.export.with(|i| i.read_now(OneIov::dst(data).iov(), r.offset)) {
+            Ok(true) => {
+                if let Some((hole, n)) = reply::hole_instead(mode, r, data) {
+                    return self.put(&hole[..n]);
+                }
+                self.out[self.len..self.len + n].copy_from_slice(&head[..n]);
+                self.len += n + len;
+                Ok(())
+            }
+            Ok(false) => self.submit(*r, None, len),
+            Err(e) => self.fail(r, &e),
+        }
+    }
+
+    fn read_large(&mut self, r: &Request) -> std::result::Result<(), Cut> {
+        // One chunk only: holes inside it can not be told.
+        let single = self.conn.mode == Mode::Simple || r.flags & cmd_flag::DF != 0;
+        let (mut offset, end) = (r.offset, r.offset + r.length);
+        let mut begun = false;
+        while offset < end {
+            let mut extents = [Extent::default(); EXTENTS];
+            let found = self.conn.export.with(|i| {
+                let n = i.extents_owned(offset, end - offset, &mut extents)?;
+                Ok((n, i.host_file(extents[0].depth)?))
+            });
+            let (n, file) = match found {
+                Ok(found) => found,
+                Err(e) if !begun => return self.fail(r, &e),
+                Err(e) if single => return Err(Cut::Failed(e.to_string())),
+                // The last chunk of a reply whose first ones are out.
+                Err(e) => return self.fail(r, &e),
+            };
+            if single && !begun {
+                // Zeroes as a whole are one hole.
+                if self.conn.mode != Mode::Simple && n == 1 && is_hole(&extents[0], r) {
+                    return self.tell_hole(r, chunk::DONE, r.offset, r.length);
+                }
+                let (head, n) = reply::read_header(self.conn.mode, chunk::DONE, r, r.offset, r.length);
+                if !self.is_near(&extents[..1], file.as_ref()) && r.length <= JOB {
+                    return self.submit(*r, None, r.length as usize);
+                }
+                self.put(&head[..n])?;
+                begun = true;
+            }
+            for e in extents.iter().take(n) {
+                let at_most = end - offset;
+                let len = e.length.min(at_most);
+                let last = if offset + len == end { chunk::DONE } else { 0 };
+                if e.has(Extent::ZERO) && !single {
+                    self.tell_hole(r, last, offset, len)?;
+                } else {
+                    let file = match file.as_ref() {
+                        Some(f) if e.depth == extents[0].depth && is_plain(e) => Some(f),
+                        _ => None,
+                    };
+                    if !begun
+                        && r.length <= JOB
+                        && !self.is_near(std::slice::from_ref(e), file)
+                    {
+                        return self.submit(*r, None, r.length as usize);
+                    }
+                    if !single {
+                        let (head, n) = reply::read_header(self.conn.mode, last, r, offset, len);
+                        self.put(&head[..n])?;
+                    }
+                    let more = single && offset + len < end;
+                    if let Err(e) = self.data(file, e, (offset, len), more)? {
+                        return Err(Cut::Failed(e.to_string()));
+                    }
+                }
+                begun = true;
+                offset += len;
+            }
+        }
+        Ok(())
+    }
+
+    fn tell_hole(
+        &mut self,
+        r: &Request,
+        flags: u16,
+        offset: u64,
+        len: u64,
+    ) -> std::result::Result<(), Cut> {
+        // A request's length was checked: it fits.
+        let (hole, n) = reply::hole(self.conn.mode, flags, r, offset, len as u32);
+        self.put(&hole[..n])
+    }
+
+    /// Whether data are in memory, as far as a glance shows: the first and the last byte of each extent.
+    fn is_near(&self, extents: &[Extent], file: Option<&Arc<Device>>) -> bool {
+        extents.iter().all(|e| {
+            e.has(Extent::ZERO)
+                || match file {
+                    Some(file) if is_plain(e) => {
+                        let glance = |at: u64| {
+                            let mut byte = [0];
+                            file.read_now(OneIov::dst(&mut byte).iov(), at).unwrap_or(false)
+                        };
+                        glance(e.host_offset) && glance(e.host_offset + e.length - 1)
+                    }
+                    _ => {
+                        let mut byte = [0];
+                        let read = |i: &crate::Image| {
+                            i.read_now(OneIov::dst(&mut byte).iov(), e.offset)
+                        };
+                        self.conn.export.with(read).unwrap_or(false)
+                    }
+                }
+        })
+    }
+
+    /// Send data: `len` bytes at `offset`. With `more` the reply goes on. The outer error is the
+    /// connection's.
+    fn data(
+        &mut self,
+        file: Option<&Arc<Device>>,
+        e: &Extent,
+        (mut offset, mut len): (u64, u64),
+        more: bool,
+    ) -> std::result::Result<Result<()>, Cut> {
+        if let Some(fd) = file.and_then(|f| f.driver().file())
+            && len >= LARGE / 2
+            && self.conn.tls.is_none()
+        {
+            let host = e.host_offset + (offset - e.offset);
+            let n = std::mem::take(&mut self.len);
+            self.conn.send_file(&self.out[..n], more, fd, host, len)?;
+            return Ok(Ok(()));
+        }
+        while len > 0 {
+            let n = len.min(PIECE as u64) as usize;
+            // Half full is sent first, so that pieces stay large.
+            if self.len + n > OUTPUT {
+                self.flush_more()?;
+            }
+            self.high = self.high.max(self.len + n);
+            let to = &mut self.out[self.len..self.len + n];
+            if let Err(e) = self.conn.export.with(|i| i.read_at(to, offset)) {
+                return Ok(Err(e));
+            }
+            self.len += n;
+            offset += n as u64;
+            len -= n as u64;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Send what was gathered while a reply is not whole yet: none of another may come between.
+    fn flush_more(&mut self) -> std::result::Result<(), Cut> {
+        let n = std::mem::take(&mut self.len);
+        self.conn.send(&self.out[..n], true)
+    }
+}
+
+fn is_hole(e: &Extent, r: &Request) -> bool {
+    e.has(Extent::ZERO) && e.length >= r.length
+}
+
+/// Whether the bytes lie in a host file as they are.
+fn is_plain(e: &Extent) -> bool {
+    e.has(Extent::HOST) && e.has(Extent::DATA) && !e.has(Extent::COMPRESSED)
+}

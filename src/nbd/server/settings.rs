@@ -1,0 +1,164 @@
+//! What can be set of a server, by key.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::super::tls::{Pem, ServerTls, TlsOptions};
+use crate::block::{Error, Result, quoted};
+use crate::image::{parse_seconds, parse_size};
+
+/// Whether connections are encrypted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Encryption {
+    /// TLS is not offered.
+    #[default]
+    Off,
+    /// Clients may ask for it.
+    On,
+    /// Nothing is served without.
+    Required,
+}
+
+/// Settings of a server, as they are collected.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// `tls`.
+    pub encryption: Encryption,
+    /// `tls-…`.
+    pub tls: TlsOptions,
+    /// `max-connections`: all together.
+    pub max_connections: usize,
+    /// `max-connections-per-peer`: of one address, user or virtual machine.
+    pub max_per_peer: usize,
+    /// `handshake-timeout`: until the export is chosen.
+    pub handshake_timeout: Duration,
+    /// `idle-timeout`: a client that neither sends nor takes anything for so long is cut off.
+    pub idle_timeout: Option<Duration>,
+    /// `max-request`: bytes of data in one request.
+    pub max_request: u32,
+    /// `max-in-flight`: requests of one connection that wait for a disk or a peer.
+    pub max_in_flight: usize,
+    /// `max-memory`: bytes of data of such requests, of all connections together.
+    pub max_memory: usize,
+    /// `threads`: for what has to wait, shared by all connections.
+    pub threads: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            encryption: Encryption::Off,
+            tls: TlsOptions::default(),
+            max_connections: 256,
+            max_per_peer: 128,
+            handshake_timeout: Duration::from_secs(10),
+            idle_timeout: None,
+            max_request: 32 << 20,
+            max_in_flight: 64,
+            max_memory: 64 << 20,
+            threads: 16,
+        }
+    }
+}
+
+/// The keys, with what they take.
+const KEYS: &[(&str, &str)] = &[
+    ("tls", "off, on or required"),
+    ("tls-certificate", "a PEM file or PEM text"),
+    ("tls-key", "a PEM file or PEM text"),
+    ("tls-ca", "a PEM file or PEM text"),
+    ("tls-certificates", "a directory with server-cert.pem, server-key.pem and ca-cert.pem"),
+    ("tls-verify-peer", "on or off"),
+    ("max-connections", "a number from 1 to 65536"),
+    ("max-connections-per-peer", "a number from 1 to 65536"),
+    ("handshake-timeout", "seconds from 0.001 to 86400"),
+    ("idle-timeout", "seconds up to 31536000; 0 = none"),
+    ("max-request", "a size from 64k to 64M"),
+    ("max-in-flight", "a number from 1 to 4096"),
+    ("max-memory", "a size from 1M to 64G"),
+    ("threads", "a number from 1 to 256"),
+];
+
+impl Settings {
+    /// Set one of them.
+    pub fn set(&mut self, key: &str, value: &[u8]) -> Result<()> {
+        let key = key.replace('_', "-");
+        let Some((_, expected)) = KEYS.iter().find(|(k, _)| *k == key) else {
+            let all = KEYS.iter().map(|k| k.0).collect::<Vec<_>>().join(", ");
+            return Err(Error::invalid(format!(
+                "unknown setting {}; there are: {all}",
+                quoted(key.as_bytes())
+            )));
+        };
+        self.put(&key, value).ok_or_else(|| {
+            // A key's text must not end up in a message.
+            let found = if key.starts_with("tls-") { "another".into() } else { quoted(value) };
+            Error::invalid(format!("setting '{key}': found {found}, expected {expected}"))
+        })
+    }
+
+    fn put(&mut self, key: &str, value: &[u8]) -> Option<()> {
+        let text = std::str::from_utf8(value).ok();
+        let number = |max: usize| {
+            text.and_then(|t| t.parse().ok()).filter(|n: &usize| (1..=max).contains(n))
+        };
+        let size = |min: u64, max: u64| {
+            text.and_then(parse_size)
+                .filter(|n| (min..=max).contains(n))
+                .and_then(|n| usize::try_from(n).ok())
+        };
+        let pem = || (!value.is_empty()).then(|| Some(Pem::from_option(value)));
+        match key {
+            "tls" => {
+                self.encryption = match text? {
+                    "off" => Encryption::Off,
+                    "on" => Encryption::On,
+                    "required" => Encryption::Required,
+                    _ => return None,
+                }
+            }
+            "tls-certificate" => self.tls.certificate = pem()?,
+            "tls-key" => self.tls.key = pem()?,
+            "tls-ca" => self.tls.ca = pem()?,
+            "tls-certificates" => {
+                use std::os::unix::ffi::OsStrExt;
+                let dir = PathBuf::from(std::ffi::OsStr::from_bytes(value));
+                self.tls.certificate = Some(Pem::File(dir.join("server-cert.pem")));
+                self.tls.key = Some(Pem::File(dir.join("server-key.pem")));
+                self.tls.ca = Some(Pem::File(dir.join("ca-cert.pem")));
+            }
+            "tls-verify-peer" => {
+                self.tls.verify_peer = match text? {
+                    "on" => Some(true),
+                    "off" => Some(false),
+                    _ => return None,
+                }
+            }
+            "max-connections" => self.max_connections = number(65536)?,
+            "max-connections-per-peer" => self.max_per_peer = number(65536)?,
+            "handshake-timeout" => {
+                let limits = Duration::from_millis(1)..=Duration::from_secs(86400);
+                self.handshake_timeout = parse_seconds(text?).filter(|t| limits.contains(t))?;
+            }
+            "idle-timeout" => {
+                let most = Duration::from_secs(31_536_000);
+                let time = parse_seconds(text?).filter(|t| *t <= most)?;
+                self.idle_timeout = (!time.is_zero()).then_some(time);
+            }
+            "max-request" => self.max_request = size(64 << 10, 64 << 20)? as u32,
+            "max-in-flight" => self.max_in_flight = number(4096)?,
+            "max-memory" => self.max_memory = size(1 << 20, 64 << 30)?,
+            "threads" => self.threads = number(256)?,
+            _ => return None,
+        }
+        Some(())
+    }
+
+    /// The server's side of TLS, if it is wanted.
+    pub fn server_tls(&self) -> Result<Option<ServerTls>> {
+        match self.encryption {
+            Encryption::Off => Ok(None),
+            _ => ServerTls::new(&self.tls).map(Some),
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! Block status: what a range is, in the terms of each meta context.
+
+use super::conn::{Conn, Context};
+use crate::block::{Error, Extent, Result};
+use crate::nbd::proto::{Mode, Request, alloc, chunk, chunk_header, cmd_flag};
+
+/// Most descriptors in a reply, of each context.
+const DESCRIPTORS: usize = 4096;
+/// Extents that are looked up at a time.
+const EXTENTS: usize = 64;
+/// Bytes of the disk that are looked at for one reply, though all of them be alike: tables have to be
+/// read for them.
+const SPAN: u64 = 64 << 30;
+
+/// Descriptors of one context: lengths and flags, neighbours that are alike merged.
+struct List {
+    context: Context,
+    runs: Vec<(u64, u32)>,
+    /// Most of them.
+    room: usize,
+    /// One found no room: what follows must not be added either.
+    full: bool,
+}
+
+impl List {
+    /// Add a run; `false` if there was no room.
+    fn push(&mut self, len: u64, flags: u32) -> bool {
+        let room = self.runs.len() < self.room;
+        match self.runs.last_mut() {
+            _ if self.full => {}
+            Some((n, f)) if *f == flags => *n += len,
+            _ if room => self.runs.push((len, flags)),
+            _ => self.full = true,
+        }
+        !self.full
+    }
+
+    /// Shorten lengths to what a header of 32 bits can hold.
+    fn fit(&mut self) {
+        // The specification likes multiples of the block size; this is one of 64 KiB.
+        let most = u64::from(u32::MAX) & !0xffff;
+        if let Some(long) = self.runs.iter().position(|(n, _)| *n > most) {
+            self.runs.truncate(long + 1);
+            self.runs[long].0 = most;
+        }
+    }
+}
+
+impl Context {
+    fn flags(self, e: &Extent) -> u32 {
+        match self {
+            Self::Allocation => {
+                let hole = if e.has(Extent::DATA) { 0 } else { alloc::HOLE };
+                hole | if e.has(Extent::ZERO) { alloc::ZERO } else { 0 }
+            }
+            Self::Depth if e.has(Extent::OWNED) => e.depth + 1,
+            Self::Depth => 0,
+        }
+    }
+}
+
+impl Conn {
+    /// The reply to a request for block status, of these contexts only if there are `ids`.
+    pub(super) fn status(&self, r: &Request, ids: Option<&[u32]>) -> Result<Vec<u8>> {
+        let room = if r.flags & cmd_flag::REQ_ONE != 0 { 1 } else { DESCRIPTORS };
+        let mut lists: Vec<List> = self
+            .contexts
+            .iter()
+            .filter(|c| ids.is_none_or(|ids| ids.contains(&(**c as u32))))
+            .map(|c| List { context: *c, runs: Vec::new(), room, full: false })
+            .collect();
+        self.export.with(|image| {
+            let end = r.offset.saturating_add(r.length).min(image.size()?);
+            let mut offset = r.offset;
+            let mut some = [Extent::default(); EXTENTS];
+            while offset < end && offset - r.offset < SPAN {
+                let n = image.extents_owned(offset, (end - offset).min(SPAN), &mut some)?;
+                if n == 0 {
+                    return Err(Error::Internal("no extents".into()));
+                }
+                for e in &some[..n] {
+                    let len = e.length.min(end - e.offset);
+                    let mut any = false;
+                    for list in &mut lists {
+                        any |= list.push(len, list.context.flags(e));
+                    }
+                    if !any {
+                        return Ok(());
+                    }
+                    offset += len;
+                }
+            }
+            Ok(())
+        })?;
+        Ok(self.encode(r, lists))
+    }
+
+    fn encode(&self, r: &Request, mut lists: Vec<List>) -> Vec<u8> {
+        let extended = self.mode == Mode::Extended;
+        let mut out = Vec::new();
+        let last = lists.len().saturating_sub(1);
+        for (i, list) in lists.iter_mut().enumerate() {
+            let done = if i == last { chunk::DONE } else { 0 };
+            if !extended {
+                list.fit();
+            }
+            let count = list.runs.len() as u64;
+            let (kind, length) = match extended {
+                true => (chunk::BLOCK_STATUS_EXT, 8 + 16 * count),
+                false => (chunk::BLOCK_STATUS, 4 + 8 * count),
+            };
+            let (head, n) = chunk_header(self.mode, done, kind, r, length);
+            out.extend_from_slice(&head[..n]);
+            out.extend_from_slice(&(list.context as u32).to_be_bytes());
+            if extended {
+                out.extend_from_slice(&(count as u32).to_be_bytes());
+            }
+            for (len, flags) in &list.runs {
+                if extended {
+                    out.extend_from_slice(&len.to_be_bytes());
+                    out.extend_from_slice(&u64::from(*flags).to_be_bytes());
+                } else {
+                    out.extend_from_slice(&(*len as u32).to_be_bytes());
+                    out.extend_from_slice(&flags.to_be_bytes());
+                }
+            }
+        }
+        out
+    }
+}
