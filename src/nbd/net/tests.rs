@@ -1,0 +1,3 @@
+//! Sockets of this host.
+
+use super::*;
