@@ -278,6 +278,11 @@ extern "C" {
  */
 #define QBLK_VERSION (((QBLK_VERSION_MAJOR << 24) | (QBLK_VERSION_MINOR << 16)) | QBLK_VERSION_MICRO)
 
+/**
+ * qblk_server_add_export(): clients can not write to it.
+ */
+#define QBLK_EXPORT_RDONLY 1
+
 #define QBLK_HAVE_VERSION 1
 
 #define QBLK_HAVE_VERSION_STRING 1
@@ -342,6 +347,32 @@ extern "C" {
 
 #define QBLK_HAVE_RESIZE2 1
 
+#define QBLK_HAVE_SERVER_NEW 1
+
+#define QBLK_HAVE_SERVER_SET 1
+
+#define QBLK_HAVE_SERVER_ADD_EXPORT 1
+
+#define QBLK_HAVE_SERVER_ADD_EXPORT2 1
+
+#define QBLK_HAVE_SERVER_REMOVE_EXPORT 1
+
+#define QBLK_HAVE_SERVER_LISTEN 1
+
+#define QBLK_HAVE_SERVER_LISTEN_FD 1
+
+#define QBLK_HAVE_SERVER_SERVE_FD 1
+
+#define QBLK_HAVE_SERVER_GET_URI 1
+
+#define QBLK_HAVE_SERVER_WAIT 1
+
+#define QBLK_HAVE_SERVER_STOP 1
+
+#define QBLK_HAVE_SERVER_FREE 1
+
+#define QBLK_HAVE_NBD_LIST 1
+
 /**
  * An open block device: a context, an independent way into a source of bytes.
  *
@@ -356,6 +387,14 @@ typedef struct qblk qblk;
  * Any number of threads may use one at once. Only qblk_options_free() must be the last.
  */
 typedef struct qblk_options qblk_options;
+
+/**
+ * An NBD server inside the process. Any number of them may live at once.
+ *
+ * Any number of threads may call on one at once. Only qblk_server_free() must be the last. A server
+ * has threads of its own, which no signal of the program reaches.
+ */
+typedef struct qblk_server qblk_server;
 
 /**
  * Receives messages; see qblk_set_log().
@@ -476,6 +515,12 @@ typedef struct qblk_extent {
      */
     uint8_t reserved[16];
 } qblk_extent;
+
+/**
+ * Receives what qblk_nbd_list() finds: the name and the description of an export, valid during the
+ * call. Anything but 0 ends the list.
+ */
+typedef int (*qblk_nbd_list_fn)(void *opaque, const char *name, const char *description);
 
 /**
  * The version of the library that is loaded: major << 24 | minor << 16 | micro.
@@ -835,6 +880,157 @@ int qblk_resize2(struct qblk *dev,
                  uint64_t size,
                  const struct qblk_options *options,
                  uint32_t flags);
+
+/**
+ * Make an NBD server that exports nothing and listens nowhere yet. Free it with qblk_server_free().
+ *
+ * Returns 0 and the server in `*out`; -EINVAL if `out` is NULL; -EMFILE and other codes of the
+ * system. Any thread. Since 0.1.
+ */
+int qblk_server_new(struct qblk_server **out);
+
+/**
+ * Set `key` to `value`, before the first qblk_server_listen(), _listen_fd() or _serve_fd().
+ *
+ * Keys: "tls" ("off", "on", "required"), "tls-certificate", "tls-key", "tls-ca" (PEM files, or PEM text
+ * that begins with "-----BEGIN"), "tls-certificates" (a directory), "tls-verify-peer" ("on": clients
+ * need a certificate too), "max-connections", "max-connections-per-peer", "handshake-timeout",
+ * "idle-timeout" (seconds), "max-request", "max-in-flight", "max-memory", "threads". docs/options.md
+ * tells their meanings and what holds when they are not set.
+ *
+ * Returns 0; -EINVAL for a NULL, an unknown key, a value out of range, or too late. Any thread.
+ * Since 0.1.
+ */
+int qblk_server_set(struct qblk_server *srv,
+                    const char *key,
+                    const char *value);
+
+/**
+ * Export `dev` under `name`: qblk_server_add_export2() without options.
+ *
+ * Since 0.1.
+ */
+int qblk_server_add_export(struct qblk_server *srv,
+                           const char *name,
+                           struct qblk *dev,
+                           uint32_t flags);
+
+/**
+ * Export `dev` under `name`, at any time, also while clients are served.
+ *
+ * The name "" is what clients get that ask for no name. The name "*" is what they get that ask for
+ * any name which no other export has. The server holds the device until the export is removed: `dev`
+ * may be closed before. Clients can write if `dev` can, unless `flags` has QBLK_EXPORT_RDONLY. The
+ * option "description" is a text for people; `options` may be NULL.
+ *
+ * Returns 0; -EINVAL for a NULL, an unknown flag, a name of more than 4096 bytes; -EEXIST if the name
+ * is taken; -EBADF for a device that is open for its description only, and for a server that was
+ * stopped. Any thread. Since 0.1.
+ */
+int qblk_server_add_export2(struct qblk_server *srv,
+                            const char *name,
+                            struct qblk *dev,
+                            const struct qblk_options *options,
+                            uint32_t flags);
+
+/**
+ * Export `name` no more. Its clients get the answers that are under way and are hung up on; then what
+ * they wrote is flushed, and the server lets go of the device.
+ *
+ * Returns 0; -EINVAL for a NULL; -ENOENT if there is no such export; what the flush answered. Any
+ * thread. Since 0.1.
+ */
+int qblk_server_remove_export(struct qblk_server *srv,
+                              const char *name);
+
+/**
+ * Listen at an address, and serve whoever connects, in the background.
+ *
+ * `uri` is "nbd+unix:///?socket=PATH", "nbd://127.0.0.1:0" (port 0: any that is free; no host: all
+ * addresses), or "nbd+vsock://CID:PORT". May be called several times.
+ *
+ * Returns 0; -EINVAL for a NULL and for what is no such URI; -EADDRINUSE, -EACCES and other codes of
+ * the system; an error of the "tls-..." settings; -EBADF for a server that was stopped. Any thread.
+ * Since 0.1.
+ */
+int qblk_server_listen(struct qblk_server *srv,
+                       const char *uri);
+
+/**
+ * Serve whoever connects to `fd`, a socket that listens already, as socket activation hands over.
+ *
+ * The library works on a duplicate; `fd` stays the caller's. It is made non-blocking.
+ *
+ * Returns 0; -EBADF if `fd` is none. Any thread. Since 0.1.
+ */
+int qblk_server_listen_fd(struct qblk_server *srv,
+                          int fd);
+
+/**
+ * Serve one client on `fd`, a connected socket, in the background.
+ *
+ * The library works on a duplicate; the caller closes `fd`, or the client is not told when the
+ * server hangs up.
+ *
+ * Returns 0; -EBADF if `fd` is none; -EAGAIN when a limit of connections is reached. Any thread.
+ * Since 0.1.
+ */
+int qblk_server_serve_fd(struct qblk_server *srv,
+                         int fd);
+
+/**
+ * Tell where clients find the server: a URI, as text in `buf`, with the real port.
+ *
+ * It is the first address that is listened at; with the name of the export if there is just one.
+ * `size` is that of `buf` in bytes; `buf` may be NULL if it is 0.
+ *
+ * Returns the length of the URI in bytes without the NUL, as snprintf() does: a result of `size` or
+ * more means that it was cut. -ENOENT if the server listens nowhere; -EINVAL for a NULL. Any thread.
+ * Since 0.1.
+ */
+int64_t qblk_server_get_uri(struct qblk_server *srv,
+                            char *buf,
+                            size_t size);
+
+/**
+ * Wait until the server is stopped (by qblk_server_stop() in another thread), for at most
+ * `timeout_ms` milliseconds; -1 waits for ever.
+ *
+ * Returns 0; -ETIMEDOUT; -EINVAL for a NULL. Any thread. Since 0.1.
+ */
+int qblk_server_wait(struct qblk_server *srv, int timeout_ms);
+
+/**
+ * Stop: take no more clients and requests, let those that are under way finish for at most `drain_ms`
+ * milliseconds (-1: for as long as it takes), hang up, and flush all exports.
+ *
+ * Returns 0; what the first flush that failed answered; -ETIMEDOUT if a device did not answer a
+ * request even then; -EINVAL for a NULL. Any thread. Since 0.1.
+ */
+int qblk_server_stop(struct qblk_server *srv,
+                     int drain_ms);
+
+/**
+ * Stop a server without draining, unless it is stopped, and free it. NULL does nothing.
+ *
+ * Cannot fail. Any thread, as the last call on this server. In a child of fork it only frees.
+ * Since 0.1.
+ */
+void qblk_server_free(struct qblk_server *srv);
+
+/**
+ * Ask the NBD server at `uri` for its exports, and call `fn` with `opaque` for each.
+ *
+ * `options` are those of qblk_open2() for NBD ("tls-ca", "nbd.timeout"...); NULL: none. The name in
+ * the URI does not matter.
+ *
+ * Returns how many there are; -EACCES or -EPERM when the server does not tell; else as qblk_open2().
+ * Any thread. Since 0.1.
+ */
+int64_t qblk_nbd_list(const char *uri,
+                      const struct qblk_options *options,
+                      qblk_nbd_list_fn fn,
+                      void *opaque);
 
 QBLK_STATIC_ASSERT(sizeof(qblk_info) == QBLK_INFO_SIZE, "qblk_info is 256 bytes, for ever");
 QBLK_STATIC_ASSERT(offsetof(qblk_info, size) == 0, "fields do not move");

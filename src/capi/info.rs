@@ -186,13 +186,24 @@ pub unsafe extern "C" fn qblk_get_property(
             let Some(value) = value else {
                 return Err(no_property(key.to_bytes()));
             };
-            if let Some(room) = size.checked_sub(1) {
-                let n = value.len().min(room);
-                ptr::copy_nonoverlapping(value.as_ptr(), buf.cast(), n);
-                *buf.add(n) = 0;
-            }
+            put_text(&value, buf, size);
             Ok(value.len() as i64)
         })
+    }
+}
+
+/// Put as much of `value` into `buf` as there is room for, with a NUL behind it.
+///
+/// # Safety
+/// `buf` must be good for writing `size` bytes.
+pub(super) unsafe fn put_text(value: &[u8], buf: *mut c_char, size: usize) {
+    if let Some(room) = size.checked_sub(1) {
+        let n = value.len().min(room);
+        // SAFETY: n + 1 is at most `size`.
+        unsafe {
+            ptr::copy_nonoverlapping(value.as_ptr(), buf.cast(), n);
+            *buf.add(n) = 0;
+        }
     }
 }
 

@@ -17,8 +17,11 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::*};
 use std::time::{Duration, Instant};
 
 use super::*;
+use crate::nbd::server::Server;
 use crate::log::{Level, log};
 
+/// Addresses of the servers.
+static SERVERS: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 /// Addresses of the open handles.
 static OPEN: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
 /// The process that the library was readied in; a child that no handler told us of has another.
@@ -74,6 +77,28 @@ pub(super) fn adopt(image: Image, broken: Arc<AtomicBool>) -> *mut qblk {
     handle
 }
 
+/// Make a server's handle and remember it.
+pub(super) fn adopt_server(server: Server) -> *mut qblk_server {
+    let handle = Box::into_raw(Box::new(qblk_server::new(server)));
+    SERVERS.lock().insert(handle as usize);
+    handle
+}
+
+/// Take a server's handle back from C, and free it.
+///
+/// # Safety
+/// `srv` came from [`adopt_server`], and this is the last call on it.
+pub(super) unsafe fn forget_server(srv: *mut qblk_server) {
+    if guard::forked() {
+        // Its threads are the parent's, and so is what its sockets say.
+        // SAFETY: the caller's word.
+        return unsafe { Box::from_raw(srv) }.abandon();
+    }
+    SERVERS.lock().remove(&(srv as usize));
+    // SAFETY: the caller's word; the destructor can not find it any more.
+    drop(unsafe { Box::from_raw(srv) });
+}
+
 /// A handle that C has given back, which the end of the program waits for.
 pub(super) struct Closing(Box<qblk>);
 
@@ -116,6 +141,16 @@ fn close_all() {
     if guard::forked() || PROCESS.load(Relaxed) != unsafe { libc::getpid() } {
         // A child owes its parent's devices nothing.
         return;
+    }
+    // First, so that what their clients wrote is flushed with the rest.
+    if let Some(servers) = SERVERS.try_lock_for(PATIENCE) {
+        for &address in servers.iter() {
+            // SAFETY: in the registry, so not freed; freeing it waits for the lock that is held.
+            let server = unsafe { &*(address as *const qblk_server) }.get();
+            if let Err(e) = server.stop(PATIENCE) {
+                log(Level::Error, format_args!("stopping a server at the program's end: {e}"));
+            }
+        }
     }
     // Threads may go on calling while the process ends. Held to the end: qblk_close of a handle that
     // is being shut waits here, so that it is not freed meanwhile.

@@ -34,6 +34,8 @@ mod info;
 pub use info::*;
 mod images;
 pub use images::*;
+mod server;
+pub use server::*;
 mod have;
 pub use have::*;
 

@@ -82,7 +82,7 @@ pub unsafe extern "C" fn qblk_open_fd(
     })
 }
 
-fn duplicate(fd: c_int) -> Result<OwnedFd, Fail> {
+pub(super) fn duplicate(fd: c_int) -> Result<OwnedFd, Fail> {
     // SAFETY: fcntl looks at a number, which may be any.
     let copy = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
     if copy < 0 {

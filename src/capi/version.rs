@@ -45,6 +45,10 @@ const FEATURES: &[&str] = &[
     "format:raw",
     "io:mmap",
     "mem",
+    "nbd",
+    "nbd:client",
+    "nbd:server",
+    "nbd:tls",
 ];
 
 /// The version of the library that is loaded: major << 24 | minor << 16 | micro.

@@ -4,10 +4,11 @@
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::remote::{self, Remote};
 use super::{Again, OpenFlags, Options, Tree, Use};
 use crate::block::*;
 use crate::file;
@@ -29,6 +30,13 @@ enum Implicit {
 pub(super) enum Source<'a> {
     Path(&'a OsStr),
     Memory(u64),
+    Remote(Remote),
+}
+
+/// A backing image that an image names, and that may be opened.
+enum Allowed {
+    Path(PathBuf),
+    Remote(Remote),
 }
 
 /// One image on its way to being opened, and those above it.
@@ -60,6 +68,9 @@ pub(super) fn parse_name(name: &OsStr) -> Result<Source<'_>> {
             Error::invalid(format!("{}: expected mem:SIZE, as in mem:64M", quoted(bytes)))
         });
     }
+    if let Some(remote) = Remote::parse(bytes)? {
+        return Ok(Source::Remote(remote));
+    }
     if let Some(scheme) = foreign_scheme(bytes) {
         return Err(Error::unsupported(
             &name.to_owned().into(),
@@ -73,19 +84,9 @@ pub(super) fn parse_name(name: &OsStr) -> Result<Source<'_>> {
 
 /// A scheme that is not a path's, and that no path should be mistaken for.
 fn foreign_scheme(name: &[u8]) -> Option<&'static str> {
-    [
-        "nbd",
-        "nbds",
-        "nbd+unix",
-        "nbds+unix",
-        "nbd+vsock",
-        "nbds+vsock",
-        "nbd+exec",
-        "plugin",
-        "json",
-    ]
-    .into_iter()
-    .find(|s| name.strip_prefix(s.as_bytes()).is_some_and(|rest| rest.starts_with(b":")))
+    ["plugin", "json"]
+        .into_iter()
+        .find(|s| name.strip_prefix(s.as_bytes()).is_some_and(|rest| rest.starts_with(b":")))
 }
 
 /// Open `name` and what it stands on.
@@ -95,8 +96,10 @@ pub(super) fn open(
     flags: OpenFlags,
     calls: &Arc<InFlight>,
 ) -> Result<Tree> {
-    check(options, flags)?;
-    let again = match parse_name(name)? {
+    let source = parse_name(name)?;
+    check(options, flags, matches!(source, Source::Remote(_)))?;
+    let again = match source {
+        Source::Remote(remote) => Again::Remote(remote),
         Source::Memory(size) => Again::Memory(file::memory(size)?),
         Source::Path(path) => Again::Path(
             std::path::absolute(Path::new(path)).unwrap_or_else(|_| PathBuf::from(path)),
@@ -112,13 +115,23 @@ pub(super) fn open_fd(
     flags: OpenFlags,
     calls: &Arc<InFlight>,
 ) -> Result<Tree> {
-    check(options, flags)?;
+    let is_socket = std::fs::File::from(fd.try_clone().map_err(|e| {
+        Error::Os { op: "duplicating", file: "descriptor".into(), errno: e.raw_os_error().unwrap_or(libc::EBADF) }
+    })?)
+    .metadata()
+    .is_ok_and(|m| m.file_type().is_socket());
+    check(options, flags, is_socket)?;
     // The file's real name: what its backing file is relative to, and what messages show.
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let name = match std::fs::read_link(&link) {
         Ok(path) => Name::from(path.into_os_string()),
         Err(_) => Name::from(format!("descriptor {}", fd.as_raw_fd())),
     };
+    if is_socket {
+        let driver = remote::open_socket(fd, &name, options, flags)?;
+        let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
+        return opening.tree(driver, name, Again::Never, options, flags);
+    }
     open_source(name, Again::Descriptor(fd), options, flags, calls)
 }
 
@@ -133,6 +146,11 @@ pub(super) fn reopen(
         Again::Path(path) => Again::Path(path.clone()),
         Again::Descriptor(fd) => Again::Descriptor(duplicate(fd, &old.name)?),
         Again::Memory(fd) => Again::Memory(duplicate(fd, &old.name)?),
+        Again::Remote(remote) => Again::Remote(remote.clone()),
+        Again::Never => {
+            let text = "opened by a connected socket, which can not be opened again";
+            return Err(Error::policy(&old.name, text));
+        }
     };
     open_source(old.name.clone(), again, options, flags, calls)
 }
@@ -153,11 +171,13 @@ fn open_source(
     flags: OpenFlags,
     calls: &Arc<InFlight>,
 ) -> Result<Tree> {
-    let how = check(options, flags)?;
+    let how = check(options, flags, matches!(again, Again::Remote(_)))?;
     let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
     let driver = match &again {
         Again::Memory(fd) => file::from_memory(duplicate(fd, &name)?)?,
         Again::Descriptor(fd) => file::from_fd(duplicate(fd, &name)?, &name, how)?,
+        Again::Remote(remote) => remote.open(&name, options, flags)?,
+        Again::Never => return Err(Error::Internal("opened again by nothing".into())),
         Again::Path(path) => {
             // Shown, and used for what the image names beside itself, as the caller gave it.
             let shown = match parse_name(name.as_os_str()) {
@@ -169,11 +189,7 @@ fn open_source(
             file::open(&shown, how)?
         }
     };
-    opening.note(driver.identity(), driver.name(), &name)?;
-    let kind = driver.kind();
-    let (top, probed) = opening.image(driver, options, flags, false)?;
-    let files = top.driver().files();
-    Ok(Tree { top, files, name, options: options.clone(), flags, probed, driver: kind, again })
+    opening.tree(driver, name, again, options, flags)
 }
 
 /// Refuse `target` as a new image on top of `below` if it is `below` or in its chain.
@@ -191,7 +207,7 @@ pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Re
 }
 
 /// What can be refused before anything is opened.
-fn check(options: &Options, flags: OpenFlags) -> Result<file::How> {
+fn check(options: &Options, flags: OpenFlags, remote: bool) -> Result<file::How> {
     options.check(Use::Open)?;
     if flags.0 & !OpenFlags::ALL.0 != 0 {
         return Err(Error::invalid(format!(
@@ -206,8 +222,8 @@ fn check(options: &Options, flags: OpenFlags) -> Result<file::How> {
     if flags.has(OpenFlags::UNTRUSTED) && options.get("format").is_none() {
         return Err(Error::invalid("QBLK_OPEN_UNTRUSTED needs the option 'format'"));
     }
-    for key in ["nbd.connections", "nbd.timeout", "nbd.reconnect", "nbd.connect-timeout"] {
-        if options.get(key).is_some() {
+    for key in remote::KEYS {
+        if !remote && options.get(key).is_some() {
             return Err(Error::invalid(format!("option '{key}' has no use here (not an NBD URI)")));
         }
     }
@@ -238,6 +254,22 @@ fn implicit(options: &Options) -> Result<Implicit> {
 }
 
 impl Opening<'_> {
+    /// The whole chain on top of `driver`, opened by the caller.
+    fn tree(
+        &mut self,
+        driver: Box<dyn Driver>,
+        name: Name,
+        again: Again,
+        options: &Options,
+        flags: OpenFlags,
+    ) -> Result<Tree> {
+        self.note(driver.identity(), driver.name(), &name)?;
+        let kind = driver.kind();
+        let (top, probed) = self.image(driver, options, flags, false)?;
+        let files = top.driver().files();
+        Ok(Tree { top, files, name, options: options.clone(), flags, probed, driver: kind, again })
+    }
+
     /// Remember a file of the chain; refuse one that is there already.
     fn note(&mut self, id: Option<(u64, u64)>, path: &Name, named_by: &Name) -> Result<()> {
         if let Some(id) = id {
@@ -352,7 +384,11 @@ impl Opening<'_> {
                 ),
             ));
         }
-        let path = self.allowed(name, recorded)?;
+        let allowed = self.allowed(name, recorded)?;
+        let source = match &allowed {
+            Allowed::Path(path) => Source::Path(path.as_os_str()),
+            Allowed::Remote(remote) => Source::Remote(remote.clone()),
+        };
         if below.get("format").is_none()
             && let Some(fmt) = recorded.format.as_ref().filter(|f| !f.is_empty())
         {
@@ -365,7 +401,7 @@ impl Opening<'_> {
             below.set("format", Some(fmt));
         }
         let guess = below.get("format").is_none();
-        match self.below(name, Source::Path(path.as_os_str()), &below, flags, guess) {
+        match self.below(name, source, &below, flags, guess) {
             // What is there, but neither a regular file nor a block device.
             Err(Error::Invalid(what)) => {
                 Err(Error::policy(name, format!("names a backing file that is none: {what}")))
@@ -374,8 +410,8 @@ impl Opening<'_> {
         }
     }
 
-    /// The path of a backing file that an image names, if the policy lets it be opened.
-    fn allowed(&self, name: &Name, recorded: &BackingRef) -> Result<PathBuf> {
+    /// What leads to the backing file that an image names, if the policy lets it be opened.
+    fn allowed(&self, name: &Name, recorded: &BackingRef) -> Result<Allowed> {
         let denied = |why: &str| {
             Error::policy(
                 name,
@@ -394,6 +430,12 @@ impl Opening<'_> {
             return Err(denied("which is no file name"));
         }
         if recorded.name == bytes && looks_like_uri(bytes) {
+            // Never a command: what an image names does not start programs.
+            if self.implicit == Implicit::Any
+                && let Ok(Some(remote @ Remote::Uri(_))) = Remote::parse(bytes)
+            {
+                return Ok(Allowed::Remote(remote));
+            }
             return Err(match self.implicit {
                 Implicit::Any => Error::unsupported(
                     name,
@@ -402,7 +444,7 @@ impl Opening<'_> {
                 _ => denied("which is not a local file"),
             });
         }
-        Ok(beside(name.as_path(), Path::new(OsStr::from_bytes(bytes))))
+        Ok(Allowed::Path(beside(name.as_path(), Path::new(OsStr::from_bytes(bytes)))))
     }
 
     fn below(
@@ -425,12 +467,19 @@ impl Opening<'_> {
         if options.get("format").is_none() {
             flags.0 &= !OpenFlags::UNTRUSTED.0;
         }
-        let how = check(options, flags)?;
+        let how = check(options, flags, matches!(source, Source::Remote(_)))?;
         if options.get("implicit-open").is_some() {
             self.implicit = implicit(options)?;
         }
         let driver = match source {
             Source::Memory(size) => file::from_memory(file::memory(size)?)?,
+            Source::Remote(remote) => {
+                let name = match &remote {
+                    Remote::Uri(uri) => Name::from(uri.to_string()),
+                    Remote::Command(_) => Name::from("nbd+exec:"),
+                };
+                remote.open(&name, options, flags)?
+            }
             Source::Path(path) => {
                 let path = Name::from(path.to_owned());
                 file::open(&path, how).map_err(|e| backing_error(e, above))?

@@ -10,6 +10,7 @@
 mod chain;
 mod create;
 mod options;
+mod remote;
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -23,6 +24,7 @@ use parking_lot::Mutex;
 use crate::block::*;
 pub use chain::Probe;
 pub use create::create;
+pub use remote::list_exports;
 pub use options::{Options, Use, parse_seconds, parse_size};
 
 /// How to open. The values are those of the C ABI (`QBLK_OPEN_*`).
@@ -146,6 +148,10 @@ pub(crate) enum Again {
     Descriptor(OwnedFd),
     /// By a duplicate of this descriptor of memory.
     Memory(OwnedFd),
+    /// By connecting anew.
+    Remote(remote::Remote),
+    /// Not at all: a connected socket is good for one connection.
+    Never,
 }
 
 /// What all contexts of a source share.
@@ -235,6 +241,16 @@ impl Image {
         }
         drop(call);
         Ok(Self { shared: self.shared.clone(), write: AtomicBool::new(write) })
+    }
+
+    /// Another context with the flags of this one.
+    pub fn own_context(&self) -> Result<Self> {
+        let call = self.call()?;
+        if call.flags.has(OpenFlags::INFO_ONLY) {
+            return Err(info_only(&call.name));
+        }
+        let write = AtomicBool::new(self.write.load(Relaxed));
+        Ok(Self { shared: self.shared.clone(), write })
     }
 
     /// Begin a call: what it looks up stays valid until the answer is dropped.
@@ -508,7 +524,9 @@ impl Image {
 
     /// Flush, and close the source if this is its last context. The handle answers nothing more.
     pub fn close(self) -> Result<()> {
-        let result = self.flush_for_close();
+        // Closing the last context flushes, in its own way where a peer may be dead.
+        let last = Arc::strong_count(&self.shared) == 1;
+        let result = if last { Ok(()) } else { self.flush_for_close() };
         // Of two contexts that are closed at once exactly one is the last.
         match Arc::into_inner(self.shared) {
             Some(shared) => {

@@ -20,11 +20,14 @@ pub enum Use {
     Create,
     /// Changing an image's size.
     Resize,
+    /// Exporting a device.
+    Export,
 }
 
 const OPEN: u8 = 1;
 const CREATE: u8 = 2;
 const RESIZE: u8 = 4;
+const EXPORT: u8 = 8;
 
 /// Every key, with the calls that have a use for it.
 const KEYS: &[(&str, u8)] = &[
@@ -36,6 +39,8 @@ const KEYS: &[(&str, u8)] = &[
     ("compression-type", CREATE),
     ("data-file", OPEN | CREATE),
     ("data-file-raw", CREATE),
+    ("argv", OPEN),
+    ("description", EXPORT),
     ("encrypt.format", CREATE),
     ("encryption", CREATE),
     ("exclusive", CREATE),
@@ -48,12 +53,23 @@ const KEYS: &[(&str, u8)] = &[
     ("lazy-refcounts", CREATE),
     ("lock", OPEN),
     ("lock-wait", OPEN),
+    ("nbd.activation", OPEN),
     ("nbd.connect-timeout", OPEN),
     ("nbd.connections", OPEN),
+    ("nbd.contexts", OPEN),
+    ("nbd.export", OPEN),
     ("nbd.reconnect", OPEN),
     ("nbd.timeout", OPEN),
     ("preallocation", CREATE | RESIZE),
     ("refcount-bits", CREATE),
+    ("tls", OPEN),
+    ("tls-ca", OPEN),
+    ("tls-certificate", OPEN),
+    ("tls-certificates", OPEN),
+    ("tls-hostname", OPEN),
+    ("tls-key", OPEN),
+    ("tls-psk-file", OPEN),
+    ("tls-verify-peer", OPEN),
 ];
 
 /// Settings for a call. Keys are kept in lower case with hyphens; values are bytes.
@@ -88,6 +104,7 @@ impl Options {
             Use::Context => 0,
             Use::Create => CREATE,
             Use::Resize => RESIZE,
+            Use::Export => EXPORT,
         };
         for full in self.0.keys() {
             let mut key = full.as_str();
@@ -107,6 +124,7 @@ impl Options {
                             Use::Context => "making a context",
                             Use::Create => "creating",
                             Use::Resize => "resizing",
+                            Use::Export => "exporting",
                         }
                     )));
                 }

@@ -52,6 +52,17 @@ impl fmt::Debug for Pem {
     }
 }
 
+impl Pem {
+    /// The value of an option: text if it begins like PEM, else a file's name.
+    pub fn from_option(value: &[u8]) -> Self {
+        use std::os::unix::ffi::OsStrExt;
+        match value.starts_with(b"-----BEGIN") {
+            true => Self::Text(value.to_vec()),
+            false => Self::File(std::ffi::OsStr::from_bytes(value).into()),
+        }
+    }
+}
+
 /// What options say of TLS; the names are the options'.
 #[derive(Clone, Debug, Default)]
 pub struct TlsOptions {

@@ -1,7 +1,7 @@
 //! Taking clients: limits first, then a thread for each.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::*;
 use std::time::{Duration, Instant};
@@ -25,7 +25,7 @@ pub fn run(inner: &Arc<Inner>) {
         if inner.is_stopping() {
             break;
         }
-        let mut polls: Vec<libc::pollfd> = [inner.waker.as_raw_fd()]
+        let mut polls: Vec<libc::pollfd> = [inner.waker.as_fd().as_raw_fd()]
             .into_iter()
             .chain(listeners.iter().map(|fd| fd.as_raw_fd()))
             .map(|fd| libc::pollfd { fd, events: libc::POLLIN, revents: 0 })

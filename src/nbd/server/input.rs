@@ -1,6 +1,6 @@
 //! Bytes from a client: taken from the socket as many at a time as there are.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use super::conn::Cut;
@@ -153,7 +153,7 @@ pub fn wait(fd: Option<&OwnedFd>, waker: &Waker, time: Option<Duration>) -> bool
     let socket = fd.map_or(-1, |fd| fd.as_raw_fd());
     let mut polls = [
         libc::pollfd { fd: socket, events: libc::POLLIN, revents: 0 },
-        libc::pollfd { fd: waker.as_raw_fd(), events: libc::POLLIN, revents: 0 },
+        libc::pollfd { fd: waker.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 },
     ];
     let ms = time.map_or(-1, |t| t.as_millis().clamp(1, 60_000) as i32);
     // SAFETY: two pollfds of ours; a negative descriptor is passed over.
