@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use libc::iovec;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use super::flush::Flusher;
 use super::map::Mapping;
@@ -46,6 +46,16 @@ pub(super) struct Cannot {
     pub nowait: AtomicBool,
 }
 
+/// A run of the file that was found to be data, when `Host::holes` was `holes`. To find where one
+/// ends takes time in proportion to its length on some file systems, so the last is remembered. If
+/// another process makes holes in it meanwhile, they are taken for data, which is never wrong.
+#[derive(Clone, Copy, Default)]
+pub(super) struct DataRun {
+    pub holes: u64,
+    pub from: u64,
+    pub to: u64,
+}
+
 /// A file, a block device, or memory that behaves like one.
 pub struct Host {
     pub(super) file: File,
@@ -71,6 +81,9 @@ pub struct Host {
     /// such a write has just added. Held across the system call; no other lock is taken under it.
     pub(super) growing: RwLock<()>,
     pub(super) cannot: Cannot,
+    /// Counts what may have made holes, twice: when it begins and when it is done.
+    pub(super) holes: AtomicU64,
+    pub(super) data_run: Mutex<DataRun>,
     /// What reads are served from.
     pub(super) map: Option<Mapping>,
 }

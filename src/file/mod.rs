@@ -220,6 +220,8 @@ impl Source {
             flusher: Default::default(),
             growing: RwLock::new(()),
             cannot: Default::default(),
+            holes: Default::default(),
+            data_run: Default::default(),
             map,
         })
     }

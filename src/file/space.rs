@@ -6,11 +6,11 @@
 
 use std::fs::File;
 use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use libc::{FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, c_int, iovec};
 
-use super::host::{Host, Seek};
+use super::host::{DataRun, Host, Seek};
 use super::sys;
 use crate::block::{
     Driver, Error, Extent, ExtentList, Prealloc, ReqFlags, Result, Src, zero_iovecs,
@@ -42,11 +42,13 @@ impl Host {
     pub(super) fn zero_range(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         let end = self.end_to_write("zero", offset, count)?;
         self.flusher.dirty();
+        self.holes.fetch_add(1, AcqRel);
         let result = if self.is_block {
             self.zero_block(offset, count, flags)
         } else {
             self.zero_file(offset, count, end, flags)
         };
+        self.holes.fetch_add(1, AcqRel);
         self.flusher.dirty();
         result
     }
@@ -128,7 +130,9 @@ impl Host {
             return Ok(());
         }
         self.flusher.dirty();
+        self.holes.fetch_add(1, AcqRel);
         let result = self.try_mode(PUNCH, &self.cannot.punch, from, to - from);
+        self.holes.fetch_add(1, AcqRel);
         self.flusher.dirty();
         // A hint: that it cannot be done is no failure.
         result.map(drop)
@@ -150,6 +154,13 @@ impl Host {
             }
         };
         let mut at = offset;
+        let holes = self.holes.load(Acquire);
+        let known = *self.data_run.lock();
+        if known.holes == holes && (known.from..known.to).contains(&at) {
+            let to = known.to.min(end);
+            out.push(Extent::data(at, to - at));
+            at = to;
+        }
         while at < end && !out.is_full() {
             let Some(data) = seek_data(file, at) else {
                 self.tell_size(at, end, false, out);
@@ -167,7 +178,10 @@ impl Host {
             out.push(Extent::hole(at, data - at));
             // A file that changes under us, or an odd file system: data is never wrong.
             let hole = match sys::lseek(file, data, libc::SEEK_HOLE) {
-                Ok(hole) if hole > data => hole.min(end),
+                Ok(hole) if hole > data => {
+                    *self.data_run.lock() = DataRun { holes, from: data, to: hole };
+                    hole.min(end)
+                }
                 _ => {
                     self.tell_size(data, end, false, out);
                     break;
@@ -204,6 +218,7 @@ impl Host {
             };
         }
         let _alone = self.growing.write();
+        self.holes.fetch_add(1, AcqRel);
         let old = sys::file_size(&self.file).map_err(|e| self.os_error("fstat", e))?;
         let failed = |errno| self.os_error("resize", errno);
         if size < old.max(self.size()) {
