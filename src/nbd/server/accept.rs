@@ -78,7 +78,6 @@ pub fn begin(inner: &Arc<Inner>, fd: OwnedFd, peer: Peer) -> io::Result<()> {
     };
     inner.stats.connections.fetch_add(1, Relaxed);
     let server = inner.clone();
-    let server = inner.clone();
     spawn("qblk-nbd-conn", move || {
         let _listed = Listed(&server, id);
         serve(&server, fd, &link, name);

@@ -3,6 +3,7 @@
 //! goes to the pool.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
@@ -15,7 +16,7 @@ use super::handshake::Agreed;
 use super::input::Input;
 use super::job::{Buffer, Job, Reply};
 use super::memory::Pages;
-use super::send::{Sending, errno};
+use super::send::Sending;
 use super::{Inner, reply};
 use crate::block::{Error, quoted};
 use crate::log::{Level, log};
@@ -43,7 +44,6 @@ pub enum Context {
 }
 
 /// Why a connection ends.
-#[derive(Debug)]
 pub enum Cut {
     /// The client hung up, or we did.
     Closed,
@@ -53,6 +53,17 @@ pub enum Cut {
     Protocol(String),
     /// Something failed in the middle of a reply.
     Failed(String),
+}
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("the connection was closed"),
+            Self::Idle => f.write_str("silent for longer than idle-timeout allows"),
+            Self::Protocol(what) => write!(f, "broke the protocol: {what}"),
+            Self::Failed(what) => f.write_str(what),
+        }
+    }
 }
 
 impl Cut {
@@ -145,7 +156,7 @@ impl Conn {
                     Cut::Idle => Level::Info,
                     _ => Level::Warn,
                 };
-                log(level, format_args!("NBD client {}: cut off: {why:?}", self.peer));
+                log(level, format_args!("NBD client {}: cut off: {why}", self.peer));
             }
         }
         self.cut();
@@ -344,8 +355,7 @@ impl Own {
         self.take(&mut payload)?;
         let (length, ids) = payload.split_at(8);
         let length = u64::from_be_bytes(length.try_into().unwrap_or_default());
-        let ids: Vec<u32> =
-            ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
+        let ids: Vec<u32> = ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
         let ask = Request { length, ..*r };
         let known = ids.iter().all(|id| self.conn.contexts.iter().any(|c| *c as u32 == *id));
         let status = match known && length > 0 && !ids.is_empty() {
@@ -398,7 +408,10 @@ impl Own {
                 let most = 8 + 4 * conn.contexts.len() as u64;
                 return match r.length {
                     12.. if r.length <= most && r.length.is_multiple_of(4) => Ok(()),
-                    n => Err((libc::EINVAL, format!("a payload of {n} bytes, expected 12 to {most}"))),
+                    n => Err((
+                        libc::EINVAL,
+                        format!("a payload of {n} bytes, expected 12 to {most}"),
+                    )),
                 };
             }
             cmd::BLOCK_STATUS if conn.contexts.is_empty() => {

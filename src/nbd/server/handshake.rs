@@ -111,7 +111,9 @@ impl Talk<'_> {
             self.stream.skip(length.into())?;
             return match option {
                 opt::ABORT => self.reply(option, rep::ACK, &[]).map(|()| Next::End),
-                opt::EXPORT_NAME => Err(Error::proto(self.stream.peer(), "EXPORT_NAME without TLS")),
+                opt::EXPORT_NAME => {
+                    Err(Error::proto(self.stream.peer(), "EXPORT_NAME without TLS"))
+                }
                 _ => self.refuse(option, rep::ERR_TLS_REQD, "this server is for TLS only"),
             };
         }

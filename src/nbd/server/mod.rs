@@ -172,9 +172,8 @@ impl Server {
             ));
         };
         export.removed.store(true, SeqCst);
-        let uses = |link: &Link| {
-            link.socket.lock().1.as_ref().is_some_and(|e| Arc::ptr_eq(e, &export))
-        };
+        let uses =
+            |link: &Link| link.socket.lock().1.as_ref().is_some_and(|e| Arc::ptr_eq(e, &export));
         let begun = Instant::now();
         let mut cut = false;
         loop {
@@ -230,7 +229,11 @@ impl Server {
         socket::set_nonblocking(&fd, false)?;
         let peer = socket::peer(&fd);
         accept::begin(&self.0, fd, peer).map_err(|e| {
-            Error::net(&"NBD server".into(), "serving a connection", e.raw_os_error().unwrap_or(libc::EAGAIN))
+            Error::net(
+                &"NBD server".into(),
+                "serving a connection",
+                e.raw_os_error().unwrap_or(libc::EAGAIN),
+            )
         })
     }
 
