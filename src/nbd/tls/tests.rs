@@ -1,17 +1,16 @@
 //! Both ends of a session in memory, with certificates made for each test.
 
+mod settings;
+mod streams;
+
 use std::fs;
 use std::io::IoSlice;
-use std::os::unix::net::UnixStream;
-use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-use std::time::{Duration, Instant};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 
 use super::*;
 use crate::block::ErrorKind;
-use crate::nbd::net::Stream;
 
 /// A directory that is removed at the end.
 struct Temp(PathBuf);
@@ -466,136 +465,6 @@ fn tls_1_2_is_spoken_too() {
 }
 
 #[test]
-fn files_and_directories() {
-    let (temp, ca) = (Temp::new(), Ca::new());
-    let refused = |result: Result<TlsOptions>, part: &str| match result {
-        Err(e @ (Error::Invalid(_) | Error::Unsupported { .. })) => {
-            assert!(e.to_string().contains(part), "{e}")
-        }
-        other => panic!("{other:?}"),
-    };
-    refused(TlsOptions::from_directory(&temp.0), "ca-cert.pem");
-    refused(TlsOptions::from_server_directory(&temp.0), "server-key.pem");
-    temp.file("ca-cert.pem", &ca.text);
-    refused(TlsOptions::from_server_directory(&temp.0), "server-key.pem");
-    for (side, options) in [("server", ca.server()), ("client", ca.sign(&["me"], |_| {}))] {
-        for (kind, pem) in [("cert", options.certificate), ("key", options.key)] {
-            let Some(Pem::Text(text)) = pem else { panic!() };
-            temp.file(&format!("{side}-{kind}.pem"), text);
-        }
-    }
-    let client = TlsOptions::from_directory(&temp.0).unwrap();
-    let mut server = TlsOptions::from_server_directory(&temp.0).unwrap();
-    server.verify_peer = Some(true);
-    connected(&client, &tcp("localhost"), &server);
-    temp.file("ca-crl.pem", "");
-    refused(TlsOptions::from_directory(&temp.0), "ca-crl.pem");
-}
-
-#[test]
-fn bad_settings_are_named() {
-    let (temp, ca) = (Temp::new(), Ca::new());
-    let to = tcp("localhost");
-    let good = ca.server();
-    let no_key = TlsOptions { key: None, ..good.clone() };
-    let no_certificate = TlsOptions { certificate: None, ..good.clone() };
-    let key_of_another = TlsOptions { key: ca.server().key, ..good.clone() };
-    let no_ca = TlsOptions { verify_peer: Some(true), ..good.clone() };
-    let key = |pem| TlsOptions { key: pem, ..good.clone() };
-    let encrypted =
-        "-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END ENCRYPTED PRIVATE KEY-----";
-    let end_missing = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n";
-    for (options, parts) in [
-        (TlsOptions::default(), ["tls-certificate", "tls-key"]),
-        (no_key, ["tls-certificate is set", "tls-key"]),
-        (no_certificate, ["tls-key is set", "tls-certificate"]),
-        (key_of_another, ["tls-key", "not that of the certificate"]),
-        (no_ca, ["tls-verify-peer", "tls-ca"]),
-        (key(temp.file("none.pem", "hello")), ["none.pem'", "PRIVATE KEY"]),
-        (key(temp.file("locked.pem", encrypted)), ["locked.pem'", "passphrase"]),
-        (key(temp.file("half.pem", end_missing)), ["half.pem'", "-----END"]),
-        (
-            key(text("-----BEGIN PRIVATE KEY-----\n***\n-----END PRIVATE KEY-----\n")),
-            ["text of", "base64"],
-        ),
-        (
-            key(text("-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n")),
-            ["text of", "tls-key"],
-        ),
-        (key(text("-----BEGIN PRIVATE KEY c2VjcmV0\n")), ["text of", "-----BEGIN"]),
-        (key(good.certificate.clone()), ["tls-key", "PRIVATE KEY"]),
-        (
-            TlsOptions { certificate: good.key.clone(), ..good.clone() },
-            ["tls-certificate", "CERTIFICATE"],
-        ),
-    ] {
-        let (number, what) = errno(ServerTls::new(&options));
-        assert_eq!(number, libc::EINVAL, "{what}");
-        assert!(parts.iter().all(|part| what.contains(part)), "{what}");
-        assert!(!what.contains("c2VjcmV0") && !what.contains("secret"), "{what}");
-    }
-    let missing =
-        TlsOptions { ca: Some(Pem::File(temp.0.join("missing"))), ..TlsOptions::default() };
-    let (number, what) = errno(ClientTls::new(&missing, &to));
-    assert!(number == libc::ENOENT && what.contains("missing'"), "{what}");
-    let not_ca = TlsOptions { ca: temp.file("ca", "x"), ..TlsOptions::default() };
-    let (number, what) = errno(ClientTls::new(&not_ca, &to));
-    assert!(number == libc::EINVAL && what.contains("CERTIFICATE"), "{what}");
-    let endless = TlsOptions { ca: Some(Pem::File("/dev/zero".into())), ..TlsOptions::default() };
-    assert_eq!(errno(ClientTls::new(&endless, &to)).0, libc::EINVAL);
-}
-
-#[test]
-fn keys_are_not_shown() {
-    let secret = TlsOptions {
-        key: text("secret"),
-        ca: Some(Pem::File("/ca".into())),
-        ..TlsOptions::default()
-    };
-    let shown = format!("{secret:?}");
-    assert!(
-        !shown.contains("secret") && !shown.contains("115") && shown.contains("/ca"),
-        "{shown}"
-    );
-}
-
-/// Run the `openssl` command.
-fn openssl(temp: &Temp, args: &str) {
-    let run = Command::new("openssl").args(args.split(' ')).current_dir(&temp.0).output();
-    let out = run.expect("this test needs the openssl command; as root: apt-get install openssl");
-    assert!(out.status.success(), "{args}: {}", String::from_utf8_lossy(&out.stderr));
-}
-
-#[test]
-fn keys_may_be_pkcs8_pkcs1_or_sec1() {
-    let temp = Temp::new();
-    for (kind, traditional) in [("rsa:2048", "rsa"), ("ec -pkeyopt ec_paramgen_curve:P-256", "ec")]
-    {
-        openssl(
-            &temp,
-            &format!(
-                "req -x509 -newkey {kind} -nodes -days 2 -subj /CN=x -keyout key.pem -out cert.pem \
-                 -addext subjectAltName=DNS:localhost -addext basicConstraints=critical,CA:FALSE"
-            ),
-        );
-        let pkcs8 = fs::read_to_string(temp.0.join("key.pem")).unwrap();
-        assert!(pkcs8.contains("BEGIN PRIVATE KEY"), "{kind}");
-        let form = if traditional == "rsa" { " -traditional" } else { "" };
-        openssl(&temp, &format!("{traditional} -in key.pem -out old.pem{form}"));
-        let old = fs::read_to_string(temp.0.join("old.pem")).unwrap();
-        assert!(old.contains(&format!("BEGIN {} PRIVATE KEY", traditional.to_uppercase())));
-        for key in ["key.pem", "old.pem"] {
-            let pem = |name: &str| Some(Pem::File(temp.0.join(name)));
-            let server =
-                TlsOptions { certificate: pem("cert.pem"), key: pem(key), ..TlsOptions::default() };
-            // One that nobody signed is its own CA.
-            let client = TlsOptions { ca: pem("cert.pem"), ..TlsOptions::default() };
-            connected(&client, &tcp("localhost"), &server);
-        }
-    }
-}
-
-#[test]
 fn one_thread_receives_while_another_sends() {
     let ca = Ca::new();
     let (client, server) = connected(&ca.client(), &tcp("localhost"), &ca.server());
@@ -622,71 +491,5 @@ fn one_thread_receives_while_another_sends() {
             got.extend(take_all(&server));
         }
         assert!(got == expected);
-    });
-}
-
-/// Both ends of a connection of this host.
-fn streams(deadline: Duration) -> (Stream, Stream) {
-    let (a, b) = UnixStream::pair().unwrap();
-    let deadline = Some(Instant::now() + deadline);
-    let stream = |end: UnixStream, name: &str| Stream::new(end.into(), Name::from(name), deadline);
-    (stream(a, "server"), stream(b, "client"))
-}
-
-#[test]
-fn streams_go_on_in_tls_where_plain_text_ended() {
-    let ca = Ca::new();
-    let (client_session, server_session) =
-        sessions(&ca.client(), &tcp("localhost"), &ca.server()).unwrap();
-    let (mut client, mut server) = streams(Duration::from_secs(20));
-    let data: Vec<u8> = (0..1_000_000u32).map(|n| (n % 251) as u8).collect();
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            client.write(b"plain").unwrap();
-            client.start_tls(client_session).unwrap();
-            assert!(client.is_tls());
-            client.write(&data).unwrap();
-            let mut buf = [0; 8];
-            client.read(&mut buf).unwrap();
-            assert_eq!(&buf, b"received");
-            client.close();
-        });
-        // The hello is there already, and stays in the socket.
-        let mut buf = vec![0; 999_990];
-        server.read(&mut buf[..5]).unwrap();
-        assert_eq!(&buf[..5], b"plain");
-        server.start_tls(server_session).unwrap();
-        server.read(&mut buf).unwrap();
-        assert!(buf == data[..999_990]);
-        server.write(b"received").unwrap();
-        server.skip(3).unwrap();
-        server.read(&mut buf[..7]).unwrap();
-        assert!(buf[..7] == data[999_993..]);
-        assert_eq!(errno(server.read(&mut buf)).0, libc::ECONNRESET);
-    });
-    let again = ServerTls::new(&ca.server()).unwrap().session(&Name::from("x")).unwrap();
-    assert!(matches!(server.start_tls(again), Err(Error::Internal(_))));
-}
-
-#[test]
-fn a_handshake_ends_with_its_deadline_its_peer_or_its_reason() {
-    let (ca, other) = (Ca::new(), Ca::new());
-    let both = |trusted: &Ca| sessions(&trusted.client(), &tcp("localhost"), &ca.server()).unwrap();
-    let (mut client, server) = streams(Duration::from_millis(50));
-    assert_eq!(errno(client.start_tls(both(&ca).0)).0, libc::ETIMEDOUT);
-    drop(server);
-    let (mut client, server) = streams(Duration::from_secs(20));
-    drop(server);
-    let (number, what) = errno(client.start_tls(both(&ca).0));
-    assert!(number == libc::ECONNRESET && what.contains("hung up"), "{number} {what}");
-    // The other end is told why.
-    let (mut client, mut server) = streams(Duration::from_secs(20));
-    let (client_session, server_session) = both(&other);
-    std::thread::scope(|scope| {
-        scope.spawn(move || {
-            assert_eq!(errno(client.start_tls(client_session)).0, libc::EACCES);
-        });
-        let (number, what) = errno(server.start_tls(server_session));
-        assert!(number == libc::EACCES && what.contains("UnknownCA"), "{number} {what}");
     });
 }
