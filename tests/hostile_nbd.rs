@@ -13,5 +13,7 @@ mod options;
 mod requests;
 #[path = "hostile_nbd/scene.rs"]
 mod scene;
+#[path = "hostile_nbd/starttls.rs"]
+mod starttls;
 #[path = "hostile_nbd/wire.rs"]
 mod wire;

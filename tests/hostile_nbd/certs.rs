@@ -50,6 +50,15 @@ impl Certs {
 
     /// A client's, with a certificate or without.
     pub fn client(&self, with_certificate: bool) -> Arc<ClientConfig> {
+        self.config(with_certificate.then_some(self))
+    }
+
+    /// A client's, with a certificate of an authority that the server does not know.
+    pub fn mixed_client(&self, other: &Self) -> Arc<ClientConfig> {
+        self.config(Some(other))
+    }
+
+    fn config(&self, identity: Option<&Self>) -> Arc<ClientConfig> {
         let mut roots = RootCertStore::empty();
         roots.add(self.ca.clone()).unwrap();
         let provider = Arc::new(rustls::crypto::ring::default_provider());
@@ -57,11 +66,12 @@ impl Certs {
             .with_safe_default_protocol_versions()
             .unwrap()
             .with_root_certificates(roots);
-        let config = if with_certificate {
-            let key = PrivatePkcs8KeyDer::from(self.client_key.clone());
-            builder.with_client_auth_cert(vec![self.client.clone()], key.into()).unwrap()
-        } else {
-            builder.with_no_client_auth()
+        let config = match identity {
+            Some(own) => {
+                let key = PrivatePkcs8KeyDer::from(own.client_key.clone());
+                builder.with_client_auth_cert(vec![own.client.clone()], key.into()).unwrap()
+            }
+            None => builder.with_no_client_auth(),
         };
         Arc::new(config)
     }

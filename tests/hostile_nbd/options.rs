@@ -45,6 +45,7 @@ fn names_of_any_length() {
         let long = "q".repeat(5000);
         let payload = context_payload(OURS, &[&long]);
         assert_eq!(c.verdict(opt::LIST_META_CONTEXT, &payload), rep::ERR_INVALID);
+        drop(c);
         scene.end();
     });
 }

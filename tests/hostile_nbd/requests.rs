@@ -1,6 +1,8 @@
 //! Requests that mean nothing: each gets its error, and the connection goes on in step: the next
 //! request is answered right.
 
+use std::sync::LazyLock;
+
 use super::client::Client;
 use super::common::*;
 use super::scene::{OURS, SIZE, Scene, alone, honest_bytes, memory};
@@ -13,14 +15,15 @@ const SPACE: u64 = 1 << 20;
 fn scene() -> Scene {
     let prepare = |s: &Scene| {
         let image = memory("1M");
-        image.write_at(&pattern(), 0, NONE).unwrap();
+        image.write_at(pattern(), 0, NONE).unwrap();
         s.add_image(b"w", image, false);
     };
     Scene::with(&[], prepare)
 }
 
-fn pattern() -> Vec<u8> {
-    Rng::new(2).bytes(SPACE as usize)
+fn pattern() -> &'static [u8] {
+    static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| Rng::new(2).bytes(SPACE as usize));
+    &BYTES
 }
 
 /// The connection is in step: what is asked next is answered right.
@@ -60,7 +63,7 @@ fn ranges_that_leave_the_export() {
                     let reply = c.ask(cmd::WRITE, 0, offset, length, &vec![7; length as usize]);
                     assert_eq!(reply.error, ENOSPC, "{mode:?}: write {length}@{offset}");
                 }
-                in_step(&mut c, &pattern(), &format!("{mode:?}: {length}@{offset}"));
+                in_step(&mut c, pattern(), &format!("{mode:?}: {length}@{offset}"));
             }
         }
         scene.end();
@@ -82,7 +85,7 @@ fn lengths_of_nothing_and_of_too_much() {
                     let error = c.ask(kind, 0, offset, 0, &[]).error;
                     assert!(error == 0 || error == EINVAL, "{mode:?} {kind}: {error}");
                 }
-                in_step(&mut c, &pattern(), "requests for nothing");
+                in_step(&mut c, pattern(), "requests for nothing");
             }
             for (offset, length) in [(1, 0), (0, 1), (0, 4096), (u64::MAX, u32::MAX.into())] {
                 let error = c.ask(cmd::FLUSH, 0, offset, length, &[]).error;
@@ -93,12 +96,12 @@ fn lengths_of_nothing_and_of_too_much() {
             let error =
                 c.ask(cmd::READ, DF * u16::from(mode != Mode::Simple), 0, 1 << 31, &[]).error;
             assert_eq!(error, EOVERFLOW);
-            in_step(&mut c, &pattern(), "too much");
+            in_step(&mut c, pattern(), "too much");
             // More than the largest, but not beyond reason: it is read and forgotten.
             let length = (32 << 20) + 512;
             let reply = c.ask(cmd::WRITE, FUA, 0, length, &vec![9; length as usize]);
             assert_eq!(reply.error, EOVERFLOW);
-            in_step(&mut c, &pattern(), "a large payload");
+            in_step(&mut c, pattern(), "a large payload");
         }
         // Beyond reason: no gigabytes are waited for, nor taken.
         for (mode, length) in [
@@ -116,7 +119,7 @@ fn lengths_of_nothing_and_of_too_much() {
             scene.honest();
         }
         let mut c = scene.client("w", Mode::Simple);
-        in_step(&mut c, &pattern(), "all of that");
+        in_step(&mut c, pattern(), "all of that");
         drop(c);
         scene.end();
     });
@@ -154,7 +157,7 @@ fn commands_and_flags_that_there_are_not() {
                     assert_eq!(error, EINVAL, "{mode:?}: command {kind}, flag {bit:#x}");
                 }
             }
-            in_step(&mut c, &pattern(), "unknown flags");
+            in_step(&mut c, pattern(), "unknown flags");
         }
         scene.end();
     });
@@ -171,7 +174,7 @@ fn payloads_where_none_belong() {
                 let error = c.ask(kind, PAYLOAD_LEN, 0, length, &vec![1; length as usize]).error;
                 assert_eq!(error, EINVAL, "command {kind} with a payload of {length}");
             }
-            in_step(&mut c, &pattern(), "a payload");
+            in_step(&mut c, pattern(), "a payload");
         }
         // Block status of some contexts: the number of bytes, then ids.
         let ids: Vec<u32> = c.contexts.iter().map(|x| x.0).collect();
@@ -207,7 +210,7 @@ fn payloads_where_none_belong() {
             );
             let told: u64 = reply.status.values().flatten().map(|d| d.0).sum();
             assert!(error == 0 || told == 0);
-            in_step(&mut c, &pattern(), "block status");
+            in_step(&mut c, pattern(), "block status");
         }
         // Without the flag, as clients do that are older than the specification.
         let (offset, length) = (SPACE - 512, 512);
@@ -216,7 +219,7 @@ fn payloads_where_none_belong() {
         c.say(&[bytes, pattern()[SPACE as usize - 512..].to_vec()].concat());
         let error = c.reply().error;
         assert!(error == 0 || error == EINVAL, "{error}");
-        in_step(&mut c, &pattern(), "a write without the flag");
+        in_step(&mut c, pattern(), "a write without the flag");
         drop(c);
         scene.end();
     });
@@ -237,7 +240,7 @@ fn nothing_is_changed_through_a_read_only_export() {
                 assert_eq!(c.ask(cmd::WRITE_ZEROES, flags, 0, 4096, &[]).error, EPERM);
             }
             assert_eq!(c.ask(cmd::FLUSH, 0, 0, 0, &[]).error, 0);
-            in_step(&mut c, &honest_bytes(), "writes to what is read-only");
+            in_step(&mut c, honest_bytes(), "writes to what is read-only");
         }
         scene.end();
     });
@@ -260,7 +263,7 @@ fn requests_that_are_none() {
             }
             for bytes in bad {
                 let mut c = scene.client("w", mode);
-                in_step(&mut c, &pattern(), "nothing yet");
+                in_step(&mut c, pattern(), "nothing yet");
                 c.say(&bytes);
                 assert_eq!(c.hear_end(), b"", "{mode:?}: {bytes:02x?}");
             }
@@ -307,7 +310,7 @@ fn requests_come_in_any_pieces() {
             }
             sender.join().unwrap();
             assert_eq!(c.open_requests(), 0);
-            in_step(&mut c, &expected, "ten thousand requests");
+            in_step(&mut c, expected, "ten thousand requests");
         }
         scene.end();
     });
@@ -332,7 +335,7 @@ fn two_requests_with_the_same_cookie() {
                     }
                 }
             }
-            in_step(&mut c, &pattern(), "the same cookie");
+            in_step(&mut c, pattern(), "the same cookie");
         }
         scene.end();
     });
@@ -365,7 +368,7 @@ fn goodbye_in_the_middle_of_things() {
                 assert_eq!(answered, 128, "{mode:?}: replies before the end");
             }
             let mut c = scene.client("w", mode);
-            in_step(&mut c, &pattern(), "goodbye");
+            in_step(&mut c, pattern(), "goodbye");
             assert_same(&c.ask(cmd::READ, 0, 0, 8, &[]).data, &pattern()[..8], 0, "after goodbye");
         }
         scene.end();

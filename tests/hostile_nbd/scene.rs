@@ -6,8 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
 use qblk::nbd::server::{Export, Server};
@@ -133,8 +133,9 @@ pub fn memory(size: &str) -> Image {
 }
 
 /// What the honest export holds.
-pub fn honest_bytes() -> Vec<u8> {
-    Rng::new(1).bytes(SIZE as usize)
+pub fn honest_bytes() -> &'static [u8] {
+    static BYTES: LazyLock<Vec<u8>> = LazyLock::new(|| Rng::new(1).bytes(SIZE as usize));
+    &BYTES
 }
 
 impl Scene {
@@ -155,7 +156,7 @@ impl Scene {
         let tmp = Tmp::new("hostile");
         let mut scene = Self { server, tmp, before, base: before, threads, slack: SLACK };
         let image = memory(&SIZE.to_string());
-        image.write_at(&honest_bytes(), 0, NONE).unwrap();
+        image.write_at(honest_bytes(), 0, NONE).unwrap();
         scene.add_image(OURS, image, true);
         let uri = format!("nbd+unix:///?socket={}", scene.path().display());
         scene.server.listen(uri.as_bytes()).unwrap();
