@@ -380,9 +380,11 @@ impl Own {
         let ids: Vec<u32> = ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
         let ask = Request { length, ..*r };
         let known = ids.iter().all(|id| self.conn.contexts.iter().any(|c| *c as u32 == *id));
-        let status = match known && length > 0 && !ids.is_empty() {
+        let size = self.conn.export.with(|i| i.size()).unwrap_or(0);
+        let inside = length > 0 && r.offset.checked_add(length).is_some_and(|end| end <= size);
+        let status = match known && inside {
             true => self.conn.status(&ask, Some(&ids)),
-            false => Err(Error::invalid("contexts that were not negotiated, or nothing asked for")),
+            false => Err(Error::invalid("contexts that were not negotiated, or a range that is none")),
         };
         match status {
             Ok(out) => self.put_long(&out),
