@@ -367,6 +367,17 @@ impl Image {
         Ok(list.len())
     }
 
+    /// What a meta context of the NBD server behind the image says of a range: runs of so many bytes
+    /// with these flags, from `offset` on, perhaps not to its end.
+    pub fn block_status(&self, context: &[u8], offset: u64, count: u64) -> Result<Vec<(u64, u64)>> {
+        let call = self.data_call(offset, count)?;
+        let mut out = Vec::new();
+        if count > 0 {
+            call.top.driver().status(context, offset, count, &mut out)?;
+        }
+        Ok(out)
+    }
+
     /// [`Image::extents`] with [`Extent::OWNED`].
     pub(crate) fn extents_owned(
         &self,

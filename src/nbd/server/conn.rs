@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -28,11 +29,14 @@ use crate::nbd::tls::Session;
 pub(super) const OUTPUT: usize = 256 << 10;
 /// Most data of one request that the pool has, bytes. Larger requests are done in pieces by the
 /// connection's own thread: what that costs is shared by all of the bytes.
-pub(super) const JOB: u64 = 1 << 20;
+pub(super) const JOB: u64 = 2 << 20;
 /// Data of requests in the pool, of one connection, bytes.
 const BYTES: usize = 8 << 20;
 /// A payload of a refused request that is read and forgotten rather than hung up on, bytes.
 const SKIP: u64 = 256 << 20;
+
+/// How long a client that is said goodbye to may take to hang up.
+const LINGER: Duration = Duration::from_millis(500);
 
 /// A meta context that was negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -176,6 +180,22 @@ impl Conn {
         self.cut.load(Relaxed)
     }
 
+    /// Let the client have what was sent: closing a TCP connection on which something was received that
+    /// nobody read would take back replies that are on their way.
+    fn linger(&self) {
+        if let Some(tls) = &self.tls {
+            let mut farewell = Vec::new();
+            tls.close(&mut farewell);
+            let _ = self.write_some(&[io::IoSlice::new(&farewell)], false, false);
+        }
+        // SAFETY: the descriptor is open.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_WR) };
+        let end = Instant::now() + LINGER;
+        while let Some(left) = end.checked_duration_since(Instant::now())
+            && super::input::discard(&self.fd, left)
+        {}
+    }
+
     /// Wait until at most `most` requests are in the pool.
     fn await_pool(&self, most: usize) {
         let Some(waker) = self.waker.get() else { return };
@@ -241,7 +261,9 @@ impl Own {
     fn goodbye(&mut self) -> Result<(), Cut> {
         self.flush()?;
         self.conn.await_pool(0);
-        self.conn.send_done(true)
+        self.conn.send_done(true)?;
+        self.conn.linger();
+        Ok(())
     }
 
     /// Send the replies that were gathered.
@@ -422,7 +444,7 @@ impl Own {
             }
             cmd::READ | cmd::WRITE if r.length > max => {
                 let text = format!("{} bytes in one request, {max} at most", r.length);
-                return Err((libc::EOVERFLOW, text));
+                return Err((libc::EINVAL, text));
             }
             _ => {}
         }

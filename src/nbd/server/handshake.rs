@@ -261,7 +261,9 @@ impl Talk<'_> {
         out.extend_from_slice(&self.flags(flags).to_be_bytes());
         self.reply(option, rep::INFO, &out)?;
         if wanted.contains(&info::NAME) {
-            let out = [&info::NAME.to_be_bytes()[..], &export.name].concat();
+            // One that stands for all names is called what the client calls it.
+            let known = if export.name == b"*" { name } else { &export.name };
+            let out = [&info::NAME.to_be_bytes()[..], known].concat();
             self.reply(option, rep::INFO, &out)?;
         }
         if wanted.contains(&info::DESCRIPTION) && !export.description.is_empty() {

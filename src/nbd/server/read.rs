@@ -11,7 +11,7 @@ use crate::nbd::proto::{Mode, Request, chunk, cmd_flag};
 /// From this many bytes on, data are sent from the file.
 const LARGE: u64 = 64 << 10;
 /// Data that are copied at a time, bytes.
-const PIECE: usize = 128 << 10;
+const PIECE: usize = OUTPUT;
 /// Extents that are looked up at a time.
 const EXTENTS: usize = 32;
 
@@ -154,7 +154,7 @@ impl Own {
         }
         while len > 0 {
             let n = len.min(PIECE as u64) as usize;
-            // Half full is sent first, so that pieces stay large.
+            // What is there goes first, so that pieces stay large.
             if self.len + n > OUTPUT {
                 self.flush_more()?;
             }

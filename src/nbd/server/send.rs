@@ -232,7 +232,7 @@ impl Conn {
     }
 
     /// One system call: how many bytes went, `None` if none did and waiting is not allowed.
-    fn write_some(
+    pub(super) fn write_some(
         &self,
         pieces: &[IoSlice<'_>],
         wait: bool,
