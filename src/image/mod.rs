@@ -466,6 +466,10 @@ impl Image {
         let call = self.call()?;
         let mut all = vec![("filename", call.name.as_bytes().to_vec())];
         all.extend(call.top.driver().describe().properties);
+        // What holds the bytes of the image may have something to tell, too.
+        if let Some(file) = call.files.first() {
+            all.extend(file.driver().describe().properties);
+        }
         if key == "properties" {
             return Ok(Some(all.iter().map(|p| p.0).collect::<Vec<_>>().join("\n").into_bytes()));
         }

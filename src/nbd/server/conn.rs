@@ -384,7 +384,9 @@ impl Own {
         let inside = length > 0 && r.offset.checked_add(length).is_some_and(|end| end <= size);
         let status = match known && inside {
             true => self.conn.status(&ask, Some(&ids)),
-            false => Err(Error::invalid("contexts that were not negotiated, or a range that is none")),
+            false => {
+                Err(Error::invalid("contexts that were not negotiated, or a range that is none"))
+            }
         };
         match status {
             Ok(out) => self.put_long(&out),
