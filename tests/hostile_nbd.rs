@@ -7,6 +7,8 @@ mod common;
 mod certs;
 #[path = "hostile_nbd/client.rs"]
 mod client;
+#[path = "hostile_nbd/hangups.rs"]
+mod hangups;
 #[path = "hostile_nbd/options.rs"]
 mod options;
 #[path = "hostile_nbd/requests.rs"]

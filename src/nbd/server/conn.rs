@@ -204,7 +204,7 @@ impl Conn {
             if self.has_left() || !self.done.lock().is_empty() {
                 let finished = {
                     let mut s = self.sending.lock();
-                    self.is_cut() || self.finish(&mut s, true).is_ok()
+                    self.finish(&mut s, true).is_ok()
                 };
                 if !finished || self.send_done(true).is_err() {
                     self.cut();
