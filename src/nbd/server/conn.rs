@@ -327,7 +327,8 @@ impl Own {
             if self.conn.waker.get().is_some() && (waits || self.conn.has_left()) {
                 // Replies of the pool that the socket did not take are for this thread to finish.
                 let Some(waker) = self.conn.waker.get() else { continue };
-                if self.conn.has_left() {
+                // Nobody else looks again for a reply that came while `has_left` had the lock.
+                if self.conn.has_left() || !self.conn.done.lock().is_empty() {
                     let mut s = self.conn.sending.lock();
                     self.conn.finish(&mut s, true)?;
                     drop(s);
