@@ -262,6 +262,8 @@ impl Own {
         self.flush()?;
         self.conn.await_pool(0);
         self.conn.send_done(true)?;
+        // The last replies of the pool may not have fitted the socket.
+        self.conn.finish(&mut self.conn.sending.lock(), true)?;
         self.conn.linger();
         Ok(())
     }
