@@ -56,7 +56,7 @@ static void exports(void)
     OK(qblk_close(nbd));
     REFUSED(unix_uri("late", "gone"), 0, NULL, -ENOENT, "'gone'");
     REFUSED(unix_uri("late", ""), 0, NULL, -ENOENT, "late");
-    REFUSED(unix_uri("late", "\x1b%1b"), 0, NULL, -ENOENT, "\\x1b");
+    REFUSED(unix_uri("late", "\x1b%1b"), 0, NULL, -ENOENT, "\\u{1b}");
     REFUSED(unix_uri("late", "ro"), QBLK_OPEN_RDWR, NULL, -EROFS, "read-only");
     nbd = must_open(unix_uri("late", "ro"), 0);
     FAILS(qblk_pwrite(nbd, "x", 1, 0), -EROFS, "read-only");
