@@ -265,7 +265,7 @@ static void replies(void)
         rc = qblk_pread(nbd, buf, sizeof buf, 0);
     /* Found out by the call itself, or before the next. */
     CHECK(rc == QBLK_EPROTO || rc == -ENOTCONN);
-    CHECK_HAS(qblk_get_error(), "protocol");
+    CHECK_HAS(qblk_get_error(), "not under way");
     qblk_close(nbd);
     bad_server_end(&s, "bad");
     bad_server_begin(&s, "bad", answers, "silent");
