@@ -373,6 +373,8 @@ extern "C" {
 
 #define QBLK_HAVE_NBD_LIST 1
 
+#define QBLK_HAVE_BLOCK_STATUS 1
+
 /**
  * An open block device: a context, an independent way into a source of bytes.
  *
@@ -515,6 +517,21 @@ typedef struct qblk_extent {
      */
     uint8_t reserved[16];
 } qblk_extent;
+
+/**
+ * A run of bytes that a meta context says the same of. 16 bytes for ever.
+ */
+typedef struct qblk_status {
+    /**
+     * Bytes.
+     */
+    uint64_t length;
+    /**
+     * What it means is the context's to say: of "base:allocation", 1 is a hole and 2 reads as zeroes;
+     * of "qemu:allocation-depth" it is the depth; of "qemu:dirty-bitmap:NAME", 1 is dirty.
+     */
+    uint64_t flags;
+} qblk_status;
 
 /**
  * Receives what qblk_nbd_list() finds: the name and the description of an export, valid during the
@@ -840,6 +857,26 @@ int64_t qblk_extents(struct qblk *dev,
                      uint32_t flags,
                      struct qblk_extent *out,
                      size_t max);
+
+/**
+ * Tell what a meta context of the NBD server behind `dev` says of a range: fills `out` with at most
+ * `max` runs, which begin at `offset` and follow one another.
+ *
+ * `context` is "base:allocation", "qemu:allocation-depth", or one that the option "nbd.contexts" asked
+ * for at open. They cover `count` bytes, or fewer; go on from where the last one ends. There are no
+ * flags yet, so `flags` must be 0. `out` may be NULL if `max` is 0.
+ *
+ * Returns how many were filled; -EINVAL for a NULL, a flag, a range that leaves the device; -ENOTSUP
+ * if this is no NBD export, or the server does not have the context; codes of reading. Any thread.
+ * Since 0.1.
+ */
+int64_t qblk_block_status(struct qblk *dev,
+                          const char *context,
+                          uint64_t count,
+                          uint64_t offset,
+                          uint32_t flags,
+                          struct qblk_status *out,
+                          size_t max);
 
 /**
  * Make the image `name` of `format` ("qcow2", "raw") with `size` bytes, all zero.

@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::*};
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::nbd::server::Server;
 use crate::log::{Level, log};
+use crate::nbd::server::Server;
 
 /// Addresses of the servers.
 static SERVERS: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());

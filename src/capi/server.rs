@@ -124,9 +124,8 @@ unsafe fn add_export(
     flags: u32,
 ) -> Result<(), Fail> {
     // SAFETY: the caller's word.
-    let (server, name, dev) = unsafe {
-        (server_arg(srv)?, text_arg(name, "the name is NULL")?, dev.as_ref())
-    };
+    let (server, name, dev) =
+        unsafe { (server_arg(srv)?, text_arg(name, "the name is NULL")?, dev.as_ref()) };
     let dev = dev.ok_or(Fail::Argument("the device handle is NULL"))?;
     if flags & !QBLK_EXPORT_RDONLY != 0 {
         return Err(Fail::Argument("flags has bits that mean nothing to this call"));
@@ -325,8 +324,7 @@ pub unsafe extern "C" fn qblk_nbd_list(
 ) -> i64 {
     guard::call("qblk_nbd_list", || {
         // SAFETY: as the manual asks.
-        let (uri, options) =
-            unsafe { (text_arg(uri, "the URI is NULL")?, options_arg(options)) };
+        let (uri, options) = unsafe { (text_arg(uri, "the URI is NULL")?, options_arg(options)) };
         let each = r#fn.ok_or(Fail::Argument("the function is NULL"))?;
         guard::alive()?;
         let found = crate::image::list_exports(uri.to_bytes(), &options)?;

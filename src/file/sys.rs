@@ -52,10 +52,8 @@ pub unsafe fn preadv(file: &File, vecs: &[iovec], offset: u64) -> Result<usize, 
 pub unsafe fn preadv_now(file: &File, vecs: &[iovec], offset: u64) -> Result<usize, Errno> {
     let (fd, count) = (file.as_raw_fd(), vecs.len() as c_int);
     // SAFETY: the pieces are good by contract, `vecs` is a slice.
-    retry(|| unsafe {
-        libc::preadv2(fd, vecs.as_ptr(), count, offset as off_t, libc::RWF_NOWAIT)
-    })
-    .map(|n| n as usize)
+    retry(|| unsafe { libc::preadv2(fd, vecs.as_ptr(), count, offset as off_t, libc::RWF_NOWAIT) })
+        .map(|n| n as usize)
 }
 
 /// Copy `count` bytes from file to file in the kernel: how many went, fewer only at the source's end.

@@ -125,7 +125,7 @@ fn holes(
         let before = done;
         for e in &some[..n] {
             let mut e = *e;
-            e.host_offset = e.offset;
+            e.host_offset = if e.has(Extent::HOST) { e.offset } else { 0 };
             e.offset = e.offset - host + offset;
             e.length = e.length.min(found.len - done);
             done += e.length;

@@ -115,8 +115,10 @@ pub(super) fn open_fd(
     flags: OpenFlags,
     calls: &Arc<InFlight>,
 ) -> Result<Tree> {
-    let is_socket = std::fs::File::from(fd.try_clone().map_err(|e| {
-        Error::Os { op: "duplicating", file: "descriptor".into(), errno: e.raw_os_error().unwrap_or(libc::EBADF) }
+    let is_socket = std::fs::File::from(fd.try_clone().map_err(|e| Error::Os {
+        op: "duplicating",
+        file: "descriptor".into(),
+        errno: e.raw_os_error().unwrap_or(libc::EBADF),
     })?)
     .metadata()
     .is_ok_and(|m| m.file_type().is_socket());

@@ -24,8 +24,8 @@ use parking_lot::Mutex;
 use crate::block::*;
 pub use chain::Probe;
 pub use create::create;
-pub use remote::list_exports;
 pub use options::{Options, Use, parse_seconds, parse_size};
+pub use remote::list_exports;
 
 /// How to open. The values are those of the C ABI (`QBLK_OPEN_*`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -137,11 +137,11 @@ pub(crate) struct Tree {
     /// Kind of the driver that holds the top image's bytes.
     pub(crate) driver: &'static str,
     /// How the top image's source is opened again.
-    pub(crate) again: Again,
+    again: Again,
 }
 
 /// How a source is opened again.
-pub(crate) enum Again {
+enum Again {
     /// By this path, which does not depend on the working directory.
     Path(PathBuf),
     /// By a duplicate of this descriptor.
@@ -365,6 +365,17 @@ impl Image {
         let mut list = ExtentList::for_c(out);
         crate::format::extents(&call.top, offset, count, &mut list)?;
         Ok(list.len())
+    }
+
+    /// What a meta context of the NBD server behind the image says of a range: runs of so many bytes
+    /// with these flags, from `offset` on, perhaps not to its end.
+    pub fn block_status(&self, context: &[u8], offset: u64, count: u64) -> Result<Vec<(u64, u64)>> {
+        let call = self.data_call(offset, count)?;
+        let mut out = Vec::new();
+        if count > 0 {
+            call.top.driver().status(context, offset, count, &mut out)?;
+        }
+        Ok(out)
     }
 
     /// [`Image::extents`] with [`Extent::OWNED`].

@@ -53,7 +53,8 @@ impl Remote {
             let export = match rest {
                 [] | b"//" | b"///" => &[][..],
                 rest => rest.strip_prefix(b"///").ok_or_else(|| {
-                    let text = "expected nbd+exec: or nbd+exec:///EXPORT, and the command in 'argv'";
+                    let text =
+                        "expected nbd+exec: or nbd+exec:///EXPORT, and the command in 'argv'";
                     Error::invalid(format!("{}: {text}", quoted(name)))
                 })?,
             };
@@ -82,7 +83,9 @@ impl Remote {
             Self::Uri(uri) => {
                 for key in ["argv", "nbd.activation"] {
                     if options.get(key).is_some() {
-                        return Err(Error::invalid(format!("option '{key}' is for nbd+exec: only")));
+                        return Err(Error::invalid(format!(
+                            "option '{key}' is for nbd+exec: only"
+                        )));
                     }
                 }
                 let export = chosen.unwrap_or_else(|| uri.export.clone());
@@ -139,7 +142,11 @@ fn settings(options: &Options, flags: OpenFlags, tls: Option<ClientTls>) -> Resu
         timeout: (!timeout.is_zero()).then_some(timeout),
         reconnect: options.seconds("nbd.reconnect")?.unwrap_or(RECONNECT),
         connect_timeout: options.seconds("nbd.connect-timeout")?.unwrap_or_default(),
-        contexts: contexts.split(|b| *b == b',').filter(|c| !c.is_empty()).map(<[u8]>::to_vec).collect(),
+        contexts: contexts
+            .split(|b| *b == b',')
+            .filter(|c| !c.is_empty())
+            .map(<[u8]>::to_vec)
+            .collect(),
         tls,
     })
 }
@@ -160,7 +167,8 @@ fn tls(options: &Options, uri: Option<&Uri>, to: &Address) -> Result<Option<Clie
         let text = "tls-psk-file: TLS with keys shared beforehand (PSK); use certificates";
         return Err(Error::unsupported(&"NBD".into(), text));
     }
-    let used: Vec<_> = KEYS.iter().filter(|k| k.starts_with("tls-") && options.get(k).is_some()).collect();
+    let used: Vec<_> =
+        KEYS.iter().filter(|k| k.starts_with("tls-") && options.get(k).is_some()).collect();
     if !on {
         return match used.first() {
             Some(key) => Err(Error::invalid(format!(

@@ -288,8 +288,7 @@ impl Reply {
                 let reply = Self::Simple { error: be32(&b[4..]), cookie: be64(&b[8..]) };
                 Ok(Some((reply, SIMPLE_LEN)))
             }
-            (STRUCTURED_REPLY_MAGIC, Mode::Structured)
-            | (EXTENDED_REPLY_MAGIC, Mode::Extended) => {
+            (STRUCTURED_REPLY_MAGIC, Mode::Structured) | (EXTENDED_REPLY_MAGIC, Mode::Extended) => {
                 let len = mode.chunk_len();
                 if b.len() < len {
                     return Ok(None);
@@ -321,7 +320,13 @@ pub fn simple_reply(error: u32, cookie: u64) -> [u8; SIMPLE_LEN] {
 
 /// The header of a chunk in reply to `to`, in wire form, and how many of its bytes count.
 #[inline]
-pub fn chunk_header(mode: Mode, flags: u16, kind: u16, to: &Request, length: u64) -> ([u8; 32], usize) {
+pub fn chunk_header(
+    mode: Mode,
+    flags: u16,
+    kind: u16,
+    to: &Request,
+    length: u64,
+) -> ([u8; 32], usize) {
     let mut b = [0; 32];
     b[4..6].copy_from_slice(&flags.to_be_bytes());
     b[6..8].copy_from_slice(&kind.to_be_bytes());

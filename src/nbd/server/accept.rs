@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::conn::Conn;
-use super::{Inner, Link, handshake, shown, socket, spawn};
+use super::{Inner, Link, handshake, join, shown, socket, spawn};
 use crate::log::{Level, log};
 use crate::nbd::net::{self, Peer, Stream};
 
@@ -78,12 +78,22 @@ pub fn begin(inner: &Arc<Inner>, fd: OwnedFd, peer: Peer) -> io::Result<()> {
     };
     inner.stats.connections.fetch_add(1, Relaxed);
     let server = inner.clone();
-    let server = inner.clone();
-    spawn("qblk-nbd-conn", move || {
+    let thread = spawn("qblk-nbd-conn", move || {
         let _listed = Listed(&server, id);
         serve(&server, fd, &link, name);
     })
-    .inspect_err(|_| drop(Listed(inner, id)))
+    .inspect_err(|_| drop(Listed(inner, id)))?;
+    let ended = {
+        let mut state = inner.state.lock();
+        state.threads.insert(id, thread);
+        let state = &mut *state;
+        let gone = |id: &u64| !state.links.contains_key(id);
+        let ended: Vec<u64> = state.threads.keys().copied().filter(gone).collect();
+        ended.iter().filter_map(|id| state.threads.remove(id)).collect::<Vec<_>>()
+    };
+    // They have nothing left to do but to end.
+    ended.into_iter().for_each(join);
+    Ok(())
 }
 
 /// A connection on the list; struck off when dropped.

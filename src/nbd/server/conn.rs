@@ -3,10 +3,12 @@
 //! goes to the pool.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
@@ -15,7 +17,7 @@ use super::handshake::Agreed;
 use super::input::Input;
 use super::job::{Buffer, Job, Reply};
 use super::memory::Pages;
-use super::send::{Sending, errno};
+use super::send::Sending;
 use super::{Inner, reply};
 use crate::block::{Error, quoted};
 use crate::log::{Level, log};
@@ -27,11 +29,14 @@ use crate::nbd::tls::Session;
 pub(super) const OUTPUT: usize = 256 << 10;
 /// Most data of one request that the pool has, bytes. Larger requests are done in pieces by the
 /// connection's own thread: what that costs is shared by all of the bytes.
-pub(super) const JOB: u64 = 1 << 20;
+pub(super) const JOB: u64 = 2 << 20;
 /// Data of requests in the pool, of one connection, bytes.
 const BYTES: usize = 8 << 20;
 /// A payload of a refused request that is read and forgotten rather than hung up on, bytes.
 const SKIP: u64 = 256 << 20;
+
+/// How long a client that is said goodbye to may take to hang up.
+const LINGER: Duration = Duration::from_millis(500);
 
 /// A meta context that was negotiated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +48,6 @@ pub enum Context {
 }
 
 /// Why a connection ends.
-#[derive(Debug)]
 pub enum Cut {
     /// The client hung up, or we did.
     Closed,
@@ -53,6 +57,17 @@ pub enum Cut {
     Protocol(String),
     /// Something failed in the middle of a reply.
     Failed(String),
+}
+
+impl fmt::Display for Cut {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Closed => f.write_str("the connection was closed"),
+            Self::Idle => f.write_str("silent for longer than idle-timeout allows"),
+            Self::Protocol(what) => write!(f, "broke the protocol: {what}"),
+            Self::Failed(what) => f.write_str(what),
+        }
+    }
 }
 
 impl Cut {
@@ -145,7 +160,7 @@ impl Conn {
                     Cut::Idle => Level::Info,
                     _ => Level::Warn,
                 };
-                log(level, format_args!("NBD client {}: cut off: {why:?}", self.peer));
+                log(level, format_args!("NBD client {}: cut off: {why}", self.peer));
             }
         }
         self.cut();
@@ -163,6 +178,22 @@ impl Conn {
     /// Whether the connection was hung up on.
     pub(super) fn is_cut(&self) -> bool {
         self.cut.load(Relaxed)
+    }
+
+    /// Let the client have what was sent: closing a TCP connection on which something was received that
+    /// nobody read would take back replies that are on their way.
+    fn linger(&self) {
+        if let Some(tls) = &self.tls {
+            let mut farewell = Vec::new();
+            tls.close(&mut farewell);
+            let _ = self.write_some(&[io::IoSlice::new(&farewell)], false, false);
+        }
+        // SAFETY: the descriptor is open.
+        unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_WR) };
+        let end = Instant::now() + LINGER;
+        while let Some(left) = end.checked_duration_since(Instant::now())
+            && super::input::discard(&self.fd, left)
+        {}
     }
 
     /// Wait until at most `most` requests are in the pool.
@@ -230,7 +261,9 @@ impl Own {
     fn goodbye(&mut self) -> Result<(), Cut> {
         self.flush()?;
         self.conn.await_pool(0);
-        self.conn.send_done(true)
+        self.conn.send_done(true)?;
+        self.conn.linger();
+        Ok(())
     }
 
     /// Send the replies that were gathered.
@@ -344,8 +377,7 @@ impl Own {
         self.take(&mut payload)?;
         let (length, ids) = payload.split_at(8);
         let length = u64::from_be_bytes(length.try_into().unwrap_or_default());
-        let ids: Vec<u32> =
-            ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
+        let ids: Vec<u32> = ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
         let ask = Request { length, ..*r };
         let known = ids.iter().all(|id| self.conn.contexts.iter().any(|c| *c as u32 == *id));
         let status = match known && length > 0 && !ids.is_empty() {
@@ -398,7 +430,10 @@ impl Own {
                 let most = 8 + 4 * conn.contexts.len() as u64;
                 return match r.length {
                     12.. if r.length <= most && r.length.is_multiple_of(4) => Ok(()),
-                    n => Err((libc::EINVAL, format!("a payload of {n} bytes, expected 12 to {most}"))),
+                    n => Err((
+                        libc::EINVAL,
+                        format!("a payload of {n} bytes, expected 12 to {most}"),
+                    )),
                 };
             }
             cmd::BLOCK_STATUS if conn.contexts.is_empty() => {
@@ -409,7 +444,7 @@ impl Own {
             }
             cmd::READ | cmd::WRITE if r.length > max => {
                 let text = format!("{} bytes in one request, {max} at most", r.length);
-                return Err((libc::EOVERFLOW, text));
+                return Err((libc::EINVAL, text));
             }
             _ => {}
         }

@@ -61,7 +61,8 @@ impl Export {
     /// Size in bytes and transmission flags, as of now.
     pub fn facts(&self) -> Result<(Info, u16)> {
         let info = self.with(Image::info)?;
-        let mut flags = flag::HAS_FLAGS | flag::CAN_MULTI_CONN | flag::SEND_CACHE | flag::SEND_FLUSH;
+        let mut flags =
+            flag::HAS_FLAGS | flag::CAN_MULTI_CONN | flag::SEND_CACHE | flag::SEND_FLUSH;
         for (on, bit) in [
             (self.read_only, flag::READ_ONLY),
             (info.state & state::ROTATIONAL != 0, flag::ROTATIONAL),

@@ -111,7 +111,9 @@ impl Talk<'_> {
             self.stream.skip(length.into())?;
             return match option {
                 opt::ABORT => self.reply(option, rep::ACK, &[]).map(|()| Next::End),
-                opt::EXPORT_NAME => Err(Error::proto(self.stream.peer(), "EXPORT_NAME without TLS")),
+                opt::EXPORT_NAME => {
+                    Err(Error::proto(self.stream.peer(), "EXPORT_NAME without TLS"))
+                }
                 _ => self.refuse(option, rep::ERR_TLS_REQD, "this server is for TLS only"),
             };
         }
@@ -259,7 +261,9 @@ impl Talk<'_> {
         out.extend_from_slice(&self.flags(flags).to_be_bytes());
         self.reply(option, rep::INFO, &out)?;
         if wanted.contains(&info::NAME) {
-            let out = [&info::NAME.to_be_bytes()[..], &export.name].concat();
+            // One that stands for all names is called what the client calls it.
+            let known = if export.name == b"*" { name } else { &export.name };
+            let out = [&info::NAME.to_be_bytes()[..], known].concat();
             self.reply(option, rep::INFO, &out)?;
         }
         if wanted.contains(&info::DESCRIPTION) && !export.description.is_empty() {

@@ -67,10 +67,7 @@ impl Input {
 
     /// Whether there is something to receive, before `time` has passed.
     pub fn is_ready(&self, fd: &OwnedFd, time: Duration) -> bool {
-        let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
-        let ms = time.as_millis().clamp(1, 60_000) as i32;
-        // SAFETY: one pollfd of ours.
-        unsafe { libc::poll(&raw mut poll, 1, ms) != 0 }
+        ready(fd, time)
     }
 
     /// Take what a session has decrypted already: whether there was something.
@@ -127,6 +124,19 @@ impl Input {
             tls.feed(&self.cipher[..n]).map_err(failed)?;
         }
     }
+}
+
+fn ready(fd: &OwnedFd, time: Duration) -> bool {
+    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let ms = time.as_millis().clamp(1, 60_000) as i32;
+    // SAFETY: one pollfd of ours.
+    unsafe { libc::poll(&raw mut poll, 1, ms) != 0 }
+}
+
+/// Receive and forget something, if it comes before `time` has passed; whether more may come.
+pub fn discard(fd: &OwnedFd, time: Duration) -> bool {
+    let mut some = [0; 4096];
+    ready(fd, time) && recv(fd, &mut some).is_ok_and(|n| n > 0)
 }
 
 fn recv(fd: &OwnedFd, into: &mut [u8]) -> Result<usize, Cut> {

@@ -12,50 +12,91 @@ use crate::nbd::proto::{Request, chunk, cmd, cmd_flag};
 const LARGE: usize = 64 << 10;
 /// Zeroes at a time, bytes: after each it is looked whether anybody still waits for them.
 const ZERO_STEP: u64 = 1 << 30;
+/// Data begin at a multiple of this many bytes, for direct I/O.
+const ALIGN: usize = 4096;
 
-/// Memory for a request's data.
-pub enum Buffer {
+/// Memory that direct I/O likes.
+#[derive(Clone)]
+#[repr(C, align(4096))]
+struct Page([u8; ALIGN]);
+
+enum Memory {
     /// From malloc.
-    Small(Vec<u8>),
+    Small(Vec<Page>),
     /// From the system.
-    Large(Pages, usize),
+    Large(Pages),
+}
+
+/// Memory for a request's data, with room for a header before them.
+pub struct Buffer {
+    memory: Memory,
+    start: usize,
+    end: usize,
 }
 
 impl Buffer {
-    /// `len` zeroed bytes; an error where there is no memory.
+    /// `len` zeroed bytes, aligned; an error where there is no memory.
     pub fn new(len: usize) -> Result<Self> {
-        if len < LARGE {
-            return Ok(Self::Small(vec![0; len]));
-        }
-        match Pages::new(len) {
-            Ok(pages) => Ok(Self::Large(pages, len)),
-            Err(_) => Err(Error::invalid("no memory for the request")),
-        }
+        Self::with_room(0, len)
     }
 
-    fn cut(&mut self, to: usize) {
-        match self {
-            Self::Small(bytes) => bytes.truncate(to),
-            Self::Large(_, len) => *len = to.min(*len),
+    /// The same, with `room` bytes before them, at most a page: they are not part of it yet.
+    fn with_room(room: usize, len: usize) -> Result<Self> {
+        let start = if room > 0 { ALIGN } else { 0 };
+        let end = start + len;
+        let memory = if end < LARGE {
+            Memory::Small(vec![Page([0; ALIGN]); end.div_ceil(ALIGN)])
+        } else {
+            let none = |_| Error::invalid("no memory for the request");
+            Memory::Large(Pages::new(end).map_err(none)?)
+        };
+        Ok(Self { memory, start, end })
+    }
+
+    /// Put a header before what there is, into the room for it.
+    fn prepend(&mut self, header: &[u8]) {
+        self.start -= header.len();
+        self[..header.len()].copy_from_slice(header);
+    }
+}
+
+impl From<Vec<u8>> for Buffer {
+    fn from(bytes: Vec<u8>) -> Self {
+        let mut memory = vec![Page([0; ALIGN]); bytes.len().div_ceil(ALIGN)];
+        for (page, bytes) in memory.iter_mut().zip(bytes.chunks(ALIGN)) {
+            page.0[..bytes.len()].copy_from_slice(bytes);
         }
+        Self { memory: Memory::Small(memory), start: 0, end: bytes.len() }
     }
 }
 
 impl Deref for Buffer {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        match self {
-            Self::Small(bytes) => bytes,
-            Self::Large(pages, len) => &pages[..*len],
+        match &self.memory {
+            Memory::Small(pages) => {
+                // SAFETY: pages are bytes without gaps, and as many as there are.
+                let all = unsafe {
+                    std::slice::from_raw_parts(pages.as_ptr().cast::<u8>(), pages.len() * ALIGN)
+                };
+                &all[self.start..self.end]
+            }
+            Memory::Large(pages) => &pages[self.start..self.end],
         }
     }
 }
 
 impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [u8] {
-        match self {
-            Self::Small(bytes) => bytes,
-            Self::Large(pages, len) => &mut pages[..*len],
+        match &mut self.memory {
+            Memory::Small(pages) => {
+                let len = pages.len() * ALIGN;
+                // SAFETY: as above.
+                let all =
+                    unsafe { std::slice::from_raw_parts_mut(pages.as_mut_ptr().cast::<u8>(), len) };
+                &mut all[self.start..self.end]
+            }
+            Memory::Large(pages) => &mut pages[self.start..self.end],
         }
     }
 }
@@ -93,7 +134,7 @@ impl Conn {
                 let mut out = Vec::new();
                 reply::error(&mut out, self.mode, &request, &e);
                 self.note_error(&request, &e);
-                Buffer::Small(out)
+                out.into()
             }
         };
         self.complete(Reply { buffer, budget });
@@ -105,12 +146,12 @@ impl Conn {
             return self.read_in_pool(&r).map_err(|e| (r, e));
         }
         if r.kind == cmd::BLOCK_STATUS {
-            return self.status(&r, None).map(Buffer::Small).map_err(|e| (r, e));
+            return self.status(&r, None).map(Buffer::from).map_err(|e| (r, e));
         }
         self.change(&r, job.payload.as_deref()).map_err(|e| (r, e))?;
         let mut out = Vec::with_capacity(32);
         reply::ok(&mut out, self.mode, &r);
-        Ok(Buffer::Small(out))
+        Ok(out.into())
     }
 
     /// A request that answers with nothing but success. `payload` is what a write writes.
@@ -162,15 +203,13 @@ impl Conn {
             return Err(Error::invalid("the client is gone"));
         }
         let len = usize::try_from(r.length).map_err(|_| Error::invalid("too long"))?;
-        let (head, head_len) = reply::read_header(self.mode, chunk::DONE, r, r.offset, r.length);
-        let mut buffer = Buffer::new(head_len + len)?;
-        self.export.with(|i| i.read_at(&mut buffer[head_len..], r.offset))?;
-        if let Some((hole, n)) = reply::hole_instead(self.mode, r, &buffer[head_len..]) {
-            buffer[..n].copy_from_slice(&hole[..n]);
-            buffer.cut(n);
-        } else {
-            buffer[..head_len].copy_from_slice(&head[..head_len]);
+        let mut buffer = Buffer::with_room(reply::MAX_HEADER, len)?;
+        self.export.with(|i| i.read_at(&mut buffer, r.offset))?;
+        if let Some((hole, n)) = reply::hole_instead(self.mode, r, &buffer) {
+            return Ok(hole[..n].to_vec().into());
         }
+        let (head, n) = reply::read_header(self.mode, chunk::DONE, r, r.offset, r.length);
+        buffer.prepend(&head[..n]);
         Ok(buffer)
     }
 }

@@ -27,6 +27,7 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -74,6 +75,9 @@ struct State {
     /// The thread that accepts runs.
     accepting: bool,
     links: BTreeMap<u64, Arc<Link>>,
+    /// Threads of connections, by their numbers, until they are seen to have ended.
+    threads: BTreeMap<u64, JoinHandle<()>>,
+    acceptor: Option<JoinHandle<()>>,
     last_link: u64,
     stopped: bool,
 }
@@ -89,6 +93,15 @@ struct Listener {
     export: Vec<u8>,
     /// A path to remove at the end.
     path: Option<std::path::PathBuf>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // Somebody may have removed it already.
+            let _ = std::fs::remove_file(path);
+        }
+    }
 }
 
 /// A connection, as the server sees it.
@@ -146,7 +159,7 @@ impl Server {
         }
         let mut state = self.0.state.lock();
         if state.stopped || self.0.is_stopping() {
-            return Err(Error::BadHandle("the server is stopped".into()));
+            return Err(stopped());
         }
         if state.exports.contains_key(&export.name) {
             return Err(Error::net(
@@ -172,9 +185,8 @@ impl Server {
             ));
         };
         export.removed.store(true, SeqCst);
-        let uses = |link: &Link| {
-            link.socket.lock().1.as_ref().is_some_and(|e| Arc::ptr_eq(e, &export))
-        };
+        let uses =
+            |link: &Link| link.socket.lock().1.as_ref().is_some_and(|e| Arc::ptr_eq(e, &export));
         let begun = Instant::now();
         let mut cut = false;
         loop {
@@ -199,6 +211,9 @@ impl Server {
         if uri.tls && !tls {
             return Err(Error::invalid(format!("{uri}: the setting 'tls' is off")));
         }
+        if self.0.is_stopping() {
+            return Err(stopped());
+        }
         for (fd, address) in net::listen(&uri.address)? {
             let path = match &address {
                 Address::Unix(path) => Some(path.clone()),
@@ -213,6 +228,7 @@ impl Server {
 
     /// Accept clients from a socket that listens already.
     pub fn listen_fd(&self, fd: OwnedFd) -> Result<()> {
+        socket::check(&fd, true)?;
         self.begin()?;
         let address = socket::local_address(&fd);
         let tls = self.0.settings().encryption == settings::Encryption::Required;
@@ -223,14 +239,19 @@ impl Server {
 
     /// Serve one connected socket, in the background.
     pub fn serve_fd(&self, fd: OwnedFd) -> Result<()> {
+        socket::check(&fd, false)?;
         self.begin()?;
         if self.0.is_stopping() {
-            return Err(Error::BadHandle("the server is stopped".into()));
+            return Err(stopped());
         }
         socket::set_nonblocking(&fd, false)?;
         let peer = socket::peer(&fd);
         accept::begin(&self.0, fd, peer).map_err(|e| {
-            Error::net(&"NBD server".into(), "serving a connection", e.raw_os_error().unwrap_or(libc::EAGAIN))
+            Error::net(
+                &"NBD server".into(),
+                "serving a connection",
+                e.raw_os_error().unwrap_or(libc::EAGAIN),
+            )
         })
     }
 
@@ -282,11 +303,7 @@ impl Server {
         inner.stopping.store(true, SeqCst);
         inner.waker.wake();
         let mut state = inner.state.lock();
-        for listener in std::mem::take(&mut state.listeners) {
-            if let Some(path) = listener.path {
-                let _ = std::fs::remove_file(path);
-            }
-        }
+        state.listeners.clear();
         let begun = Instant::now();
         let end = begun.checked_add(drain).unwrap_or(begun + Duration::from_secs(86400 * 365));
         let mut hung = false;
@@ -306,7 +323,12 @@ impl Server {
             inner.changed.wait_for(&mut state, pause.max(Duration::from_millis(5)));
         }
         let exports: Vec<_> = state.exports.values().cloned().collect();
+        let mut threads: Vec<_> = std::mem::take(&mut state.threads).into_iter().collect();
+        threads.retain(|(id, _)| !state.links.contains_key(id));
+        let acceptor = state.acceptor.take().filter(|_| !state.accepting);
         drop(state);
+        threads.into_iter().map(|t| t.1).chain(acceptor).for_each(join);
+        inner.pool.end(!hung);
         let mut result = Ok(());
         for export in exports.iter().filter(|e| !e.read_only) {
             result = result.and(export.with(|i| i.flush()));
@@ -338,17 +360,18 @@ impl Server {
     fn add_listener(&self, listener: Listener) -> Result<()> {
         let mut state = self.0.state.lock();
         if self.0.is_stopping() {
-            return Err(Error::BadHandle("the server is stopped".into()));
+            return Err(stopped());
         }
-        state.listeners.push(listener);
         if !state.accepting {
             let inner = self.0.clone();
-            spawn("qblk-nbd-accept", move || accept::run(&inner)).map_err(|e| {
+            let thread = spawn("qblk-nbd-accept", move || accept::run(&inner)).map_err(|e| {
                 let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
                 Error::net(&"NBD server".into(), "making a thread", errno)
             })?;
+            state.acceptor = Some(thread);
             state.accepting = true;
         }
+        state.listeners.push(listener);
         self.0.waker.wake();
         Ok(())
     }
@@ -400,8 +423,16 @@ impl Inner {
     }
 }
 
-/// Run `work` in a thread of the library's own: detached, and deaf to the program's signals.
-fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+/// Wait for a thread that is about to end, unless it is this one.
+fn join(thread: JoinHandle<()>) {
+    if thread.thread().id() != std::thread::current().id() {
+        // What it may have panicked with was told when it did.
+        let _ = thread.join();
+    }
+}
+
+/// Run `work` in a thread of the library's own, deaf to the program's signals.
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
     // SAFETY: signal sets are plain data for which all zeroes are valid.
     let (mut all, mut old): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
     // SAFETY: the sets are ours. The thread begins with the mask of the one that makes it.
@@ -412,11 +443,15 @@ fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<()
     let made = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(work);
     // SAFETY: as above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const old, std::ptr::null_mut()) };
-    made.map(drop)
+    made
 }
 
 /// Stack of a thread, bytes; only what is used of it costs memory.
 const STACK: usize = 1 << 20;
+
+fn stopped() -> Error {
+    Error::BadHandle("the server is stopped".into())
+}
 
 /// For messages.
 fn shown(peer: &Peer, fd: &OwnedFd) -> String {

@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
@@ -30,6 +31,9 @@ struct State {
     ready: VecDeque<(Arc<Conn>, VecDeque<Job>)>,
     threads: usize,
     idle: usize,
+    /// No more jobs will come.
+    ended: bool,
+    handles: Vec<JoinHandle<()>>,
 }
 
 impl Pool {
@@ -47,18 +51,38 @@ impl Pool {
             state.threads += 1;
             drop(state);
             let pool = self.clone();
-            if super::spawn("qblk-nbd-pool", move || pool.run(most)).is_err() {
-                let mut state = self.state.lock();
-                state.threads -= 1;
-                // Where there is not a single thread the connection does it itself.
-                if state.threads == 0
-                    && let Some((conn, job)) = state.take(most)
-                {
-                    drop(state);
-                    conn.run(job);
-                    conn.export.running_ended();
+            let made = super::spawn("qblk-nbd-pool", move || pool.run(most));
+            let mut state = self.state.lock();
+            match made {
+                Ok(handle) => {
+                    state.handles.retain(|h| !h.is_finished());
+                    state.handles.push(handle);
+                }
+                Err(_) => {
+                    state.threads -= 1;
+                    // Where there is not a single thread the connection does it itself.
+                    if state.threads == 0
+                        && let Some((conn, job)) = state.take(most)
+                    {
+                        drop(state);
+                        conn.run(job);
+                        conn.export.running_ended();
+                    }
                 }
             }
+        }
+    }
+
+    /// No more jobs will come: have the threads end, and with `wait` wait for them.
+    pub fn end(&self, wait: bool) {
+        let handles = {
+            let mut state = self.state.lock();
+            state.ended = true;
+            std::mem::take(&mut state.handles)
+        };
+        self.work.notify_all();
+        if wait {
+            handles.into_iter().for_each(super::join);
         }
     }
 
@@ -75,6 +99,10 @@ impl Pool {
                     self.work.notify_one();
                 }
                 continue;
+            }
+            if state.ended {
+                state.threads -= 1;
+                return;
             }
             state.idle += 1;
             let timed_out = self.work.wait_for(&mut state, PATIENCE).timed_out();

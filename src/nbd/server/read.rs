@@ -11,7 +11,7 @@ use crate::nbd::proto::{Mode, Request, chunk, cmd_flag};
 /// From this many bytes on, data are sent from the file.
 const LARGE: u64 = 64 << 10;
 /// Data that are copied at a time, bytes.
-const PIECE: usize = 128 << 10;
+const PIECE: usize = OUTPUT;
 /// Extents that are looked up at a time.
 const EXTENTS: usize = 32;
 
@@ -62,7 +62,8 @@ impl Own {
                 if self.conn.mode != Mode::Simple && n == 1 && is_hole(&extents[0], r) {
                     return self.tell_hole(r, chunk::DONE, r.offset, r.length);
                 }
-                let (head, n) = reply::read_header(self.conn.mode, chunk::DONE, r, r.offset, r.length);
+                let (head, n) =
+                    reply::read_header(self.conn.mode, chunk::DONE, r, r.offset, r.length);
                 if !self.is_near(&extents[..1], file.as_ref()) && r.length <= JOB {
                     return self.submit(*r, None, r.length as usize);
                 }
@@ -80,10 +81,7 @@ impl Own {
                         Some(f) if e.depth == extents[0].depth && is_plain(e) => Some(f),
                         _ => None,
                     };
-                    if !begun
-                        && r.length <= JOB
-                        && !self.is_near(std::slice::from_ref(e), file)
-                    {
+                    if !begun && r.length <= JOB && !self.is_near(std::slice::from_ref(e), file) {
                         return self.submit(*r, None, r.length as usize);
                     }
                     if !single {
@@ -128,9 +126,8 @@ impl Own {
                     }
                     _ => {
                         let mut byte = [0];
-                        let read = |i: &crate::Image| {
-                            i.read_now(OneIov::dst(&mut byte).iov(), e.offset)
-                        };
+                        let read =
+                            |i: &crate::Image| i.read_now(OneIov::dst(&mut byte).iov(), e.offset);
                         self.conn.export.with(read).unwrap_or(false)
                     }
                 }
@@ -157,7 +154,7 @@ impl Own {
         }
         while len > 0 {
             let n = len.min(PIECE as u64) as usize;
-            // Half full is sent first, so that pieces stay large.
+            // What is there goes first, so that pieces stay large.
             if self.len + n > OUTPUT {
                 self.flush_more()?;
             }

@@ -35,8 +35,7 @@ pub fn error_text(out: &mut Vec<u8>, mode: Mode, to: &Request, errno: i32, text:
         return out.extend_from_slice(&simple_reply(number, to.cookie));
     }
     let text = &text.as_bytes()[..text.len().min(1024)];
-    let (head, n) =
-        chunk_header(mode, chunk::DONE, chunk::ERROR, to, 4 + 2 + text.len() as u64);
+    let (head, n) = chunk_header(mode, chunk::DONE, chunk::ERROR, to, 4 + 2 + text.len() as u64);
     out.extend_from_slice(&head[..n]);
     out.extend_from_slice(&number.to_be_bytes());
     out.extend_from_slice(&(text.len() as u16).to_be_bytes());
@@ -97,7 +96,13 @@ pub fn read_header(
 }
 
 /// A hole, and how many bytes count.
-pub fn hole(mode: Mode, flags: u16, to: &Request, offset: u64, length: u32) -> ([u8; MAX_HEADER], usize) {
+pub fn hole(
+    mode: Mode,
+    flags: u16,
+    to: &Request,
+    offset: u64,
+    length: u32,
+) -> ([u8; MAX_HEADER], usize) {
     let mut b = [0; MAX_HEADER];
     let (head, n) = chunk_header(mode, flags, chunk::OFFSET_HOLE, to, 12);
     b[..n].copy_from_slice(&head[..n]);

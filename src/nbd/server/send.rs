@@ -60,9 +60,8 @@ impl Conn {
             let mut at = offset as libc::off_t;
             let most = count.min(1 << 30) as usize;
             // SAFETY: both descriptors are open, and `at` is ours.
-            let n = unsafe {
-                libc::sendfile(self.fd.as_raw_fd(), file.as_raw_fd(), &raw mut at, most)
-            };
+            let n =
+                unsafe { libc::sendfile(self.fd.as_raw_fd(), file.as_raw_fd(), &raw mut at, most) };
             match n {
                 1.. => {
                     offset += n as u64;
@@ -98,7 +97,12 @@ impl Conn {
             let most = count.min(piece.len() as u64) as usize;
             // SAFETY: the memory is ours and has `most` bytes.
             let n = unsafe {
-                libc::pread(file.as_raw_fd(), piece.as_mut_ptr().cast(), most, offset as libc::off_t)
+                libc::pread(
+                    file.as_raw_fd(),
+                    piece.as_mut_ptr().cast(),
+                    most,
+                    offset as libc::off_t,
+                )
             };
             match n {
                 1.. => {
@@ -108,7 +112,9 @@ impl Conn {
                 }
                 0 => return Err(Cut::Failed("the file became shorter while it was sent".into())),
                 _ if errno() == libc::EINTR => {}
-                _ => return Err(Cut::Failed("the file could not be read while it was sent".into())),
+                _ => {
+                    return Err(Cut::Failed("the file could not be read while it was sent".into()));
+                }
             }
         }
         Ok(())
@@ -142,11 +148,8 @@ impl Conn {
             };
             let mut slices: Vec<IoSlice<'_>> =
                 batch.iter().map(|r| IoSlice::new(r.bytes())).collect();
-            let sent = if self.is_cut() {
-                Ok(true)
-            } else {
-                self.push(&mut s, &mut slices, wait, false)
-            };
+            let sent =
+                if self.is_cut() { Ok(true) } else { self.push(&mut s, &mut slices, wait, false) };
             drop(slices);
             drop(s);
             for reply in batch {
@@ -229,7 +232,7 @@ impl Conn {
     }
 
     /// One system call: how many bytes went, `None` if none did and waiting is not allowed.
-    fn write_some(
+    pub(super) fn write_some(
         &self,
         pieces: &[IoSlice<'_>],
         wait: bool,

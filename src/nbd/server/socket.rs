@@ -90,6 +90,32 @@ pub fn peer(fd: &OwnedFd) -> Peer {
     }
 }
 
+/// An option of the socket that is a number; else why there is none (ENOTSOCK).
+fn option(fd: &OwnedFd, option: i32) -> Result<i32> {
+    let mut value = 0i32;
+    let mut len = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: the memory is ours, and `len` is its size.
+    let rc = unsafe {
+        let value = (&raw mut value).cast();
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, value, &raw mut len)
+    };
+    let name = || format!("descriptor {}", fd.as_raw_fd()).into();
+    if rc == 0 { Ok(value) } else { Err(Error::os("getsockopt", &name())) }
+}
+
+/// Refuse what is no stream socket, and one that listens or does not, as `listens` says.
+pub fn check(fd: &OwnedFd, listens: bool) -> Result<()> {
+    let kind = option(fd, libc::SO_TYPE)?;
+    let accepts = option(fd, libc::SO_ACCEPTCONN)? != 0;
+    let what = match () {
+        _ if kind != libc::SOCK_STREAM => "it is not a stream socket",
+        _ if listens && !accepts => "it does not listen",
+        _ if !listens && accepts => "it listens, and is not connected",
+        _ => return Ok(()),
+    };
+    Err(Error::invalid(format!("the socket on descriptor {}: {what}", fd.as_raw_fd())))
+}
+
 /// Whether calls on it wait.
 pub fn set_nonblocking(fd: &OwnedFd, on: bool) -> Result<()> {
     // SAFETY: no memory is passed.

@@ -29,14 +29,14 @@ pub enum Taken {
 /// A TLS session. It holds its lock for work in memory only; receiving and sending are the caller's,
 /// and may be done by two threads at once.
 pub struct Session {
-    state: Mutex<State>,
+    pub(super) state: Mutex<State>,
     peer: Name,
 }
 
-struct State {
-    conn: Connection,
+pub(super) struct State {
+    pub(super) conn: Connection,
     /// Ciphertext that rustls has no room for yet: it keeps about 16 KiB of plain text.
-    held: Vec<u8>,
+    pub(super) held: Vec<u8>,
     /// How much of `held` is used up.
     used: usize,
     /// Why the session is over.
@@ -146,6 +146,11 @@ impl Session {
     /// Whether the handshake is still going on.
     pub fn is_handshaking(&self) -> bool {
         self.state.lock().conn.is_handshaking()
+    }
+
+    /// Whether this end is the client.
+    pub fn is_client(&self) -> bool {
+        matches!(self.state.lock().conn, Connection::Client(_))
     }
 }
 
