@@ -204,7 +204,7 @@ impl Conn {
             if self.has_left() || !self.done.lock().is_empty() {
                 let finished = {
                     let mut s = self.sending.lock();
-                    self.is_cut() || self.finish(&mut s, true).is_ok()
+                    self.finish(&mut s, true).is_ok()
                 };
                 if !finished || self.send_done(true).is_err() {
                     self.cut();
@@ -262,6 +262,8 @@ impl Own {
         self.flush()?;
         self.conn.await_pool(0);
         self.conn.send_done(true)?;
+        // The last replies of the pool may not have fitted the socket.
+        self.conn.finish(&mut self.conn.sending.lock(), true)?;
         self.conn.linger();
         Ok(())
     }
@@ -327,7 +329,8 @@ impl Own {
             if self.conn.waker.get().is_some() && (waits || self.conn.has_left()) {
                 // Replies of the pool that the socket did not take are for this thread to finish.
                 let Some(waker) = self.conn.waker.get() else { continue };
-                if self.conn.has_left() {
+                // Nobody else looks again for a reply that came while `has_left` had the lock.
+                if self.conn.has_left() || !self.conn.done.lock().is_empty() {
                     let mut s = self.conn.sending.lock();
                     self.conn.finish(&mut s, true)?;
                     drop(s);
@@ -380,9 +383,13 @@ impl Own {
         let ids: Vec<u32> = ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
         let ask = Request { length, ..*r };
         let known = ids.iter().all(|id| self.conn.contexts.iter().any(|c| *c as u32 == *id));
-        let status = match known && length > 0 && !ids.is_empty() {
+        let size = self.conn.export.with(|i| i.size()).unwrap_or(0);
+        let inside = length > 0 && r.offset.checked_add(length).is_some_and(|end| end <= size);
+        let status = match known && inside {
             true => self.conn.status(&ask, Some(&ids)),
-            false => Err(Error::invalid("contexts that were not negotiated, or nothing asked for")),
+            false => {
+                Err(Error::invalid("contexts that were not negotiated, or a range that is none"))
+            }
         };
         match status {
             Ok(out) => self.put_long(&out),

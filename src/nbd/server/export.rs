@@ -3,10 +3,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use std::time::Duration;
 
 use super::super::proto::flag;
 use crate::block::{Can, Error, Result};
 use crate::image::{Image, Info, state};
+
+/// How often it is looked whether the last user has gone, 5 ms apart.
+const LETTING_GO: u32 = 100;
 
 /// A device under a name.
 pub struct Export {
@@ -56,6 +60,23 @@ impl Export {
             self.broken.store(true, Relaxed);
             Err(Error::Internal("a request ended in a panic".into()))
         })
+    }
+
+    /// Nobody is to use it any more: flush the device, and close this context of it.
+    pub(super) fn let_go(mut export: Arc<Self>) -> Result<()> {
+        // A thread of the pool may be about to let go, too.
+        for _ in 0..LETTING_GO {
+            export = match Arc::try_unwrap(export) {
+                // What is broken must not write: its metadata may be half changed.
+                Ok(e) if e.broken.load(Relaxed) => return Ok(()),
+                Ok(e) => return e.image.close(),
+                Err(shared) => shared,
+            };
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let text = "a request to the device does not end, and the device is left to it";
+        let name = format!("NBD export {}", crate::block::quoted(&export.name));
+        Err(Error::net(&name.into(), text, libc::ETIMEDOUT))
     }
 
     /// Size in bytes and transmission flags, as of now.
