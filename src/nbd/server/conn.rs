@@ -30,8 +30,6 @@ pub(super) const OUTPUT: usize = 256 << 10;
 /// Most data of one request that the pool has, bytes. Larger requests are done in pieces by the
 /// connection's own thread: what that costs is shared by all of the bytes.
 pub(super) const JOB: u64 = 2 << 20;
-/// Data of requests in the pool, of one connection, bytes.
-const BYTES: usize = 8 << 20;
 /// A payload of a refused request that is read and forgotten rather than hung up on, bytes.
 const SKIP: u64 = 256 << 20;
 
@@ -204,7 +202,7 @@ impl Conn {
             if self.has_left() || !self.done.lock().is_empty() {
                 let finished = {
                     let mut s = self.sending.lock();
-                    self.is_cut() || self.finish(&mut s, true).is_ok()
+                    self.finish(&mut s, true).is_ok()
                 };
                 if !finished || self.send_done(true).is_err() {
                     self.cut();
@@ -262,6 +260,8 @@ impl Own {
         self.flush()?;
         self.conn.await_pool(0);
         self.conn.send_done(true)?;
+        // The last replies of the pool may not have fitted the socket.
+        self.conn.finish(&mut self.conn.sending.lock(), true)?;
         self.conn.linger();
         Ok(())
     }
@@ -327,7 +327,8 @@ impl Own {
             if self.conn.waker.get().is_some() && (waits || self.conn.has_left()) {
                 // Replies of the pool that the socket did not take are for this thread to finish.
                 let Some(waker) = self.conn.waker.get() else { continue };
-                if self.conn.has_left() {
+                // Nobody else looks again for a reply that came while `has_left` had the lock.
+                if self.conn.has_left() || !self.conn.done.lock().is_empty() {
                     let mut s = self.conn.sending.lock();
                     self.conn.finish(&mut s, true)?;
                     drop(s);
@@ -380,9 +381,13 @@ impl Own {
         let ids: Vec<u32> = ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
         let ask = Request { length, ..*r };
         let known = ids.iter().all(|id| self.conn.contexts.iter().any(|c| *c as u32 == *id));
-        let status = match known && length > 0 && !ids.is_empty() {
+        let size = self.conn.export.with(|i| i.size()).unwrap_or(0);
+        let inside = length > 0 && r.offset.checked_add(length).is_some_and(|end| end <= size);
+        let status = match known && inside {
             true => self.conn.status(&ask, Some(&ids)),
-            false => Err(Error::invalid("contexts that were not negotiated, or nothing asked for")),
+            false => {
+                Err(Error::invalid("contexts that were not negotiated, or a range that is none"))
+            }
         };
         match status {
             Ok(out) => self.put_long(&out),
@@ -557,7 +562,8 @@ impl Own {
         }
         let room = |n: usize| {
             n < settings.max_in_flight
-                && conn.bytes.load(Relaxed) + budget <= BYTES
+                && conn.bytes.load(Relaxed) + budget <= settings.max_memory_each
+                && conn.server.in_pool.load(Relaxed) < settings.max_in_all
                 && conn.server.memory.load(Relaxed) + budget <= settings.max_memory
         };
         loop {
@@ -573,6 +579,7 @@ impl Own {
             }
         }
         conn.in_pool.fetch_add(1, SeqCst);
+        conn.server.in_pool.fetch_add(1, Relaxed);
         conn.bytes.fetch_add(budget, Relaxed);
         conn.server.memory.fetch_add(budget, Relaxed);
         conn.server.pool.submit(&conn, Job { request, payload, budget }, settings.threads);

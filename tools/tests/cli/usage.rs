@@ -3,7 +3,7 @@ use std::process::Stdio;
 
 use crate::support::*;
 
-const COMMANDS: [&str; 10] =
+pub const COMMANDS: [&str; 10] =
     ["info", "create", "map", "copy", "resize", "read", "write", "bench", "serve", "list"];
 
 #[test]
