@@ -15,10 +15,9 @@ fn every_option_key_is_in_options_md() {
     let keys: Vec<_> = table.split("(\"").skip(1).filter_map(|s| s.split('"').next()).collect();
     assert!(keys.len() >= 26, "{keys:?}");
     for key in keys {
-        assert!(
-            text.contains(&format!("| `{key}`")) || text.contains(&format!(", `{key}` †")),
-            "{key}"
-        );
+        // In the first column of a table, perhaps with others.
+        let column = |line: &str| line.split('|').nth(1).map(str::to_owned).unwrap_or_default();
+        assert!(text.lines().any(|line| column(line).contains(&format!("`{key}`"))), "{key}");
     }
 }
 

@@ -16,6 +16,8 @@ fn every_command_takes_an_nbd_uri_for_an_image() {
     let json = dir.qblk(&format!("info --json --backing-chain {src}")).json();
     assert_eq!((&json[0]["driver"], &json[0]["size"]), (&"nbd".into(), &(16 * MIB).into()));
 
+    assert_eq!(json[0]["properties"]["nbd.export"], "src");
+
     let json = dir.qblk(&format!("map --json {src}")).json();
     assert_eq!(json["totals"]["data"], 2 * MIB + 4096);
     dir.qblk(&format!("map {src} --svg map.svg")).good();

@@ -12,6 +12,16 @@ const MIB: usize = 1 << 20;
 /// A port of our own for each test.
 const ANY: &str = "--uri nbd://127.0.0.1:0";
 
+/// Wait for something that another process does soon.
+#[track_caller]
+fn wait_until(done: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it does not come");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// A qcow2 image of 32 MiB, and a raw file with what is in it.
 fn image(dir: &Dir) {
     dir.sparse("src.raw", 32 * MIB as u64, &[(MIB as u64, &noise(1, 5 * MIB)), (20 << 20, b"x")]);
@@ -148,32 +158,25 @@ fn a_signal_ends_it_well() {
 #[test]
 fn a_second_signal_ends_it_at_once() {
     let dir = Dir::new();
-    // A disk that takes a minute for each read.
+    // A disk that takes a minute for each read, and tells when one begins.
     let mut kit = Command::new("nbdkit");
-    kit.args(["-f", "-U", "slow.sock", "-P", "kit.pid", "--filter=delay", "memory", "1M"]);
-    kit.args(["rdelay=60", "--exit-with-parent"]).current_dir(dir.path(""));
+    kit.args(["-f", "-U", "slow.sock", "-P", "kit.pid", "--filter=log", "--filter=delay"]);
+    kit.args(["memory", "1M", "rdelay=60", "logfile=kit.log", "--exit-with-parent"]);
+    kit.current_dir(dir.path(""));
     let mut kit = match kit.stdin(Stdio::null()).stderr(Stdio::null()).spawn() {
         Ok(kit) => kit,
         Err(e) => panic!("nbdkit: {e}; this test needs it: apt-get install nbdkit"),
     };
-    let begun = Instant::now();
-    while !dir.exists("kit.pid") && begun.elapsed() < Duration::from_secs(30) {
-        std::thread::yield_now();
-    }
+    wait_until(|| dir.exists("kit.pid"));
     let line = "-f raw -U a.sock --drain 1000 --stats nbd+unix:///?socket=slow.sock";
     let served = dir.serve(line, 1);
     let mut reader = dir.command(["read", served.uri(0), "0", "512"]);
     let mut reader = reader.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    // The read is under way when the server's thread waits for it, and that shows nowhere; it does
-    // no harm if the signal comes too early, for then a first one is enough.
-    std::thread::sleep(Duration::from_millis(500));
+    wait_until(|| String::from_utf8_lossy(&dir.read("kit.log")).contains(" Read "));
     served.signal(libc::SIGTERM);
+    // It is stopping when nobody can come any more.
+    wait_until(|| !dir.exists("a.sock"));
     let begun = Instant::now();
-    while dir.exists("a.sock") {
-        assert!(begun.elapsed() < Duration::from_secs(30));
-        std::thread::yield_now();
-    }
-    std::thread::sleep(Duration::from_millis(100));
     served.signal(libc::SIGTERM);
     let ran = served.wait();
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
@@ -320,11 +323,7 @@ fn stats_tell_what_was_done() {
     assert!(ran.err.contains("connections: ") && ran.err.contains("(0 refused)"), "{}", ran.err);
 
     let served = dir.serve(&format!("{ANY} -q --stats --json mem:1M --pid-file pid"), 0);
-    let begun = Instant::now();
-    while !dir.exists("pid") {
-        assert!(begun.elapsed() < Duration::from_secs(60));
-        std::thread::yield_now();
-    }
+    wait_until(|| dir.exists("pid"));
     served.signal(libc::SIGTERM);
     let json = served.wait().json();
     assert_eq!(json["connections"], 0);
@@ -341,11 +340,7 @@ fn a_reader_of_what_is_served_may_go() {
     let mut command = dir.command("serve -U a.sock mem:1M --pid-file pid".split(' '));
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
-    let begun = Instant::now();
-    while !dir.exists("pid") {
-        assert!(begun.elapsed() < Duration::from_secs(60));
-        std::thread::yield_now();
-    }
+    wait_until(|| dir.exists("pid"));
     assert_eq!(dir.nbdinfo(&["--size", "nbd+unix:///?socket=a.sock"]).trim(), "1048576");
     // SAFETY: the child is ours and has not been waited for.
     assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGTERM) }, 0);
