@@ -11,8 +11,12 @@ mod client;
 mod hangups;
 #[path = "hostile_nbd/options.rs"]
 mod options;
+#[path = "hostile_nbd/ranges.rs"]
+mod ranges;
 #[path = "hostile_nbd/requests.rs"]
 mod requests;
+#[path = "hostile_nbd/resources.rs"]
+mod resources;
 #[path = "hostile_nbd/scene.rs"]
 mod scene;
 #[path = "hostile_nbd/starttls.rs"]
