@@ -15,6 +15,8 @@ need valgrind valgrind
 need qemu-img qemu-utils
 need qemu-io qemu-utils
 need setpriv util-linux
+need nbdkit nbdkit
+need openssl openssl
 if [ -z "$missing" ]; then
     echo "check: everything that the tests need is there"
     exit 0

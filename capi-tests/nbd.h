@@ -32,12 +32,12 @@ static inline qblk_server *new_server(const char *name, qblk *dev, uint32_t flag
     return srv;
 }
 
-/* The URI of a Unix socket in the current directory. */
+/* The URI of a Unix socket in the current directory, until four others were made in this thread. */
 static inline const char *unix_uri(const char *socket, const char *export_name)
 {
-    static char uri[4][256];
-    static unsigned next;
-    char *to = uri[__atomic_fetch_add(&next, 1, __ATOMIC_RELAXED) % 4];
+    static __thread char uri[4][256];
+    static __thread unsigned next;
+    char *to = uri[next++ % 4];
     snprintf(to, sizeof uri[0], "nbd+unix:///%s?socket=%s", export_name, socket);
     return to;
 }

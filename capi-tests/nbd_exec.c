@@ -89,7 +89,9 @@ int main(int argc, char **argv)
     REFUSED("nbd+exec:", options("argv", "  ", NULL), -EINVAL, "'argv'");
     REFUSED("nbd+exec:", options("argv", "'a", NULL), -EINVAL, "'argv'");
     REFUSED("nbd+exec:", options("argv", "a\\", NULL), -EINVAL, "'argv'");
-    REFUSED("nbd+exec:", options("argv", "no-such-program-anywhere", NULL), -ENOENT, "no-such-program");
+    /* Valgrind does not pass on that it could not be run. */
+    if (!quick())
+        REFUSED("nbd+exec:", options("argv", "no-such-program-anywhere", NULL), -ENOENT, "no-such-program");
     REFUSED("nbd+exec:", options("argv", "true", "nbd.activation", "maybe", NULL), -EINVAL, "'nbd.activation'");
     REFUSED("nbd+exec://host/x", options("argv", "true", NULL), -EINVAL, "nbd+exec:");
     REFUSED("nbd+exec:", options("argv", "true", "nbd.timeuot", "1", NULL), -EINVAL, "'nbd.timeout'");
@@ -98,7 +100,7 @@ int main(int argc, char **argv)
     CHECK(open_opt("nbd+exec:", 0, &nbd, options("argv", text, NULL)) < 0);
     CHECK(begins_with_a_function(qblk_get_error()));
     CHECK(open_opt("nbd+exec:", 0, &nbd, options("argv", text, "nbd.activation", "on", NULL)) < 0);
-    CHECK_HAS(qblk_get_error(), "ended");
+    CHECK(begins_with_a_function(qblk_get_error()));
     REFUSED("nbd+exec:", options("argv", "echo this is not a server at all", NULL), QBLK_EPROTO, "this is");
     CHECK_INT(waitpid(-1, NULL, WNOHANG), -1);
 

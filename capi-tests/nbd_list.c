@@ -18,7 +18,7 @@ static int each(void *opaque, const char *name, const char *description)
 
 static void answers_twice_too_many(int fd, const void *arg)
 {
-    unsigned char b[64];
+    unsigned char b[64] = {0};
     const char *how = (const char *)arg;
     if (!bad_greet(fd))
         return;
@@ -37,7 +37,7 @@ static void answers_twice_too_many(int fd, const void *arg)
             be(b, 1, 4);
         b[4] = 'x';
         bad_answer(fd, option, strcmp(how, "kind") == 0 ? 3 : 2, b, strcmp(how, "short") == 0 ? 3 : 5);
-        bad_answer(fd, option, 1, NULL, strcmp(how, "ack") == 0 ? 7 : 0);
+        bad_answer(fd, option, 1, b, strcmp(how, "ack") == 0 ? 7 : 0);
     }
 }
 

@@ -82,7 +82,7 @@ static void where_they_have_no_use(const char *uri)
     REFUSED(uri, options("tls", "required", "tls-psk-file", "x", NULL), QBLK_EUNSUPPORTED, "PSK");
     REFUSED(uri, options("tls", "required", "tls-verify-peer", "maybe", NULL), -EINVAL, "'tls-verify-peer'");
     REFUSED(uri, options("tls", "required", "tls-certificates", "missing", NULL), -EINVAL, "missing");
-    REFUSED(uri, options("tls", "required", "tls-ca", "missing.pem", NULL), -ENOENT, "missing.pem");
+    REFUSED(uri, options("tls", "required", "tls-hostname", "h", "tls-ca", "missing.pem", NULL), -ENOENT, "missing.pem");
     /* Misspelt ones are named, with what they may be meant for. */
     REFUSED(uri, options("nbd.timeuot", "1", NULL), -EINVAL, "'nbd.timeout'");
     REFUSED(uri, options("nbd.conections", "1", NULL), -EINVAL, "'nbd.connections'");
@@ -120,7 +120,11 @@ int main(int argc, char **argv)
     test_begin(argv);
     alarm(300);
     qblk *dev = new_device("mem", 1 << 20), *nbd = NULL, *context = NULL;
-    qblk_server *srv = new_server("x", dev, 0);
+    qblk_server *srv = NULL;
+    qblk_options *o = options("description", "text for people", NULL);
+    OK(qblk_server_new(&srv));
+    OK(qblk_server_add_export2(srv, "x", dev, o, 0));
+    qblk_options_free(o);
     make_file("disk", "", 0, 1 << 20);
     OK(qblk_pwrite(dev, "data", 4, 1000));
     OK(qblk_server_listen(srv, "nbd+unix:///?socket=sock"));
@@ -135,10 +139,17 @@ int main(int argc, char **argv)
     REFUSED("nbd+unix:///x?socket=sock", options("nbd.export", "other", NULL), -ENOENT, "'other'");
     /* Schemes and the host are in any case of letters. */
     nbd = must_open("NBD+Unix:///x?socket=sock", QBLK_OPEN_RDWR);
+    static const char *const told[][2] = {{"nbd.export", "x"}, {"nbd.protocol", "extended"}, {"nbd.tls", "off"},
+        {"nbd.multi-conn", "on"}, {"nbd.minimum-block", "1"}, {"nbd.maximum-payload", "33554432"},
+        {"nbd.description", "text for people"}, {"nbd.contexts", "base:allocation,qemu:allocation-depth"}};
+    for (size_t i = 0; i < sizeof told / sizeof told[0]; i++) {
+        CHECK_INT(qblk_get_property(nbd, told[i][0], buf, sizeof buf), strlen(told[i][1]));
+        CHECK_STR(buf, told[i][1]);
+    }
     OK(qblk_get_info(nbd, &info));
     CHECK_STR(info.driver, "nbd");
     /* A context shares the connection's settings, and has none of its own. */
-    qblk_options *o = options("nbd.timeout", "1", NULL);
+    o = options("nbd.timeout", "1", NULL);
     FAILS(qblk_context_open(nbd, o, 0, &context), -EINVAL, "'nbd.timeout'");
     qblk_options_free(o);
     /* Reopened with others. */

@@ -1,5 +1,5 @@
 /* TLS between the library's server and its client: required, offered, verified on both sides, refused
- * where it must be; from files, from a directory, and from text. */
+ * where it must be; from files, from a directory, and from text. RUN: tls */
 #include "nbd.h"
 
 static qblk *dev;

@@ -106,7 +106,7 @@ static void a_device(const char *kind)
     strcpy(uri, server_uri(srv));
     OK(qblk_pwrite(dev, "kept", 4, 0));
     OK(qblk_close(dev));
-    nbd = must_open(uri, QBLK_OPEN_RDWR);
+    OK(open_opt(uri, QBLK_OPEN_RDWR, &nbd, options("nbd.reconnect", "0", NULL)));
     OK(qblk_pread(nbd, buf, 4, 0));
     CHECK_MEM(buf, "kept", 4);
     OK(qblk_pwrite(nbd, "last", 4, 0));

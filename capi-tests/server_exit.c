@@ -63,6 +63,7 @@ static process start(const char *how, const char *file)
 }
 
 static volatile int stop;
+static int reading;
 
 static void *read_for_ever(void *arg)
 {
@@ -70,9 +71,12 @@ static void *read_for_ever(void *arg)
     qblk *nbd = NULL;
     (void)arg;
     OK(open_opt(unix_uri("sock", "x"), 0, &nbd, options("nbd.reconnect", "0", NULL)));
-    for (uint64_t i = 0; !stop; i++)
+    for (uint64_t i = 0; !stop; i++) {
         if (qblk_pread(nbd, buf, sizeof buf, i % 1000 * 4096) < 0)
             break;
+        if (i == 0)
+            __atomic_fetch_add(&reading, 1, __ATOMIC_SEQ_CST);
+    }
     qblk_close(nbd);
     return NULL;
 }
@@ -87,7 +91,7 @@ static void parent(const char *how, const char *kind)
     process p = start(how, kind);
     int silent = unix_connect("sock"), idle = raw_client("sock", "x");
     OK(open_opt(unix_uri("sock", "x"), QBLK_OPEN_RDWR, &nbd, options("nbd.reconnect", "0", NULL)));
-    stop = 0;
+    stop = reading = 0;
     for (int i = 0; i < 2; i++)
         CHECK_INT(pthread_create(&t[i], NULL, read_for_ever, NULL), 0);
     /* Acknowledged, and not flushed. */
@@ -95,6 +99,8 @@ static void parent(const char *how, const char *kind)
         fill(want, BLOCK, (uint64_t)i + 1);
         OK(qblk_pwrite(nbd, want, BLOCK, (uint64_t)i * 70000));
     }
+    while (__atomic_load_n(&reading, __ATOMIC_SEQ_CST) < 2)
+        usleep(1000);
     double begun = now();
     CHECK_INT(write(p.in, "x", 1), 1);
     CHECK_INT(waitpid(p.pid, &status, 0), p.pid);

@@ -129,8 +129,21 @@ static void what_is_no_socket(void)
     FAILS(qblk_server_serve_fd(srv, -1), -EBADF, "descriptor -1");
     FAILS(qblk_server_listen_fd(srv, 9999), -EBADF, "descriptor 9999");
     FAILS(qblk_server_serve_fd(srv, 9999), -EBADF, "descriptor 9999");
-    /* A peer that is gone before it is served. */
+    /* What is not connected can not be served, what does not listen brings no clients. */
     int fd[2];
+    fd[0] = open("file", O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    FAILS(qblk_server_listen_fd(srv, fd[0]), -ENOTSOCK, "socket");
+    FAILS(qblk_server_serve_fd(srv, fd[0]), -ENOTSOCK, "socket");
+    close(fd[0]);
+    CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd), 0);
+    FAILS(qblk_server_listen_fd(srv, fd[0]), -EINVAL, "does not listen");
+    close(fd[0]);
+    close(fd[1]);
+    fd[0] = unix_listen("sock");
+    FAILS(qblk_server_serve_fd(srv, fd[0]), -EINVAL, "listens");
+    close(fd[0]);
+    unlink("sock");
+    /* A peer that is gone before it is served. */
     CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd), 0);
     close(fd[1]);
     CHECK(qblk_server_serve_fd(srv, fd[0]) <= 0);
@@ -144,9 +157,12 @@ static void what_is_no_socket(void)
     OK(qblk_server_stop(srv, 0));
     CHECK_INT(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd), 0);
     FAILS(qblk_server_serve_fd(srv, fd[0]), -EBADF, "stopped");
-    FAILS(qblk_server_listen_fd(srv, fd[0]), -EBADF, "stopped");
     close(fd[0]);
     close(fd[1]);
+    fd[0] = unix_listen("sock");
+    FAILS(qblk_server_listen_fd(srv, fd[0]), -EBADF, "stopped");
+    close(fd[0]);
+    unlink("sock");
     qblk_server_free(srv);
 }
 

@@ -27,7 +27,7 @@ static void round_(void)
 {
     qblk *shared = must_open("mem:1M", QBLK_OPEN_RDWR), *dev[MANY], *nbd[2 * MANY];
     qblk_server *srv[MANY];
-    char sock[32], uri[64], want[64], found[64];
+    char sock[32], uri[64], want[64] = "", found[64];
     for (int i = 0; i < MANY; i++) {
         dev[i] = must_open("mem:1M", QBLK_OPEN_RDWR);
         srv[i] = new_server("own", dev[i], 0);

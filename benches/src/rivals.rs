@@ -29,6 +29,17 @@ impl Ours {
         Image::open(path.as_os_str(), &all, flags).map(Self).map_err(text)
     }
 
+    /// Open a name as it is, to read.
+    pub fn open_raw(name: &str) -> Res<Self> {
+        let options = Options::new().with("format", "raw");
+        Image::open(name.as_ref(), &options, OpenFlags::default()).map(Self).map_err(text)
+    }
+
+    /// Of the device, bytes.
+    pub fn size(&self) -> Res<u64> {
+        self.0.size().map_err(text)
+    }
+
     /// Open, read `buf` at `offset`, close.
     pub fn visit(path: &Path, buf: &mut [u8], offset: u64) -> Res<()> {
         let image = Self::open(path, false, &[])?;

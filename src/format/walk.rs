@@ -139,8 +139,9 @@ fn holes(
 }
 
 fn push_at_depth(mut e: Extent, depth: u32, out: &mut ExtentList<'_>) {
-    e.depth = depth;
-    if depth > 0 {
+    // A device may have images below of its own, as the server of an export does.
+    e.depth = e.depth.saturating_add(depth);
+    if e.depth > 0 {
         e.flags &= !Extent::ALLOCATED;
     }
     if e.has(Extent::ZERO) {

@@ -438,11 +438,13 @@ impl Image {
             depth += 1;
             below = b.driver().backing();
         }
+        // Formats take any request; what holds their bytes may like some better.
+        let below = tree.files.first().map_or(caps, |file| file.caps());
         Ok(Info {
             size: dev.size(),
             allocated: dev.driver().allocated(),
-            max_transfer: 0,
-            request_alignment: caps.align.max(1),
+            max_transfer: below.max_transfer,
+            request_alignment: caps.align.max(below.align).max(1),
             optimal_io_size: caps.optimal_io,
             cluster_size: about.cluster_size,
             backing_depth: depth,
@@ -466,6 +468,10 @@ impl Image {
         let call = self.call()?;
         let mut all = vec![("filename", call.name.as_bytes().to_vec())];
         all.extend(call.top.driver().describe().properties);
+        // What holds the bytes of the image may have something to tell, too.
+        if let Some(file) = call.files.first() {
+            all.extend(file.driver().describe().properties);
+        }
         if key == "properties" {
             return Ok(Some(all.iter().map(|p| p.0).collect::<Vec<_>>().join("\n").into_bytes()));
         }

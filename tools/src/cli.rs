@@ -41,7 +41,7 @@ pub enum Command {
     /// Measure how fast an image is read or written
     Bench(BenchArgs),
     /// Serve images by NBD, until a signal or the end of a command
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// List what an NBD server exports
     List(ListArgs),
 }

@@ -1,1 +1,7 @@
-//! Tests against scripted peers.
+//! The client against peers that follow a script, in this process.
+
+mod handshakes;
+mod lives;
+mod peer;
+mod replies;
+mod threads;
