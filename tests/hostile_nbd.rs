@@ -7,12 +7,20 @@ mod common;
 mod certs;
 #[path = "hostile_nbd/client.rs"]
 mod client;
+#[path = "hostile_nbd/garbage.rs"]
+mod garbage;
 #[path = "hostile_nbd/hangups.rs"]
 mod hangups;
+#[path = "hostile_nbd/load.rs"]
+mod load;
 #[path = "hostile_nbd/options.rs"]
 mod options;
+#[path = "hostile_nbd/ranges.rs"]
+mod ranges;
 #[path = "hostile_nbd/requests.rs"]
 mod requests;
+#[path = "hostile_nbd/resources.rs"]
+mod resources;
 #[path = "hostile_nbd/scene.rs"]
 mod scene;
 #[path = "hostile_nbd/starttls.rs"]
