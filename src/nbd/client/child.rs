@@ -25,7 +25,7 @@ pub(super) struct Child {
 }
 
 /// A private directory, removed when dropped.
-struct Dir(PathBuf);
+pub(super) struct Dir(pub PathBuf);
 
 impl Drop for Dir {
     fn drop(&mut self) {
@@ -36,7 +36,7 @@ impl Drop for Dir {
 }
 
 impl Dir {
-    fn new(name: &Name) -> Result<Self> {
+    pub(super) fn new(name: &Name) -> Result<Self> {
         let mut template = std::env::temp_dir().into_os_string().into_encoded_bytes();
         template.extend(b"/qblk-XXXXXX\0");
         // SAFETY: a NUL-terminated template of ours, changed in place; the directory is made for

@@ -37,6 +37,9 @@ pub(super) struct Nbd {
 impl Nbd {
     pub(super) fn open(source: Source) -> Result<Self> {
         let pool = Pool::open(source)?;
+        if pool.source.settings.write && pool.export.has(flag::READ_ONLY) {
+            return Err(Error::net(pool.name(), "the export is read-only", libc::EROFS));
+        }
         Ok(Self { pool, pid: std::process::id(), asked: AtomicU64::new(FIRST_ASKED) })
     }
 

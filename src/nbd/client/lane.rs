@@ -571,7 +571,14 @@ impl Drop for Role<'_> {
 }
 
 fn os_error(errno: Errno, doing: &str, peer: &Name) -> Error {
-    Error::net(peer, doing, errno)
+    match errno {
+        libc::EPIPE | libc::ECONNRESET => hung_up(peer),
+        errno => Error::net(peer, doing, errno),
+    }
+}
+
+fn hung_up(peer: &Name) -> Error {
+    Error::net(peer, "the server hung up", libc::ECONNRESET)
 }
 
 fn send_error(why: &SendError, link: &Link) -> Error {
@@ -583,7 +590,7 @@ fn send_error(why: &SendError, link: &Link) -> Error {
 
 fn stop_error(why: Stopped, link: &Link) -> Error {
     match why {
-        Stopped::End => Error::net(&link.peer, "the server hung up", libc::ECONNRESET),
+        Stopped::End => hung_up(&link.peer),
         Stopped::Os(errno) => os_error(errno, "receiving", &link.peer),
         Stopped::Tls(e) => e,
     }

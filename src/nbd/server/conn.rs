@@ -30,8 +30,6 @@ pub(super) const OUTPUT: usize = 256 << 10;
 /// Most data of one request that the pool has, bytes. Larger requests are done in pieces by the
 /// connection's own thread: what that costs is shared by all of the bytes.
 pub(super) const JOB: u64 = 2 << 20;
-/// Data of requests in the pool, of one connection, bytes.
-const BYTES: usize = 8 << 20;
 /// A payload of a refused request that is read and forgotten rather than hung up on, bytes.
 const SKIP: u64 = 256 << 20;
 
@@ -564,7 +562,8 @@ impl Own {
         }
         let room = |n: usize| {
             n < settings.max_in_flight
-                && conn.bytes.load(Relaxed) + budget <= BYTES
+                && conn.bytes.load(Relaxed) + budget <= settings.max_memory_each
+                && conn.server.in_pool.load(Relaxed) < settings.max_in_all
                 && conn.server.memory.load(Relaxed) + budget <= settings.max_memory
         };
         loop {
@@ -580,6 +579,7 @@ impl Own {
             }
         }
         conn.in_pool.fetch_add(1, SeqCst);
+        conn.server.in_pool.fetch_add(1, Relaxed);
         conn.bytes.fetch_add(budget, Relaxed);
         conn.server.memory.fetch_add(budget, Relaxed);
         conn.server.pool.submit(&conn, Job { request, payload, budget }, settings.threads);

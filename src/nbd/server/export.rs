@@ -106,3 +106,22 @@ impl Export {
         self.running.fetch_sub(1, Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{OpenFlags, Options};
+
+    #[test]
+    fn a_panic_ends_its_request_and_nothing_else() {
+        let image = Image::open("mem:1M".as_ref(), &Options::new(), OpenFlags::RDWR).unwrap();
+        let broken = Arc::new(AtomicBool::new(false));
+        let export = Export::new(b"x".to_vec(), Vec::new(), image, broken.clone(), false).unwrap();
+        assert_eq!(export.with(Image::size).unwrap(), 1 << 20);
+        let panicked = export.with(|_| -> Result<()> { panic!("on purpose") });
+        assert!(matches!(panicked, Err(Error::Internal(_))), "{panicked:?}");
+        // What it left behind is not to be trusted, by the handles of the device neither.
+        assert!(broken.load(Relaxed) && export.with(Image::size).is_err());
+        Export::let_go(Arc::new(export)).unwrap();
+    }
+}

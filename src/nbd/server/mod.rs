@@ -60,7 +60,9 @@ pub struct Inner {
     settings: OnceLock<(Settings, Option<ServerTls>)>,
     stopping: AtomicBool,
     pool: Arc<Pool>,
-    /// Bytes of requests in the pool.
+    /// Requests in the pool, of all connections.
+    in_pool: AtomicUsize,
+    /// Bytes that these count for.
     memory: AtomicUsize,
     stats: Stats,
     /// Wakes the accepting thread.
@@ -130,6 +132,7 @@ impl Server {
             settings: OnceLock::new(),
             stopping: AtomicBool::new(false),
             pool: Arc::default(),
+            in_pool: AtomicUsize::new(0),
             memory: AtomicUsize::new(0),
             stats: Stats::default(),
             waker: Waker::new()?,

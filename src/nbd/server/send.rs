@@ -282,6 +282,7 @@ impl Conn {
     /// Count a request of the pool as over.
     fn release(&self, budget: usize) {
         self.server.memory.fetch_sub(budget, Relaxed);
+        self.server.in_pool.fetch_sub(1, Relaxed);
         self.bytes.fetch_sub(budget, Relaxed);
         self.in_pool.fetch_sub(1, SeqCst);
         if self.waiting.load(SeqCst) {
