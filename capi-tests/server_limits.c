@@ -156,8 +156,9 @@ static void as_little_as_can_be(void)
     qblk *file = new_device("qcow2", 1 << 20);
     qblk_server *srv = new_server("x", file, 0);
     static const char *const least[][2] = {{"max-connections", "16"}, {"max-in-flight", "1"},
-        {"max-memory", "1M"}, {"max-request", "64k"}, {"threads", "1"}};
-    for (size_t i = 0; i < 5; i++)
+        {"max-in-flight-in-all", "1"}, {"max-memory", "1M"}, {"max-memory-per-connection", "64k"},
+        {"max-option", "8k"}, {"max-request", "64k"}, {"threads", "1"}};
+    for (size_t i = 0; i < sizeof least / sizeof least[0]; i++)
         OK(qblk_server_set(srv, least[i][0], least[i][1]));
     OK(qblk_server_listen(srv, "nbd+unix:///?socket=sock"));
     qblk *nbd = must_open(unix_uri("sock", "x"), QBLK_OPEN_RDWR);

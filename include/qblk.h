@@ -632,16 +632,20 @@ int qblk_open(const char *name, uint32_t flags, struct qblk **out);
 /**
  * Open the device `name`, with `options` (NULL: none) and flags (QBLK_OPEN_...).
  *
- * `name` is a path, "file:PATH" (needed when a path begins like a URI), or "mem:SIZE" (memory that
- * begins as zeroes and goes when it is closed). It need not be UTF-8. Without the option "format"
- * the format is found by probing; a raw image found so refuses a write that would make
+ * `name` is a path, "file:PATH" (needed when a path begins like a URI), "mem:SIZE" (memory that
+ * begins as zeroes and goes when it is closed), an NBD URI ("nbd://HOST:PORT/EXPORT",
+ * "nbd+unix:///EXPORT?socket=PATH", "nbd+vsock://CID:PORT/EXPORT"; "nbds..." with TLS), or
+ * "nbd+exec:///EXPORT" (a server that is started: option "argv"). It need not be UTF-8. Without the
+ * option "format" the format is found by probing; a raw image found so refuses a write that would make
  * its first sector look like another format.
  *
  * Returns 0 and the device in `*out`, to be closed with qblk_close(). On failure `*out` is
  * NULL, and the code is -EINVAL (a NULL, an unknown flag, an unknown option or one that has no use
  * here, QBLK_OPEN_UNTRUSTED without a format), the system's (-ENOENT, -EACCES, -EISDIR...),
  * QBLK_EFORMAT, QBLK_ECORRUPT, QBLK_EUNSUPPORTED, QBLK_ELOCKED or QBLK_EPOLICY (a backing
- * chain that is a loop, or goes where it may not). Any thread. Since 0.1.
+ * chain that is a loop, or goes where it may not); of an NBD export also -ENOENT (no such export),
+ * -ECONNREFUSED and others of connecting, -EACCES (TLS, or the server's policy), -EROFS (read-only,
+ * opened for writing), QBLK_EPROTO. Any thread. Since 0.1.
  */
 int qblk_open2(const char *name,
                const struct qblk_options *options,
@@ -649,14 +653,20 @@ int qblk_open2(const char *name,
                struct qblk **out);
 
 /**
- * Open the file or block device behind the descriptor `fd`, as qblk_open2() opens a name.
+ * Open the file or block device behind the descriptor `fd`, as qblk_open2() opens a name; or, if it
+ * is a connected socket, the export of the NBD server at its other end that the option "nbd.export"
+ * names.
  *
  * The library works on a duplicate; `fd` stays the caller's and may be closed at once. For
- * QBLK_OPEN_RDWR it must be open for writing.
+ * QBLK_OPEN_RDWR a file must be open for writing. A socket is one connection, which can not be made
+ * again when it is lost.
  *
  * Returns as qblk_open2(); -EBADF if `fd` is none. Any thread. Since 0.1.
  */
-int qblk_open_fd(int fd, const struct qblk_options *options, uint32_t flags, struct qblk **out);
+int qblk_open_fd(int fd,
+                 const struct qblk_options *options,
+                 uint32_t flags,
+                 struct qblk **out);
 
 /**
  * Flush and close a device. NULL is a success that does nothing.
@@ -999,7 +1009,8 @@ int qblk_server_listen(struct qblk_server *srv,
  *
  * The library works on a duplicate; `fd` stays the caller's. It is made non-blocking.
  *
- * Returns 0; -EBADF if `fd` is none. Any thread. Since 0.1.
+ * Returns 0; -EBADF if `fd` is none, and for a server that was stopped; -ENOTSOCK if it is no socket;
+ * -EINVAL if it does not listen; an error of the "tls-..." settings. Any thread. Since 0.1.
  */
 int qblk_server_listen_fd(struct qblk_server *srv,
                           int fd);
@@ -1008,10 +1019,11 @@ int qblk_server_listen_fd(struct qblk_server *srv,
  * Serve one client on `fd`, a connected socket, in the background.
  *
  * The library works on a duplicate; the caller closes `fd`, or the client is not told when the
- * server hangs up.
+ * server hangs up. It is made blocking.
  *
- * Returns 0; -EBADF if `fd` is none; -EAGAIN when a limit of connections is reached. Any thread.
- * Since 0.1.
+ * Returns 0; -EBADF if `fd` is none, and for a server that was stopped; -ENOTSOCK if it is no socket;
+ * -EINVAL if it listens; -EAGAIN when a limit of connections is reached; an error of the "tls-..."
+ * settings. Any thread. Since 0.1.
  */
 int qblk_server_serve_fd(struct qblk_server *srv,
                          int fd);
