@@ -2,11 +2,11 @@
 //! or take for ever, it keeps its memory, threads and descriptors, tells the truth, and serves others
 //! at once. Each defect that was seen elsewhere (docs: D1 to D13, CVE numbers) has its scenario.
 
-mod common;
 #[path = "hostile_nbd/certs.rs"]
 mod certs;
 #[path = "hostile_nbd/client.rs"]
 mod client;
+mod common;
 #[path = "hostile_nbd/devices.rs"]
 mod devices;
 #[path = "hostile_nbd/garbage.rs"]
