@@ -7,6 +7,8 @@ mod certs;
 #[path = "hostile_nbd/client.rs"]
 mod client;
 mod common;
+#[path = "hostile_nbd/devices.rs"]
+mod devices;
 #[path = "hostile_nbd/garbage.rs"]
 mod garbage;
 #[path = "hostile_nbd/hangups.rs"]

@@ -364,7 +364,7 @@ impl Own {
             cmd::WRITE => self.write(r),
             cmd::BLOCK_STATUS if has_payload => self.status_of_some(r),
             cmd::BLOCK_STATUS if self.cached => match conn.status(r, None) {
-                Ok(out) => self.put_long(&out),
+                Ok(out) => self.put(&out),
                 Err(e) => self.fail(r, &e),
             },
             cmd::FLUSH if conn.export.read_only => self.ok(r),
@@ -390,14 +390,9 @@ impl Own {
             }
         };
         match status {
-            Ok(out) => self.put_long(&out),
+            Ok(out) => self.put(&out),
             Err(e) => self.fail(r, &e),
         }
-    }
-
-    /// As `put`, of bytes that may be more than the output has room for.
-    fn put_long(&mut self, bytes: &[u8]) -> Result<(), Cut> {
-        bytes.chunks(OUTPUT / 2).try_for_each(|piece| self.put(piece))
     }
 
     /// Whether a request means something: else an error and its text.
