@@ -25,6 +25,7 @@ use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use images::{Images, On};
 use row::{Contender, Figures, Result as Measured, Table};
@@ -52,6 +53,9 @@ nbdkit and libnbd (rows nbd-…).
   --dir DIR          a directory on a disk, for qemu's io_uring (default: the one for temporary files)
   --tmpfs DIR        a directory on a tmpfs (default: /dev/shm)
 ";
+
+/// A signal ends the program.
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 /// Used by others while a sample runs, at most, processors.
 const QUIET: f64 = 0.5;
@@ -166,6 +170,10 @@ fn end(result: Res<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
+            // Without its images nothing goes on; the thread that removed them ends the program.
+            while ENDING.load(SeqCst) {
+                std::thread::park();
+            }
             eprintln!("qblk-bench: {e}");
             ExitCode::FAILURE
         }
@@ -324,6 +332,7 @@ fn clean_up_on_signals() -> Res<()> {
         let mut signal = 0;
         // SAFETY: a set, and room for the answer.
         if unsafe { libc::sigwait(&set, &mut signal) } == 0 {
+            ENDING.store(true, SeqCst);
             images::clean_up();
             eprintln!("\nqblk-bench: ended by signal {signal}; its images are removed");
             // Not exit(): the rest of the program is still at work.

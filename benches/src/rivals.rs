@@ -29,10 +29,13 @@ impl Ours {
         Image::open(path.as_os_str(), &all, flags).map(Self).map_err(text)
     }
 
-    /// Open a name as it is, to read.
-    pub fn open_raw(name: &str) -> Res<Self> {
-        let options = Options::new().with("format", "raw");
-        Image::open(name.as_ref(), &options, OpenFlags::default()).map(Self).map_err(text)
+    /// Open an NBD export to read, by so many connections or as many as the library takes.
+    pub fn open_nbd(uri: &str, connections: Option<u32>) -> Res<Self> {
+        let mut options = Options::new().with("format", "raw");
+        if let Some(n) = connections {
+            options.set("nbd.connections", Some(n.to_string().as_bytes()));
+        }
+        Image::open(uri.as_ref(), &options, OpenFlags::default()).map(Self).map_err(text)
     }
 
     /// Of the device, bytes.

@@ -236,7 +236,7 @@ fn a_refused_write_does_not_break_tls() {
                 ((1u64 << 20) - 100, 101, ENOSPC),
                 (1 << 20, 70_000, ENOSPC),
                 (u64::MAX, 1000, ENOSPC),
-                (0, (32 << 20) + 1, EOVERFLOW),
+                (0, (32 << 20) + 1, EINVAL),
             ] {
                 assert_eq!(c.ask(cmd::WRITE, FUA, offset, n as u64, &data[..n]).error, error);
                 next(&mut c, &[0; 4096]);

@@ -145,7 +145,7 @@ fn refuse_to_harm_the_source(args: &CopyArgs) -> Result<()> {
     let same = |name: &OsStr| id.is_some() && file_id(name) == id;
     if same(&args.source) || is_nbd(&args.target) && args.source == args.target {
         return Err(Failure::said(format!(
-            "{}: source and target are the same file",
+            "{}: source and target are the same",
             quoted(args.target.as_bytes())
         )));
     }

@@ -251,3 +251,13 @@ impl Clients {
 pub fn run(socket: &Path, load: &Load, until: Until) -> Res<Done> {
     Clients::connect(socket, load)?.run(load, until)
 }
+
+/// For somebody who looks at one server: SOCKET DEPTH BLOCK SECONDS.
+pub fn by_hand(socket: &Path, depth: &str, block: &str, seconds: &str) -> Res<()> {
+    let number = |s: &str| s.parse::<f64>().map_err(|_| format!("{s:?} is no number"));
+    let (depth, block) = (number(depth)? as usize, number(block)? as usize);
+    let load = Load { block, depth: depth.max(1), connections: 1, write: false };
+    let done = run(socket, &load, Until::Seconds(number(seconds)?))?;
+    println!("{:.0} requests/s", done.rate);
+    Ok(())
+}

@@ -7,8 +7,14 @@ use crate::rivals::Ours;
 use crate::work::{Device, Offsets, Pattern, Res, Sample, Work, drive};
 
 /// Reads of 4 KiB by `threads` threads on one handle.
-pub fn reads(server: &Running, threads: usize, size: u64, seconds: f64) -> Res<Sample> {
-    let device = Ours::open_raw(&server.uri())?;
+pub fn reads(
+    server: &Running,
+    threads: usize,
+    connections: Option<u32>,
+    seconds: f64,
+) -> Res<Sample> {
+    let device = Ours::open_nbd(&server.uri(), connections)?;
+    let size = device.size()?;
     let cpu = server.cpu();
     let start = std::time::Instant::now();
     let work = Work::reads(4096, Pattern::Random, size).by(threads);
@@ -32,10 +38,9 @@ pub fn others(server: &Running, load: impl FnOnce(&Running) -> Res<Done>) -> Res
 
 /// This program as one whose system calls are counted: so many reads of 4 KiB by so many threads.
 pub fn requests(uri: &str, threads: &str, ops: &str) -> Res<()> {
-    super::die_with_parent();
     let number = |s: &str| s.parse::<u64>().map_err(|_| format!("{s:?} is no number"));
     let (threads, ops) = (number(threads)?, number(ops)? / number(threads)?.max(1));
-    let device = &Ours::open_raw(uri)?;
+    let device = &Ours::open_nbd(uri, None)?;
     let work = Work::reads(4096, Pattern::Random, device.size()?);
     let one = &|thread: u64| -> Res<()> {
         let mut offsets = Offsets::new(&work, thread as usize);

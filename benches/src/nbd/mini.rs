@@ -32,7 +32,6 @@ struct Export {
 
 /// Serve until somebody kills the process.
 pub fn serve(socket: &Path, path: &Path, write: bool) -> Res<()> {
-    super::die_with_parent();
     let file = at(path, File::options().read(true).write(write).open(path))?;
     let size = at(path, file.metadata())?.len();
     let mut flags = flag::HAS_FLAGS | flag::SEND_FLUSH | flag::CAN_MULTI_CONN;
@@ -149,5 +148,42 @@ fn work(mut stream: UnixStream, export: &Export) -> Result<()> {
             stream.write_all(&output[..out])?;
             out = 0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::blast::{Client, Load, Until, run};
+    use super::*;
+
+    #[test]
+    fn every_request_of_a_load_is_answered() {
+        let dir = std::env::temp_dir().join(format!("qblk-bench-mini.{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let (socket, path) = (dir.join("sock"), dir.join("disk"));
+        let bytes: Vec<u8> = (0..1 << 20).map(|i| (i / 4096) as u8).collect();
+        std::fs::write(&path, &bytes).unwrap();
+        let (s, p) = (socket.clone(), path.clone());
+        std::thread::spawn(move || serve(&s, &p, true));
+        let mut client = loop {
+            match Client::connect(&socket) {
+                Ok(client) => break client,
+                Err(_) => std::thread::yield_now(),
+            }
+        };
+        assert_eq!(client.size, 1 << 20);
+        let mut buf = vec![0; 8192];
+        client.read(&mut buf, 12288).unwrap();
+        assert_eq!(buf, bytes[12288..20480]);
+        for (write, block, connections) in [(false, 4096, 3), (false, 1 << 19, 1), (true, 65536, 2)]
+        {
+            let load = Load { block, depth: 7, connections, write };
+            let done = run(&socket, &load, Until::Ops(100)).unwrap();
+            assert_eq!(done.ops, (100 * connections) as f64);
+        }
+        // All was written somewhere by the last, with what it fills its requests with.
+        assert!(std::fs::read(&path).unwrap().chunks(65536).any(|c| c.iter().all(|b| *b == 0x5a)));
+        assert!(client.read(&mut buf, 1 << 20).is_err(), "behind the end");
+        let _ = std::fs::remove_dir_all(&dir);
     }
 }

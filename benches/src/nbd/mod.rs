@@ -65,9 +65,13 @@ pub fn look() -> Res<String> {
 /// What this program does when it was started by itself, to serve or to be counted.
 pub fn part(args: &[OsString]) -> Option<Res<()>> {
     let text = |i: usize| args.get(i).map(|a| a.to_string_lossy().into_owned()).unwrap_or_default();
+    if ["--nbd-serve", "--nbd-mini", "--nbd-client"].contains(&text(0).as_str()) {
+        die_with_parent();
+    }
     match text(0).as_str() {
         "--nbd-serve" => Some(servers::serve(&text(1), &text(2), &text(3), text(4) == "rw")),
         "--nbd-mini" => Some(mini::serve(text(1).as_ref(), text(2).as_ref(), text(3) == "rw")),
+        "--nbd-blast" => Some(blast::by_hand(text(1).as_ref(), &text(2), &text(3), &text(4))),
         "--nbd-client" => Some(client::requests(&text(1), &text(2), &text(3))),
         _ => None,
     }

@@ -51,7 +51,6 @@ pub struct Launch {
 
 /// This program as our server.
 pub fn serve(socket: &str, file: &str, format: &str, write: bool) -> Res<()> {
-    super::die_with_parent();
     let text = |e: qblk::Error| e.to_string();
     let flags = if write { OpenFlags::RDWR } else { OpenFlags::default() };
     let image =

@@ -6,7 +6,7 @@
 //! has a deadline for the whole.
 
 use super::{Listed, Settings};
-use crate::block::{Error, Name, Result, quoted};
+use crate::block::{Error, ErrorKind, Name, Result, quoted};
 use crate::log::{Level, log};
 use crate::nbd::net::Stream;
 use crate::nbd::proto::{self, Mode, be16, be32, be64, flag, hello, info, opt, rep};
@@ -430,10 +430,13 @@ impl<'a> Talk<'a> {
     /// export that is not there.
     fn export_name(&mut self, export: &[u8], agreed: &mut Export) -> Result<()> {
         log(Level::Debug, format_args!("{}: opening by EXPORT_NAME", self.stream.peer()));
-        self.send(opt::EXPORT_NAME, export)?;
         let mut answer = [0; 10];
-        self.stream.read(&mut answer).map_err(|e| match e.kind() {
-            crate::block::ErrorKind::Errno(libc::ECONNRESET | libc::EPIPE) => {
+        let result = match self.send(opt::EXPORT_NAME, export) {
+            Ok(()) => self.stream.read(&mut answer),
+            failed => failed,
+        };
+        result.map_err(|e| match e.kind() {
+            ErrorKind::Errno(libc::ECONNRESET | libc::EPIPE) => {
                 let what = format!(
                     "the server hung up when asked for the export {}: it may have none of that \
                      name, or require TLS",

@@ -39,7 +39,7 @@ fn every_form_of_newstyle_reads() {
         (Offer { hello: 0, mode: Mode::Simple, ..Offer::default() }, "simple"),
     ];
     for (offer, protocol) in forms {
-        let mut disk: Vec<u8> = (0..1 << 20).map(|i: u32| (i * 7 >> 5) as u8).collect();
+        let mut disk: Vec<u8> = (0..1 << 20).map(|i: u32| ((i * 7) >> 5) as u8).collect();
         let expected = disk.clone();
         opened(
             offer,
@@ -104,6 +104,8 @@ fn impossible_exports_are_refused() {
     assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
 }
 
+type Script = Box<dyn FnOnce(&mut Peer) + Send>;
+
 /// A script that negotiates well up to GO, and there does something else.
 fn at_go(then: impl FnOnce(&mut Peer) + Send) -> Error {
     refused(|mut p| {
@@ -154,7 +156,7 @@ fn tls_required_by_the_server_is_said_at_the_first_option() {
 
 #[test]
 fn broken_negotiations_are_eproto() {
-    let scripts: Vec<(&str, Box<dyn FnOnce(&mut Peer) + Send>)> = vec![
+    let scripts: Vec<(&str, Script)> = vec![
         ("a payload of 64 KiB + 1", Box::new(|p| p.answer(opt::GO, rep::INFO, &[0; 65537]))),
         ("another option's reply", Box::new(|p| p.answer(opt::LIST, rep::ACK, &[]))),
         ("an ACK with a payload", Box::new(|p| p.answer(opt::GO, rep::ACK, &[0]))),

@@ -168,7 +168,7 @@ fn what_was_not_acknowledged_is_sent_again() {
             cmd::CACHE => d.cache(512, 512).unwrap(),
             _ => d.flush().unwrap(),
         }
-        assert_eq!(kinds(&server).iter().rev().take_while(|k| **k == kind).count() >= 2, true);
+        assert!(kinds(&server).iter().rev().take_while(|k| **k == kind).count() >= 2);
     }
     assert_eq!(server.connections(), 7);
     assert_eq!(&server.shared.disk.lock().unwrap()[..5], b"again");

@@ -206,13 +206,14 @@ fn all_threads_learn_that_the_connection_broke() {
 #[test]
 fn an_early_reply_does_not_end_a_write_before_it_is_sent() {
     const SIZE: usize = 8 << 20;
-    let read_all = AtomicBool::new(false);
+    let (begun, read_all) = (AtomicBool::new(false), AtomicBool::new(false));
     opened(
         Offer { size: SIZE as u64, ..Offer::default() },
         |mut p| {
             let head = p.take_vec(p.mode.request_len()).unwrap();
             let r = Request::decode(&head, p.mode).unwrap();
             let first = p.take_vec(1000).unwrap();
+            begun.store(true, SeqCst);
             p.ok(&r);
             // The client must not take this for the end of its call. Requests of others may still be
             // answered, though what they ask is behind the rest of the payload.
@@ -234,7 +235,9 @@ fn an_early_reply_does_not_end_a_write_before_it_is_sent() {
                 });
                 // One that waits for its reply while the other sends.
                 s.spawn(|| {
-                    std::thread::sleep(Duration::from_millis(10));
+                    while !begun.load(SeqCst) {
+                        std::thread::yield_now();
+                    }
                     assert_eq!(read(d, 0, 512).unwrap(), [2; 512]);
                 });
             });
