@@ -234,7 +234,7 @@ static void replies(void)
         {"magic", QBLK_EPROTO}, {"cookie", QBLK_EPROTO}, {"chunk", QBLK_EPROTO},
         {"EIO", -EIO}, {"ENOSPC", -ENOSPC}, {"unknown error", -EINVAL},
     };
-    char buf[512];
+    char buf[512] = "";
     bad_server s;
     qblk *nbd = NULL;
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++) {
