@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::{Waker, errno, sys};
-use crate::block::{Error, Name, Result};
+use crate::block::{Error, ErrorKind, Name, Result};
 use crate::nbd::tls::{Session, Taken};
 
 /// How much is received at once where more than was asked for may be: a TLS record.
@@ -21,6 +21,8 @@ pub struct Stream {
     /// For messages.
     peer: Name,
     cancel: Option<Arc<Waker>>,
+    /// Something came through TLS.
+    heard: bool,
     /// When reading and writing give up (ETIMEDOUT).
     pub deadline: Option<Instant>,
 }
@@ -28,7 +30,7 @@ pub struct Stream {
 impl Stream {
     /// A stream over a connected socket, plain.
     pub fn new(fd: OwnedFd, peer: Name, deadline: Option<Instant>) -> Self {
-        Self { fd, tls: None, peer, cancel: None, deadline }
+        Self { fd, tls: None, peer, cancel: None, heard: false, deadline }
     }
 
     /// Give up with ECANCELED when `cancel` wakes.
@@ -43,7 +45,10 @@ impl Stream {
             filled += match &self.tls {
                 None => self.receive(rest, "reading")?,
                 Some(tls) => match tls.take(rest)? {
-                    Taken::Bytes(n) => n,
+                    Taken::Bytes(n) => {
+                        self.heard = true;
+                        n
+                    }
                     Taken::Nothing => {
                         self.receive_tls(tls, "reading")?;
                         0
@@ -73,7 +78,11 @@ impl Stream {
             Some(tls) => {
                 let mut out = Vec::new();
                 tls.seal(&[io::IoSlice::new(buf)], &mut out)?;
-                self.send(&out, "sending")
+                let sent = self.send(&out, "sending");
+                sent.map_err(|e| match e.kind() {
+                    ErrorKind::Errno(libc::ECONNRESET) => self.last_words(tls).unwrap_or(e),
+                    _ => e,
+                })
             }
         }
     }
@@ -124,6 +133,20 @@ impl Stream {
         }
     }
 
+    /// Why the peer hung up, if it said so before.
+    fn last_words(&self, tls: &Session) -> Option<Error> {
+        let mut cipher = [0; CHUNK];
+        // A peer that is gone can have left no more than what the socket holds.
+        while let Ok(n @ 1..) = sys::receive(&self.fd, &mut cipher) {
+            match tls.feed(&cipher[..n]) {
+                Ok(()) => {}
+                Err(e @ Error::Net { .. }) => return Some(e),
+                Err(_) => break,
+            }
+        }
+        None
+    }
+
     fn fail(&self, what: &str, e: &io::Error) -> Error {
         match errno(e) {
             libc::EPIPE | libc::ECONNRESET => self.hung_up(what),
@@ -132,7 +155,13 @@ impl Stream {
     }
 
     fn hung_up(&self, what: &str) -> Error {
-        Error::net(&self.peer, format!("{what}: the peer hung up"), libc::ECONNRESET)
+        // In TLS 1.3 a client's certificate is looked at when the handshake is over for the client, and
+        // not every server says what it did not like.
+        let unheard = !self.heard && self.tls.as_ref().is_some_and(|tls| tls.is_client());
+        let hint =
+            " after the TLS handshake, for want of a certificate that it likes (tls-certificate)?";
+        let hint = if unheard { hint } else { "" };
+        Error::net(&self.peer, format!("{what}: the peer hung up{hint}"), libc::ECONNRESET)
     }
 
     /// Wait until the socket is ready. What is ready already does not get around the deadline: a peer

@@ -147,6 +147,11 @@ impl Session {
     pub fn is_handshaking(&self) -> bool {
         self.state.lock().conn.is_handshaking()
     }
+
+    /// Whether this end is the client.
+    pub fn is_client(&self) -> bool {
+        matches!(self.state.lock().conn, Connection::Client(_))
+    }
 }
 
 impl State {

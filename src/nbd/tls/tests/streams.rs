@@ -71,3 +71,25 @@ fn a_handshake_ends_with_its_deadline_its_peer_or_its_reason() {
         assert!(number == libc::EACCES && what.contains("UnknownCA"), "{number} {what}");
     });
 }
+
+#[test]
+fn a_client_that_was_let_in_by_mistake_learns_why_it_is_out() {
+    let ca = Ca::new();
+    let strict = TlsOptions { verify_peer: Some(true), ca: ca.pem(), ..ca.server() };
+    // Whether it reads or writes, and whether the server has a word for it or just hangs up.
+    for (reads, says) in [(true, true), (false, true), (true, false)] {
+        let options = if says { &strict } else { &ca.server() };
+        let (client_session, server_session) =
+            sessions(&ca.client(), &tcp("localhost"), options).unwrap();
+        let (mut client, mut server) = streams(Duration::from_secs(20));
+        let (number, what) = std::thread::scope(|scope| {
+            let told = scope.spawn(move || server.start_tls(server_session));
+            client.start_tls(client_session).unwrap();
+            assert_eq!(told.join().unwrap().is_err(), says);
+            let mut buf = [0; 1];
+            errno(if reads { client.read(&mut buf) } else { client.write(&buf) })
+        });
+        assert_eq!(number, if says { libc::EACCES } else { libc::ECONNRESET }, "{what}");
+        assert!(what.contains("tls-certificate"), "{what}");
+    }
+}
