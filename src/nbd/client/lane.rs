@@ -7,6 +7,10 @@
 //! the others sleep on one word, so that any number of them is woken with one system call. A lone
 //! caller sends once, receives once, and meets nobody.
 //!
+//! Requests are sent together where that costs nobody time: a thread that was woken because its reply
+//! has come will mostly ask for more, so a request that is queued while others have been woken and not
+//! run yet is left for the last of them to send (or sent after all, a moment later).
+//!
 //! What keeps a request from being forgotten:
 //! - Whoever gives up the receiver's role looks for sleepers afterwards and wakes one; whoever goes to
 //!   sleep says so and then looks whether the role is free. Both in sequentially consistent order, so
@@ -25,66 +29,68 @@
 
 use std::cell::UnsafeCell;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64, fence};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, AtomicU64};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::call::Claim;
 use super::pool::Pool;
-use super::reply;
-use super::rx::{Link, Rx, Stopped};
-use super::slot::{FAILED, LIVE, Memory, REPLIED, Request, SENT, Slot, Work, is_over};
-use super::sys::{self, Deadline, Errno};
-use super::tx::{Queue, SendError};
-use crate::block::{Error, Name};
+use super::rx::{Link, Rx};
+use super::slot::Slot;
+use super::sys::{self, Deadline};
+use super::tx::Queue;
+use crate::block::Error;
 use crate::nbd::proto::{self, cmd};
 
 /// Requests that can be under way on one connection.
 pub(super) const SLOTS: usize = 64;
-/// From so many bytes on, the data of a read is not worth receiving ahead.
-const LARGE: u64 = 32 << 10;
 
 /// What everybody writes to, on a cache line of its own.
 #[repr(align(128))]
-struct Apart<T>(T);
+pub(super) struct Apart<T>(pub T);
 
-struct Tx {
+pub(super) struct Tx {
     /// Nothing is queued any more.
-    closed: bool,
+    pub(super) closed: bool,
     /// A thread is sending.
-    sending: bool,
-    queue: Box<Queue>,
+    pub(super) sending: bool,
+    pub(super) queue: Box<Queue>,
     /// The other queue, while nobody is sending.
-    spare: Option<Box<Queue>>,
+    pub(super) spare: Option<Box<Queue>>,
     /// For TLS records. The sender's, while there is one.
-    sealed: Vec<u8>,
+    pub(super) sealed: Vec<u8>,
 }
 
 /// See the module's text.
 pub(super) struct Lane {
     /// A bit for each slot that is free.
-    free: Apart<AtomicU64>,
+    pub(super) free: Apart<AtomicU64>,
     /// A bit for each caller that sleeps and could take the receiver's role.
-    waiting: Apart<AtomicU64>,
+    pub(super) waiting: Apart<AtomicU64>,
     /// What callers sleep on; counts wake-ups.
-    epoch: AtomicU32,
+    pub(super) epoch: AtomicU32,
+    /// Callers that were taken out of `waiting` and do not know it yet.
+    pub(super) summoned: AtomicU32,
+    /// Requests are queued that nobody sends: one who was summoned will.
+    pub(super) held: AtomicBool,
     /// Somebody is the receiver.
-    receiving: AtomicBool,
+    pub(super) receiving: AtomicBool,
     /// Large reads under way.
-    large: AtomicU32,
+    pub(super) large: AtomicU32,
     /// Requests are taken.
-    up: AtomicBool,
+    pub(super) up: AtomicBool,
     /// The connection is broken; see `reason`.
-    dead: AtomicBool,
-    reason: Mutex<Option<Error>>,
-    tx: Apart<Mutex<Tx>>,
+    pub(super) dead: AtomicBool,
+    pub(super) reason: Mutex<Option<Error>>,
+    pub(super) tx: Apart<Mutex<Tx>>,
     /// The sender has stopped.
-    idle: Condvar,
-    rx: UnsafeCell<Rx>,
-    link: UnsafeCell<Option<Link>>,
+    pub(super) idle: Condvar,
+    pub(super) rx: UnsafeCell<Rx>,
+    pub(super) link: UnsafeCell<Option<Link>>,
     /// The link's descriptor, -1 without: for a forked child, which may only close it.
-    fd: AtomicI32,
-    slots: Box<[Slot]>,
+    pub(super) fd: AtomicI32,
+    pub(super) slots: Box<[Slot]>,
 }
 
 // SAFETY: `rx` is touched by the receiver alone, `link` is changed only by who has claimed all slots
@@ -93,18 +99,6 @@ unsafe impl Sync for Lane {}
 // SAFETY: nothing in it is bound to a thread.
 unsafe impl Send for Lane {}
 
-/// What became of a request.
-pub(super) enum Outcome {
-    /// A reply came: see [`Claim::work`].
-    Over,
-    /// The connection was lost before one came.
-    Lost,
-    /// The deadline passed, and the connection was given up.
-    Late,
-    /// The peer broke the protocol, and the connection was given up.
-    Broken(Error),
-}
-
 impl Lane {
     /// A lane without a connection.
     pub(super) fn new() -> std::io::Result<Self> {
@@ -112,6 +106,8 @@ impl Lane {
             free: Apart(AtomicU64::new(u64::MAX)),
             waiting: Apart(AtomicU64::new(0)),
             epoch: AtomicU32::new(0),
+            summoned: AtomicU32::new(0),
+            held: AtomicBool::new(false),
             receiving: AtomicBool::new(false),
             large: AtomicU32::new(0),
             up: AtomicBool::new(false),
@@ -162,7 +158,7 @@ impl Lane {
             }
             let index = free.trailing_zeros() as usize;
             match self.free.0.compare_exchange_weak(free, free & (free - 1), SeqCst, Relaxed) {
-                Ok(_) if self.up.load(SeqCst) => return Some(Claim { lane: self, pool, index }),
+                Ok(_) if self.up.load(SeqCst) => return Some(Claim::new(self, pool, index)),
                 Ok(_) => {
                     // It has gone down, and may be about to get another connection.
                     self.free.0.fetch_or(1 << index, SeqCst);
@@ -211,6 +207,8 @@ impl Lane {
         drop(tx);
         self.waiting.0.store(0, Relaxed);
         self.large.store(0, Relaxed);
+        self.summoned.store(0, Relaxed);
+        self.held.store(false, Relaxed);
         *self.reason.lock() = None;
         self.dead.store(false, SeqCst);
         self.up.store(true, SeqCst);
@@ -257,7 +255,7 @@ impl Lane {
         }
     }
 
-    fn wait_idle(&self, tx: &mut MutexGuard<'_, Tx>, deadline: Deadline) {
+    pub(super) fn wait_idle(&self, tx: &mut MutexGuard<'_, Tx>, deadline: Deadline) {
         match deadline.left() {
             None => self.idle.wait(tx),
             Some(left) => drop(self.idle.wait_for(tx, left)),
@@ -265,7 +263,7 @@ impl Lane {
     }
 
     /// Give the connection up: note why, and end all system calls on it.
-    fn die(&self, why: Error, link: &Link) {
+    pub(super) fn die(&self, why: Error, link: &Link) {
         self.reason.lock().get_or_insert(why);
         self.dead.store(true, SeqCst);
         sys::shutdown(link.fd.as_raw_fd());
@@ -275,22 +273,33 @@ impl Lane {
 
     /// Wake the callers that sleep and whose bit is in `slots`.
     #[inline]
-    fn wake(&self, slots: u64) {
+    pub(super) fn wake(&self, slots: u64) {
         self.epoch.fetch_add(1, SeqCst);
         sys::futex_wake(&self.epoch, fold(slots));
     }
 
+    /// Take callers out of `waiting` and wake them; whether there were any.
+    #[inline]
+    pub(super) fn summon(&self, slots: u64) -> bool {
+        let found = self.waiting.0.fetch_and(!slots, SeqCst) & slots;
+        if found != 0 {
+            self.summoned.fetch_add(found.count_ones(), SeqCst);
+            self.wake(found);
+        }
+        found != 0
+    }
+
     /// Offer the receiver's role to one who sleeps.
     #[inline]
-    fn offer(&self) {
+    pub(super) fn offer(&self) {
         loop {
             let waiting = self.waiting.0.load(SeqCst);
             let one = waiting & waiting.wrapping_neg();
             if one == 0 {
                 return;
             }
-            if self.waiting.0.fetch_and(!one, SeqCst) & one != 0 {
-                return self.wake(one);
+            if self.summon(one) {
+                return;
             }
         }
     }
@@ -298,300 +307,6 @@ impl Lane {
 
 /// The bits of slots as a futex has them: two slots share one, and wake together.
 #[inline]
-fn fold(slots: u64) -> u32 {
+pub(super) fn fold(slots: u64) -> u32 {
     (slots as u32) | (slots >> 32) as u32
-}
-
-/// A slot of a lane, claimed. While it exists, the lane keeps its connection.
-pub(super) struct Claim<'a> {
-    lane: &'a Lane,
-    pool: &'a Pool,
-    index: usize,
-}
-
-impl Drop for Claim<'_> {
-    fn drop(&mut self) {
-        if let Some(slot) = self.lane.slots.get(self.index) {
-            slot.state.store(0, Relaxed);
-        }
-        self.lane.free.0.fetch_or(1 << self.index, SeqCst);
-        self.pool.slot_freed(self.lane);
-    }
-}
-
-impl Claim<'_> {
-    fn link(&self) -> Option<&Link> {
-        // SAFETY: it is changed only by who has all slots, and this one is ours.
-        unsafe { (*self.lane.link.get()).as_ref() }
-    }
-
-    fn slot(&self) -> Option<&Slot> {
-        self.lane.slots.get(self.index)
-    }
-
-    /// What is known of the request, after [`Outcome::Over`].
-    pub(super) fn work(&mut self) -> Option<&mut Work> {
-        let slot = self.slot()?;
-        // SAFETY: the slot is over or was never used: it is its caller's, who we are.
-        is_over(slot.state.load(Acquire)).then(|| unsafe { &mut *slot.work.get() })
-    }
-
-    /// Send a request and wait for its reply.
-    pub(super) fn exchange(&mut self, request: &Request<'_>, deadline: Deadline) -> Outcome {
-        let (Some(link), Some(slot)) = (self.link(), self.slot()) else { return Outcome::Lost };
-        // SAFETY: the slot is not LIVE: it is its caller's, who we are.
-        let work = unsafe { &mut *slot.work.get() };
-        let cookie = work.begin(request, link.export.contexts.len(), self.index);
-        let memory = work.memory;
-        let head = proto::Request {
-            flags: request.flags,
-            kind: request.kind,
-            cookie,
-            offset: request.offset,
-            length: request.length,
-        };
-        let large = request.kind == cmd::READ && request.length >= LARGE;
-        if large {
-            self.lane.large.fetch_add(1, Relaxed);
-        }
-        let mut late = false;
-        if self.submit(link, slot, &head, &memory, deadline) {
-            late = self.wait(link, slot, deadline);
-        }
-        if large {
-            self.lane.large.fetch_sub(1, Relaxed);
-        }
-        let state = slot.state.load(Acquire);
-        if is_over(state) && state & FAILED == 0 {
-            return Outcome::Over;
-        }
-        match &*self.lane.reason.lock() {
-            Some(why @ Error::Proto { .. }) if state & FAILED != 0 => Outcome::Broken(why.clone()),
-            _ if late => Outcome::Late,
-            _ => Outcome::Lost,
-        }
-    }
-
-    /// Queue a request, and send what is queued unless somebody is at it. `false` if the connection
-    /// is gone: then the request was not queued.
-    #[inline]
-    fn submit(
-        &self,
-        link: &Link,
-        slot: &Slot,
-        head: &proto::Request,
-        memory: &Memory<'static>,
-        deadline: Deadline,
-    ) -> bool {
-        let born = if matches!(memory, Memory::From(_)) { LIVE } else { LIVE | SENT };
-        let mut tx = self.lane.tx.0.lock();
-        if tx.closed {
-            return false;
-        }
-        slot.state.store(born, Release);
-        slot.cookie.store(head.cookie, Release);
-        tx.queue.push(self.index, head, link.export.mode, memory);
-        if !tx.sending {
-            tx.sending = true;
-            self.send(tx, link, deadline);
-        }
-        true
-    }
-
-    /// The sender's role: send until nothing is queued.
-    fn send<'b>(&'b self, mut tx: MutexGuard<'b, Tx>, link: &Link, deadline: Deadline) {
-        let lane = self.lane;
-        loop {
-            let spare = tx.spare.take().unwrap_or_else(Queue::new);
-            let mut queue = std::mem::replace(&mut tx.queue, spare);
-            let mut sealed = std::mem::take(&mut tx.sealed);
-            drop(tx);
-            let tick = || {
-                if deadline.passed() {
-                    lane.die(self.pool.too_late(), link);
-                }
-                !lane.dead.load(Acquire)
-            };
-            let result = queue.send(link.fd.as_raw_fd(), link.tls.as_deref(), &mut sealed, tick);
-            if result.is_ok() {
-                for slot in queue.with_payload() {
-                    let Some(s) = lane.slots.get(slot) else { continue };
-                    if s.state.fetch_or(SENT, SeqCst) & REPLIED != 0 {
-                        // Its caller may sleep until now: nobody else was to wake it.
-                        lane.wake(1 << slot);
-                    }
-                }
-            }
-            tx = lane.tx.0.lock();
-            queue.clear();
-            (tx.spare, tx.sealed) = (Some(queue), sealed);
-            if let Err(why) = &result {
-                tx.closed = true;
-                lane.die(send_error(why, link), link);
-            }
-            if tx.queue.is_empty() || tx.closed {
-                tx.sending = false;
-                if tx.closed {
-                    lane.idle.notify_all();
-                }
-                return;
-            }
-        }
-    }
-
-    /// Wait until the slot is over; whether the deadline passed before.
-    fn wait(&self, link: &Link, slot: &Slot, deadline: Deadline) -> bool {
-        let (lane, bit) = (self.lane, 1u64 << self.index);
-        let (mut late, mut listed) = (false, false);
-        loop {
-            let epoch = lane.epoch.load(Acquire);
-            let state = slot.state.load(Acquire);
-            if is_over(state) {
-                break;
-            }
-            // One whose reply has come waits for the sender only: the receiver's role would keep it
-            // until the next reply. On a dead connection there is none, and anybody will do.
-            let for_role = state & REPLIED == 0 || lane.dead.load(SeqCst);
-            if for_role && !lane.receiving.swap(true, Acquire) {
-                self.receive(link, slot, deadline, &mut late);
-                continue;
-            }
-            if for_role {
-                listed = true;
-                lane.waiting.0.fetch_or(bit, SeqCst);
-                fence(SeqCst);
-            } else if listed && !lane.receiving.load(SeqCst) {
-                // The role may have been offered to this one.
-                lane.offer();
-            }
-            let now = slot.state.load(SeqCst);
-            let stay = !is_over(now)
-                && (!for_role || (now & REPLIED == state & REPLIED && lane.receiving.load(SeqCst)));
-            if stay {
-                let until = if late { Deadline::NEVER } else { deadline };
-                sys::futex_wait(&lane.epoch, epoch, fold(bit), until);
-            }
-            if for_role {
-                lane.waiting.0.fetch_and(!bit, SeqCst);
-            }
-            if stay && !late && !is_over(slot.state.load(Acquire)) && deadline.passed() {
-                late = true;
-                lane.die(self.pool.too_late(), link);
-            }
-        }
-        if listed && !lane.receiving.load(SeqCst) {
-            lane.offer();
-        }
-        late
-    }
-
-    /// The receiver's role: until the slot's own reply has come.
-    fn receive(&self, link: &Link, slot: &Slot, deadline: Deadline, late: &mut bool) {
-        let lane = self.lane;
-        let _role = Role { claim: self, link };
-        // SAFETY: the receiver's alone, which we are until `_role` is dropped.
-        let rx = unsafe { &mut *lane.rx.get() };
-        let mut rounds = 0u32;
-        loop {
-            if lane.dead.load(Acquire) {
-                return self.fail_all(link);
-            }
-            if slot.state.load(Acquire) & (REPLIED | FAILED) != 0 {
-                return;
-            }
-            let mut over = 0;
-            let large = lane.large.load(Relaxed) > 0;
-            let mut check = false;
-            match rx.fill(link, &lane.slots, large) {
-                Ok(()) => {
-                    if let Err(why) = reply::drain(rx, link, &lane.slots, &mut over) {
-                        lane.die(why, link);
-                    }
-                    // Others may be served for as long as they like.
-                    rounds = rounds.wrapping_add(1);
-                    check = rounds.is_multiple_of(16);
-                }
-                Err(Stopped::Os(libc::EINTR | libc::EAGAIN)) => check = true,
-                Err(why) => lane.die(stop_error(why, link), link),
-            }
-            let sleepers = over & lane.waiting.0.load(SeqCst);
-            if sleepers != 0 {
-                lane.waiting.0.fetch_and(!sleepers, SeqCst);
-                lane.wake(sleepers);
-            }
-            if check && !*late && deadline.passed() {
-                *late = true;
-                lane.die(self.pool.too_late(), link);
-            }
-        }
-    }
-
-    /// Fail everything that is under way on a dead connection. The receiver's.
-    fn fail_all(&self, link: &Link) {
-        let lane = self.lane;
-        let mut tx = lane.tx.0.lock();
-        tx.closed = true;
-        while tx.sending {
-            self.lane.idle.wait(&mut tx);
-        }
-        tx.queue.clear();
-        drop(tx);
-        let why = lane.reason.lock().clone();
-        let why = why.unwrap_or_else(|| Error::net(&link.peer, "lost", libc::ECONNRESET));
-        // Before any caller can see its request failed.
-        self.pool.lost(lane, &why);
-        for slot in &lane.slots {
-            let state = slot.state.load(Acquire);
-            if state & LIVE != 0 && !is_over(state) {
-                slot.cookie.store(0, Relaxed);
-                slot.state.fetch_or(FAILED, SeqCst);
-            }
-        }
-        lane.waiting.0.store(0, SeqCst);
-        lane.wake(u64::MAX);
-    }
-}
-
-/// The receiver's role, given up when dropped.
-struct Role<'a> {
-    claim: &'a Claim<'a>,
-    link: &'a Link,
-}
-
-impl Drop for Role<'_> {
-    fn drop(&mut self) {
-        let lane = self.claim.lane;
-        if std::thread::panicking() {
-            lane.die(Error::Internal("a panic while receiving".into()), self.link);
-        }
-        lane.receiving.store(false, SeqCst);
-        fence(SeqCst);
-        lane.offer();
-    }
-}
-
-fn os_error(errno: Errno, doing: &str, peer: &Name) -> Error {
-    match errno {
-        libc::EPIPE | libc::ECONNRESET => hung_up(peer),
-        errno => Error::net(peer, doing, errno),
-    }
-}
-
-fn hung_up(peer: &Name) -> Error {
-    Error::net(peer, "the server hung up", libc::ECONNRESET)
-}
-
-fn send_error(why: &SendError, link: &Link) -> Error {
-    match why {
-        SendError::Os(errno) => os_error(*errno, "sending", &link.peer),
-        SendError::Tls(e) => e.clone(),
-    }
-}
-
-fn stop_error(why: Stopped, link: &Link) -> Error {
-    match why {
-        Stopped::End => hung_up(&link.peer),
-        Stopped::Os(errno) => os_error(errno, "receiving", &link.peer),
-        Stopped::Tls(e) => e,
-    }
 }

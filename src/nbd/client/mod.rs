@@ -6,10 +6,11 @@
 //! breaks the protocol ends the connection, and no call outlasts its time limit.
 //!
 //! The way down: [`driver`] cuts requests to what the wire takes; [`pool`] picks a connection, and
-//! another one when that is lost ([`revive`], [`durable`]); [`lane`] is a connection, [`slot`] a
-//! request under way on it, [`tx`] and [`rx`] send and receive, [`reply`] reads replies, [`cover`] knows
+//! another one when that is lost ([`revive`], [`durable`]); [`lane`] is a connection, [`call`] a call
+//! and [`slot`] its request under way, [`tx`] and [`rx`] send and receive, [`reply`] reads replies, [`cover`] knows
 //! which bytes have come. [`source`], [`child`] and [`handshake`] make connections.
 
+mod call;
 mod child;
 mod cover;
 mod driver;

@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
+use super::call::{Claim, Outcome};
 use super::durable::Durable;
 use super::handshake::Export;
-use super::lane::{Claim, Lane, Outcome};
+use super::lane::Lane;
 use super::slot::{Request, Work};
 use super::source::Source;
 use super::sys::Deadline;

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::MutexGuard;
 
+use super::call::Outcome;
 use super::handshake::Export;
-use super::lane::{Lane, Outcome};
+use super::lane::Lane;
 use super::pool::{Pool, State};
 use super::rx::Link;
 use super::slot::{Memory, Request};

@@ -128,6 +128,14 @@ pub(super) unsafe fn recv(fd: c_int, vecs: &[iovec]) -> Result<usize, Errno> {
     if n >= 0 { Ok(n as usize) } else { Err(errno()) }
 }
 
+/// Whether there is something to receive (or to find out about the connection), within so long.
+pub(super) fn is_readable(fd: c_int, within: Duration) -> bool {
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    let within = c_int::try_from(within.as_millis()).unwrap_or(c_int::MAX);
+    // SAFETY: one pollfd, which is ours.
+    unsafe { libc::poll(&mut poll, 1, within) > 0 }
+}
+
 fn message(vecs: &[iovec]) -> libc::msghdr {
     // SAFETY: a msghdr of zeroes is a valid one: no name, no pieces, no control data.
     let mut msg: libc::msghdr = unsafe { std::mem::zeroed() };

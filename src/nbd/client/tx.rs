@@ -50,6 +50,10 @@ impl Queue {
         self.len == 0
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
     pub(super) fn clear(&mut self) {
         self.len = 0;
     }

@@ -4,4 +4,5 @@ mod handshakes;
 mod lives;
 mod peer;
 mod replies;
+mod secure;
 mod threads;

@@ -116,6 +116,11 @@ impl Peer {
     /// Negotiate as `offer` says; whether transmission began.
     pub fn negotiate(&mut self, offer: &Offer) -> bool {
         self.greet(offer.hello);
+        self.agree(offer)
+    }
+
+    /// Negotiate after the greeting.
+    pub fn agree(&mut self, offer: &Offer) -> bool {
         while let Some((option, payload)) = self.option() {
             match option {
                 opt::EXTENDED_HEADERS if offer.mode == Mode::Extended => {

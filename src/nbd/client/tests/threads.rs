@@ -58,7 +58,7 @@ fn fragments(mode: Mode, r: &Request, disk: &[u8], random: &mut Random) -> Vec<V
 }
 
 /// Serve from `disk`, replies of all requests mixed; ends with the client.
-fn serve_mixed(p: Peer, disk: &mut [u8], seed: u64) {
+pub fn serve_mixed(p: Peer, disk: &mut [u8], seed: u64) {
     let mode = p.mode;
     let (tx, rx) = mpsc::channel();
     let mut out = Peer { stream: p.stream.try_clone().unwrap(), mode };
@@ -107,7 +107,7 @@ fn serve_mixed(p: Peer, disk: &mut [u8], seed: u64) {
     });
 }
 
-fn hammer(d: &dyn Driver, threads: u64, rounds: u64, stripe: u64, largest: u64) {
+pub fn hammer(d: &dyn Driver, threads: u64, rounds: u64, stripe: u64, largest: u64) {
     std::thread::scope(|s| {
         for t in 0..threads {
             s.spawn(move || {
