@@ -335,6 +335,11 @@ impl Own {
                     self.conn.send_done(true)?;
                     continue;
                 }
+                // Who found the sending lock taken by `has_left` relies on us to look again.
+                if !self.conn.done.lock().is_empty() {
+                    self.conn.send_done(true)?;
+                    continue;
+                }
                 if !super::input::wait(Some(&self.conn.fd), waker, None) {
                     waker.reset();
                     continue;
@@ -452,7 +457,9 @@ impl Own {
         match r.offset.checked_add(r.length) {
             Some(end) if end <= size => Ok(()),
             _ => {
-                let errno = if changes { libc::ENOSPC } else { libc::EINVAL };
+                // The specification counts a trim with the reads here.
+                let writes = matches!(r.kind, cmd::WRITE | cmd::WRITE_ZEROES);
+                let errno = if writes { libc::ENOSPC } else { libc::EINVAL };
                 let text = format!(
                     "{} bytes at offset {} leave the export, which has {size}",
                     r.length, r.offset
