@@ -459,7 +459,9 @@ impl Own {
         match r.offset.checked_add(r.length) {
             Some(end) if end <= size => Ok(()),
             _ => {
-                let errno = if changes { libc::ENOSPC } else { libc::EINVAL };
+                // The specification counts a trim with the reads here.
+                let writes = matches!(r.kind, cmd::WRITE | cmd::WRITE_ZEROES);
+                let errno = if writes { libc::ENOSPC } else { libc::EINVAL };
                 let text = format!(
                     "{} bytes at offset {} leave the export, which has {size}",
                     r.length, r.offset
