@@ -108,7 +108,7 @@ impl Claim<'_> {
         }
         let mut late = false;
         match self.submit(link, slot, &head, &memory, deadline) {
-            Submitted::Refused => {}
+            Submitted::Refused => self.bury(link),
             Submitted::Sent => late = self.wait(link, slot, false, deadline),
             Submitted::Held => late = self.wait(link, slot, true, deadline),
         }
@@ -313,6 +313,14 @@ impl Claim<'_> {
                 *late = true;
                 lane.die(self.pool.too_late(), link);
             }
+        }
+    }
+
+    /// See to it that a dead connection is reported, also if nobody waits on it any more.
+    fn bury(&self, link: &Link) {
+        if self.lane.dead.load(SeqCst) && !self.lane.receiving.swap(true, Acquire) {
+            let _role = Role { claim: self, link };
+            self.fail_all(link);
         }
     }
 

@@ -431,15 +431,16 @@ impl Driver for Nbd {
     fn close(&self) -> Result<()> {
         let limit = self.pool.source.settings.timeout.map_or(CLOSE, |t| t.min(CLOSE));
         let durable = &self.pool.durable;
-        let unflushed = durable.is_dirty() && self.has(flag::SEND_FLUSH);
-        let flushed = match durable.lost() {
-            // A flush has told already.
-            Lost::Told(_) => Ok(()),
-            Lost::Untold(_) => self.flush_within(Deadline::after(Some(limit)), Patience::None),
-            Lost::No if unflushed => {
-                self.flush_within(Deadline::after(Some(limit)), Patience::None)
-            }
-            Lost::No => Ok(()),
+        let flushes = self.has(flag::SEND_FLUSH)
+            && match durable.lost() {
+                // A flush has told already.
+                Lost::Told(_) => false,
+                Lost::Untold(_) => true,
+                Lost::No => durable.is_dirty(),
+            };
+        let flushed = match flushes {
+            true => self.flush_within(Deadline::after(Some(limit)), Patience::None),
+            false => Ok(()),
         };
         self.pool.close();
         flushed

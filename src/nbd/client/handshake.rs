@@ -105,8 +105,7 @@ pub(super) fn list(stream: &mut Stream, settings: &Settings) -> Result<Vec<Liste
             Answer::Refused(refused) => return Err(refused.error(&peer, "listing the exports")),
             Answer::Data(rep::SERVER, payload) => {
                 let len = be32(&payload) as usize;
-                let (Some(name), Some(text)) =
-                    (payload.get(4..).and_then(|p| p.get(..len)), payload.get(4 + len..))
+                let Some((name, text)) = payload.get(4..).and_then(|p| p.split_at_checked(len))
                 else {
                     let what = "the name in a list of exports is longer than the reply";
                     return Err(Error::proto(&peer, what));

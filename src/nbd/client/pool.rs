@@ -71,10 +71,11 @@ pub(super) struct State {
 /// See the module's text.
 pub(super) struct Pool {
     pub me: Weak<Self>,
-    pub source: Source,
     /// What was agreed on at the first connection, which holds for all.
     pub export: Export,
+    /// Before `source`: a server that was started ends by itself once its connection is closed.
     pub lanes: Vec<Lane>,
+    pub source: Source,
     pub state: Mutex<State>,
     /// Slots were freed for which somebody waits, or `state` has changed.
     pub changed: Condvar,
@@ -176,6 +177,7 @@ impl Pool {
                     Some(work) => return Ok(take(work, losses)),
                     None => return Err(Error::Internal("a reply without a request".into())),
                 },
+                Outcome::Lost if deadline.passed() => return Err(self.too_late()),
                 Outcome::Lost if patience == Patience::Reconnect => {}
                 Outcome::Lost => return Err(self.gone(&self.state.lock())),
                 Outcome::Late => return Err(self.too_late()),

@@ -310,23 +310,29 @@ impl Own {
         {
             return Ok(true);
         }
-        let idle = self.conn.server.settings().idle_timeout;
-        // Large memory is not kept for a client that is silent.
-        if self.high.max(self.input.high()) > 128 << 10 && self.conn.in_pool.load(Relaxed) == 0 {
-            let quiet = std::time::Duration::from_secs(1);
-            if !self.input.is_ready(&self.conn.fd, quiet.min(idle.unwrap_or(quiet))) {
-                if self.len == 0 {
-                    self.out.release();
-                    self.high = 0;
-                }
-                self.input.release();
-            }
-        }
+        let quiet = Duration::from_secs(1);
+        let quiet = quiet.min(self.conn.server.settings().idle_timeout.unwrap_or(quiet));
         loop {
             let waits = self.conn.in_pool.load(SeqCst) > 0;
-            if self.conn.waker.get().is_some() && (waits || self.conn.has_left()) {
+            // Large memory is not kept for a client that is silent.
+            if !waits && self.high.max(self.input.high()) > 128 << 10 {
+                if self.conn.tls.is_none()
+                    && let Some(more) = self.input.receive_now(&self.conn.fd)?
+                {
+                    return Ok(more);
+                }
+                if !self.input.is_ready(&self.conn.fd, quiet) {
+                    if self.len == 0 {
+                        self.out.release();
+                        self.high = 0;
+                    }
+                    self.input.release();
+                }
+            }
+            if let Some(waker) = self.conn.waker.get()
+                && (waits || self.conn.has_left())
+            {
                 // Replies of the pool that the socket did not take are for this thread to finish.
-                let Some(waker) = self.conn.waker.get() else { continue };
                 // Nobody else looks again for a reply that came while `has_left` had the lock.
                 if self.conn.has_left() || !self.conn.done.lock().is_empty() {
                     let mut s = self.conn.sending.lock();
@@ -335,7 +341,8 @@ impl Own {
                     self.conn.send_done(true)?;
                     continue;
                 }
-                if !super::input::wait(Some(&self.conn.fd), waker, None) {
+                // When the pool is done nobody says so: a client that is idle then is one like others.
+                if !super::input::wait(Some(&self.conn.fd), waker, Some(quiet)) {
                     waker.reset();
                     continue;
                 }
