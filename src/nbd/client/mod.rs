@@ -2,13 +2,13 @@
 //!
 //! Specification: doc/proto.md of the NBD project. A call runs on its caller's thread, like those of
 //! files: it puts its request on a connection, and receives replies, its own or others', until its
-//! own has come ([`lane`]). Replies are believed only as far as they are proven ([`reply`]), what
+//! own has come (`lane`). Replies are believed only as far as they are proven (`reply`), what
 //! breaks the protocol ends the connection, and no call outlasts its time limit.
 //!
-//! The way down: [`driver`] cuts requests to what the wire takes; [`pool`] picks a connection, and
-//! another one when that is lost ([`revive`], [`durable`]); [`lane`] is a connection, [`call`] a call
-//! and [`slot`] its request under way, [`tx`] and [`rx`] send and receive, [`reply`] reads replies, [`cover`] knows
-//! which bytes have come. [`source`], [`child`] and [`handshake`] make connections.
+//! The way down: `driver` cuts requests to what the wire takes; `pool` picks a connection, and
+//! another one when that is lost (`revive`, `durable`); `lane` is a connection, `call` a call
+//! and `slot` its request under way, `tx` and `rx` send and receive, `reply` reads replies, `cover` knows
+//! which bytes have come. `source`, `child` and `handshake` make connections.
 
 mod call;
 mod child;
