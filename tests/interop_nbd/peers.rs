@@ -253,7 +253,8 @@ pub fn on_port(dir: &Tmp, program: &str, port: u16, args: &[&dyn AsRef<OsStr>]) 
 pub fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
-        let n = NEXT.fetch_add(1, Relaxed).wrapping_add(std::process::id() as u16 * 37);
+        let n =
+            NEXT.fetch_add(1, Relaxed).wrapping_add((std::process::id() as u16).wrapping_mul(37));
         let port = 20_000 + n % 12_000;
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             return port;
