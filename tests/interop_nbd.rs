@@ -13,10 +13,14 @@ mod client_nbdkit;
 #[path = "interop_nbd/client_qemu.rs"]
 mod client_qemu;
 mod common;
+#[path = "interop_nbd/network.rs"]
+mod network;
 #[path = "interop_nbd/own.rs"]
 mod own;
 #[path = "interop_nbd/peers.rs"]
 mod peers;
+#[path = "interop_nbd/reconnect.rs"]
+mod reconnect;
 #[path = "interop_nbd/server_fio.rs"]
 mod server_fio;
 #[path = "interop_nbd/server_libnbd.rs"]
