@@ -109,7 +109,7 @@ extern "C" {
 #define QBLK_OPEN_UNTRUSTED 8
 
 /**
- * qblk_open(): take no part in locking beyond what a cautious reader needs. Read-only opens only.
+ * qblk_open(): read whatever others do meanwhile; what is read may change. Read-only opens only.
  */
 #define QBLK_OPEN_SHARED 16
 
@@ -179,7 +179,7 @@ extern "C" {
 #define QBLK_STATE_PROBED 64
 
 /**
- * qblk_info.state: it is locked.
+ * qblk_info.state: it is locked, by this handle or (QBLK_OPEN_INFO_ONLY) by anybody.
  */
 #define QBLK_STATE_LOCKED 128
 

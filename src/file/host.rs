@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -30,7 +31,7 @@ pub enum Seek {
     /// The driver's file: its position is nobody's.
     Main,
     /// Another opening of the same file, since the position of the first is shared with its owner.
-    Own(File),
+    Own(Arc<File>),
     /// Nothing.
     Never,
 }
@@ -58,7 +59,7 @@ pub(super) struct DataRun {
 
 /// A file, a block device, or memory that behaves like one.
 pub struct Host {
-    pub(super) file: File,
+    pub(super) file: Arc<File>,
     /// With direct I/O: the same file through the page cache, for parts of a block.
     pub(super) edge: Option<File>,
     pub(super) seek: Seek,

@@ -39,6 +39,8 @@ pub enum Command {
     Write(WriteArgs),
     /// Measure how fast an image is read or written
     Bench(BenchArgs),
+    /// Say who has an image locked
+    Lock(crate::lock::LockArgs),
 }
 
 /// One `KEY=VALUE`. Keys are text; values are bytes, for they may be names of files.

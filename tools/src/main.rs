@@ -11,6 +11,7 @@ mod failure;
 mod histogram;
 mod info;
 mod json;
+mod lock;
 mod map;
 mod open;
 mod read;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Command::Read(args) => read::run(&args),
         Command::Write(args) => write::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Lock(args) => lock::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -25,7 +25,7 @@ fn every_option_key_is_in_options_md() {
 #[test]
 fn every_flag_is_in_the_man_page() {
     let (dir, page) = (Dir::new(), file("docs/qblk.1"));
-    for command in ["info", "create", "map", "copy", "resize", "read", "write", "bench"] {
+    for command in ["info", "create", "map", "copy", "resize", "read", "write", "bench", "lock"] {
         let section = page.split(&format!(".Ss qblk {command}\n")).nth(1).expect(command);
         let section = section.split("\n.Ss qblk ").next().unwrap();
         let general = page.split(".Ss Opening an image").nth(1).unwrap();
