@@ -12,9 +12,10 @@ mod races;
 mod told;
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
@@ -31,13 +32,25 @@ pub const READER: &[u64] = &[100, 201, 203];
 /// The bytes that are locked on a file, one entry for each lock on each byte, ascending.
 pub fn locked(path: &Path) -> Vec<u64> {
     // The kernel hands the list out in pages, between which locks of others come and go and shift what
-    // is left: a line may be missed or shown twice. What is seen three times in a row is so.
-    let mut seen = vec![look(path)];
-    while seen.len() < 3 || seen[seen.len() - 3..].iter().any(|s| *s != seen[seen.len() - 1]) {
-        assert!(seen.len() < 1000, "no two looks are alike: {:?}", &seen[990..]);
-        seen.push(look(path));
+    // is left: a line may be missed or shown twice. What is seen three times in a row, and agrees with
+    // what each byte says for itself, is so.
+    let third = Third::new(path);
+    let mut seen: Vec<Vec<u64>> = Vec::new();
+    loop {
+        let list = look(path);
+        let mut bytes = list.clone();
+        bytes.dedup();
+        if bytes == (0..300).filter(|&b| third.sees(b)).collect::<Vec<_>>() {
+            seen.push(list);
+        }
+        if let [.., a, b, c] = &seen[..]
+            && a == b
+            && b == c
+        {
+            return c.clone();
+        }
+        assert!(seen.len() < 1000, "no three looks are alike: {:?}", &seen[990..]);
     }
-    seen.pop().unwrap()
 }
 
 fn look(path: &Path) -> Vec<u64> {
@@ -174,7 +187,14 @@ impl Peer {
             .expect("install qemu-utils and qemu-system-common (apt-get install ...)");
         let peer = Self { child, _stdin: None };
         let patience = std::time::Instant::now() + std::time::Duration::from_secs(30);
-        while std::os::unix::net::UnixStream::connect(socket).is_err() {
+        loop {
+            if let Ok(mut stream) = UnixStream::connect(socket) {
+                // It listens before it opens the image, and greets when all is done.
+                let mut greeting = [0; 8];
+                stream.read_exact(&mut greeting).unwrap();
+                assert_eq!(&greeting, b"NBDMAGIC");
+                break;
+            }
             assert!(std::time::Instant::now() < patience, "{program} {args:?} does not listen");
             std::thread::sleep(std::time::Duration::from_millis(5));
         }

@@ -41,7 +41,7 @@ fn every_flag_is_in_the_man_page() {
             assert!(listed(section) || listed(general) || listed(shared), "{command} -{name}");
             seen += 1;
         }
-        assert!(seen > 5, "{help}");
+        assert!(seen > if command == "lock" { 1 } else { 5 }, "{help}");
     }
 }
 
