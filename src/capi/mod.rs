@@ -36,6 +36,8 @@ mod images;
 pub use images::*;
 mod server;
 pub use server::*;
+mod lockmgr;
+pub use lockmgr::*;
 mod have;
 pub use have::*;
 

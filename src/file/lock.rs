@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::{holders, os, sys};
-use crate::block::{Error, Name, Result};
+use crate::block::{Error, Fence, Name, Result};
 use crate::log::{Level, log};
 use sys::Errno;
 
@@ -240,6 +240,8 @@ pub struct Locks {
     /// When we began to wait for others.
     waiting: Option<Instant>,
     in_use: bool,
+    /// For the files that are opened for writing.
+    fence: Option<Arc<Fence>>,
 }
 
 /// A lock of a chain that is being replaced.
@@ -256,6 +258,15 @@ impl Locks {
         let mut locks = Self::default();
         locks.before = before;
         locks
+    }
+
+    /// Files that are opened for writing from now on are not written while `fence` is closed.
+    pub fn set_fence(&mut self, fence: Arc<Fence>) {
+        self.fence = Some(fence);
+    }
+
+    pub(super) fn fence(&self) -> Option<Arc<Fence>> {
+        self.fence.clone()
     }
 
     /// Whether some file that is not to be locked was found to be locked by others.

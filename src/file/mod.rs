@@ -263,6 +263,7 @@ impl Source {
             holes: Default::default(),
             data_run: Default::default(),
             map,
+            fence: locks.fence().filter(|_| how.write),
         })
     }
 }

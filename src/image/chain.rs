@@ -9,12 +9,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::how::{Implicit, check, implicit};
+use super::managed;
 use super::remote::{self, Remote};
 use super::{Again, OpenFlags, Options, Tree};
 use crate::block::*;
 use crate::file::{self, Locking, Locks};
 pub use crate::format::Probe;
 use crate::format::{self, BackingRef, Params};
+use crate::lockmgr::{READ_ONLY, Resource, SHARED};
 
 /// Images in a chain, at most.
 const MAX_DEPTH: usize = 200;
@@ -42,6 +44,8 @@ struct Opening<'a> {
     locks: Locks,
     /// How the image above was locked, where the options say nothing.
     locking: Locking,
+    /// The files of the chain so far, as a lock manager is told of them.
+    parts: Vec<Resource>,
 }
 
 /// Read a name. Unknown schemes are paths.
@@ -102,7 +106,7 @@ pub(super) fn open(
             std::path::absolute(Path::new(path)).unwrap_or_else(|_| PathBuf::from(path)),
         ),
     };
-    open_source(name.to_owned().into(), again, options, flags, calls, Locks::default())
+    open_source(name.to_owned().into(), again, options, flags, calls, None)
 }
 
 /// Use `fd` and open what the image behind it stands on.
@@ -131,7 +135,7 @@ pub(super) fn open_fd(
         let mut opening = Opening::new(calls, implicit(options)?, Locks::default());
         return opening.tree(driver, name, Again::Never, options, flags);
     }
-    open_source(name, Again::Descriptor(fd), options, flags, calls, Locks::default())
+    open_source(name, Again::Descriptor(fd), options, flags, calls, None)
 }
 
 /// Open anew what `old` has open, in another way.
@@ -151,8 +155,7 @@ pub(super) fn reopen(
             return Err(Error::policy(&old.name, text));
         }
     };
-    let locks = Locks::replacing(&old.locks);
-    open_source(old.name.clone(), again, options, flags, calls, locks)
+    open_source(old.name.clone(), again, options, flags, calls, Some(old))
 }
 
 fn duplicate(fd: &OwnedFd, name: &Name) -> Result<OwnedFd> {
@@ -164,9 +167,59 @@ fn duplicate(fd: &OwnedFd, name: &Name) -> Result<OwnedFd> {
     fd.try_clone().map_err(failed)
 }
 
+/// How often it is tried again when a chain has changed while it was being leased.
+const CHANGES: u32 = 5;
+
+/// Open, by leave of a lock manager if there is one. `old` is the chain that is to be replaced.
 fn open_source(
     name: Name,
     again: Again,
+    options: &Options,
+    flags: OpenFlags,
+    calls: &Arc<InFlight>,
+    old: Option<&Tree>,
+) -> Result<Tree> {
+    let locks = || old.map_or_else(Locks::default, |old| Locks::replacing(&old.locks));
+    let local = matches!(again, Again::Path(_) | Again::Descriptor(_));
+    check(options, flags, matches!(again, Again::Remote(_)), Locking::default())?;
+    let request = if local { managed::request(options, flags)? } else { None };
+    let Some(request) = request else {
+        return open_now(name, &again, options, flags, calls, locks()).map(|t| t.by(again));
+    };
+    let keep = old.and_then(|old| old.lease.as_ref());
+    let keep = keep.filter(|lease| !lease.is_lost() && request.is_of(lease));
+    for _ in 0..CHANGES {
+        let look =
+            OpenFlags(flags.0 & !(OpenFlags::RDWR | OpenFlags::DIRECT | OpenFlags::SHARED).0);
+        let survey = Arc::new(InFlight::default());
+        let look = look | OpenFlags::NO_LOCK;
+        let found = open_now(name.clone(), &again, options, look, &survey, Locks::default())?;
+        let wanted = found.resources(flags);
+        drop(found);
+        let mut locks = locks();
+        let (lease, change) = match keep {
+            Some(lease) => (lease.clone(), Some(lease.extend(&wanted)?)),
+            None => {
+                let fence = Arc::new(Fence::default());
+                let (request, calls) = (request.clone(), calls.clone());
+                (request.acquire(&name, wanted.clone(), fence, calls)?, None)
+            }
+        };
+        locks.set_fence(lease.fence().clone());
+        let tree = open_now(name.clone(), &again, options, flags, calls, locks)?;
+        if tree.resources(flags) == wanted {
+            if let Some(change) = change {
+                change.settle(&wanted);
+            }
+            return Ok(Tree { lease: Some(lease), ..tree.by(again) });
+        }
+    }
+    Err(Error::Locked { file: name, what: "its chain changes while it is being leased".into() })
+}
+
+fn open_now(
+    name: Name,
+    again: &Again,
     options: &Options,
     flags: OpenFlags,
     calls: &Arc<InFlight>,
@@ -176,7 +229,7 @@ fn open_source(
     let mut opening = Opening::new(calls, implicit(options)?, locks);
     opening.locking = how.lock;
     let locks = &mut opening.locks;
-    let driver = match &again {
+    let driver = match again {
         Again::Memory(fd) => file::from_memory(duplicate(fd, &name)?)?,
         Again::Descriptor(fd) => {
             file::from_fd_locked(duplicate(fd, &name)?, &name, how.file, how.lock, locks)?
@@ -194,7 +247,7 @@ fn open_source(
             file::open_locked(&shown, how.file, how.lock, locks)?
         }
     };
-    opening.tree(driver, name, again, options, flags)
+    opening.tree(driver, name, Again::Never, options, flags)
 }
 
 /// Refuse `target` as a new image on top of `below` if it is `below` or in its chain.
@@ -211,9 +264,35 @@ pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Re
     }
 }
 
+impl Tree {
+    /// With how it is opened again.
+    fn by(self, again: Again) -> Self {
+        Self { again, ..self }
+    }
+
+    /// What a lock manager is asked for, if the chain is (to be) opened with `flags`.
+    fn resources(&self, flags: OpenFlags) -> Vec<Resource> {
+        let mut parts = self.parts.clone();
+        for (i, part) in parts.iter_mut().enumerate() {
+            // Only the uppermost is written.
+            let write = i == 0 && flags.has(OpenFlags::RDWR);
+            part.flags = if write { 0 } else { READ_ONLY };
+            part.flags |= if flags.has(OpenFlags::SHARED) { SHARED } else { 0 };
+        }
+        managed::in_order(parts)
+    }
+}
+
 impl<'a> Opening<'a> {
     fn new(calls: &'a Arc<InFlight>, implicit: Implicit, locks: Locks) -> Self {
-        Self { calls, seen: Vec::new(), implicit, locks, locking: Locking::default() }
+        Self {
+            calls,
+            seen: Vec::new(),
+            implicit,
+            locks,
+            locking: Locking::default(),
+            parts: Vec::new(),
+        }
     }
 
     /// The whole chain on top of `driver`, opened by the caller.
@@ -241,6 +320,8 @@ impl<'a> Opening<'a> {
             again,
             locks: std::mem::take(&mut self.locks).settle(),
             in_use,
+            lease: None,
+            parts: std::mem::take(&mut self.parts),
         })
     }
 
@@ -293,6 +374,7 @@ impl<'a> Opening<'a> {
         if kind != format::Kind::Raw {
             self.locks.tighten(file.driver().identity(), self.locking)?;
         }
+        managed::note(&mut self.parts, &file, &format!("{kind:?}").to_lowercase());
         let params = Params {
             write: flags.has(OpenFlags::RDWR) && !flags.has(OpenFlags::INFO_ONLY),
             info_only: flags.has(OpenFlags::INFO_ONLY),

@@ -34,6 +34,7 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
     }
     let exclusive = options.switch("exclusive")?.unwrap_or(false);
     let lock = how::locking(options, OpenFlags::RDWR, Locking::default())?;
+    let _lease = super::managed::lease_one(&path, format, options)?;
     match kind {
         Kind::Raw => {
             for key in [

@@ -25,6 +25,8 @@ impl Image {
             // it. One that refuses writes holds nothing that it could still give.
             match close_tree(&old) {
                 Ok(()) | Err(Error::Failed { .. }) => {}
+                // Neither does one that has lost its lease.
+                Err(Error::Locked { .. }) if old.lease.as_ref().is_some_and(|l| l.is_lost()) => {}
                 Err(e) => return Err(e),
             }
             let options = options.unwrap_or(&old.options);
@@ -62,6 +64,7 @@ impl Image {
         if call.flags.has(OpenFlags::INFO_ONLY) || !call.flags.has(OpenFlags::RDWR) {
             return Ok(());
         }
+        call.may_write()?;
         let _own = call.guard.own();
         call.top.flush()
     }
@@ -89,7 +92,9 @@ impl Image {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         // SAFETY: never freed.
-        unsafe { &*tree }.top.flush()
+        let tree = unsafe { &*tree };
+        tree.may_write()?;
+        tree.top.flush()
     }
 }
 
@@ -107,6 +112,8 @@ impl Shared {
 
 fn close_tree(tree: &Tree) -> Result<()> {
     if tree.flags.has(OpenFlags::RDWR) && !tree.flags.has(OpenFlags::INFO_ONLY) {
+        // What is not in the file yet is lost; writing it might harm what is another's now.
+        tree.may_write()?;
         tree.top.driver().close()
     } else {
         Ok(())

@@ -11,6 +11,7 @@ mod chain;
 mod create;
 mod how;
 mod life;
+mod managed;
 mod options;
 mod remote;
 
@@ -24,6 +25,7 @@ use parking_lot::Mutex;
 
 use crate::block::*;
 use crate::file::FileLock;
+use crate::lockmgr::Lease;
 pub use chain::Probe;
 pub use create::create;
 pub use options::{Options, Use, parse_seconds, parse_size};
@@ -142,8 +144,23 @@ pub(crate) struct Tree {
     again: Again,
     /// On the files of the chain. Behind what uses them, and so given back after that is gone.
     locks: Vec<Arc<FileLock>>,
+    /// Its files, as a lock manager is told of them.
+    parts: Vec<crate::lockmgr::Resource>,
+    /// What a lock manager has given, for the whole chain.
+    lease: Option<Arc<Lease>>,
     /// Of a description, which takes no lock: somebody has locked the file.
     in_use: bool,
+}
+
+impl Tree {
+    /// Refuse to write what is not leased any more.
+    #[inline]
+    fn may_write(&self) -> Result<()> {
+        match &self.lease {
+            Some(lease) if lease.fence().is_closed() => Err(lease.error()),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// How a source is opened again.
@@ -303,6 +320,7 @@ impl Image {
         if !self.write.load(Relaxed) || !call.flags.has(OpenFlags::RDWR) {
             return Err(Error::ReadOnly(call.name.clone()));
         }
+        call.may_write()?;
         Ok(call)
     }
 
@@ -341,6 +359,7 @@ impl Image {
     /// Make all that was written survive a power cut.
     pub fn flush(&self) -> Result<()> {
         let call = self.data_call(0, 0)?;
+        call.may_write()?;
         let _own = call.guard.own();
         call.top.flush()
     }
@@ -422,7 +441,7 @@ impl Image {
             (!write, state::READ_ONLY),
             (tree.probed, state::PROBED),
             (caps.rotational, state::ROTATIONAL),
-            (tree.in_use || !tree.locks.is_empty(), state::LOCKED),
+            (tree.in_use || !tree.locks.is_empty() || tree.lease.is_some(), state::LOCKED),
         ] {
             state |= if on { bit } else { 0 };
         }
@@ -462,6 +481,13 @@ impl Image {
         let call = self.call()?;
         let mut all = vec![("filename", call.name.as_bytes().to_vec())];
         all.extend(call.top.driver().describe().properties);
+        if let Some(lease) = &call.lease {
+            all.push(("lock-manager", lease.manager().as_bytes().to_vec()));
+            if key == "lock-lease" {
+                return lease.inquire().map(Some);
+            }
+            all.push(("lock-lease", Vec::new()));
+        }
         if key == "properties" {
             return Ok(Some(all.iter().map(|p| p.0).collect::<Vec<_>>().join("\n").into_bytes()));
         }
@@ -486,6 +512,7 @@ impl Image {
         if !self.write.load(Relaxed) {
             return Err(Error::ReadOnly(tree.name.clone()));
         }
+        tree.may_write()?;
         if size < tree.top.size() && !shrink {
             return Err(Error::invalid(format!(
                 "{}: {size} bytes are fewer than the present {}: QBLK_RESIZE_SHRINK must be given",
