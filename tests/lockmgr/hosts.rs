@@ -4,7 +4,6 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering::*};
 
 use super::lease::leased;
 use super::*;
@@ -20,11 +19,27 @@ struct Plan {
 
 struct Host {
     child: Child,
-    taken: std::thread::JoinHandle<Vec<String>>,
+    told: std::thread::JoinHandle<Told>,
 }
 
-static TAKEN: AtomicU64 = AtomicU64::new(0);
-static FENCED: AtomicU64 = AtomicU64::new(0);
+/// What a host has told.
+#[derive(Default)]
+struct Told {
+    /// How often it got the image.
+    taken: u64,
+    /// Writes that its fence refused.
+    fenced: u64,
+    /// Signs that somebody wrote at the same time.
+    bad: Vec<String>,
+}
+
+impl Told {
+    fn add(&mut self, other: Self) {
+        self.taken += other.taken;
+        self.fenced += other.fenced;
+        self.bad.extend(other.bad);
+    }
+}
 
 impl Plan {
     fn start(&self, seed: u64) -> Host {
@@ -43,23 +58,23 @@ impl Plan {
         let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
+            .stderr(Stdio::null())
             .spawn()
             .expect("install util-linux (apt-get install util-linux)");
         let out = BufReader::new(child.stdout.take().unwrap());
-        let taken = std::thread::spawn(move || {
-            let mut bad = Vec::new();
+        let told = std::thread::spawn(move || {
+            let mut told = Told::default();
             for line in out.lines().map_while(Result::ok) {
                 match line.split_once(' ').map_or(&*line, |(word, _)| word) {
-                    "TAKEN" => drop(TAKEN.fetch_add(1, Relaxed)),
-                    "FENCED" => drop(FENCED.fetch_add(1, Relaxed)),
-                    "BAD" => bad.push(line),
+                    "TAKEN" => told.taken += 1,
+                    "FENCED" => told.fenced += 1,
+                    "BAD" => told.bad.push(line),
                     _ => {}
                 }
             }
-            bad
+            told
         });
-        Host { child, taken }
+        Host { child, told }
     }
 }
 
@@ -77,12 +92,12 @@ impl Host {
         }
     }
 
-    fn end(mut self) -> Vec<String> {
+    fn end(mut self) -> Told {
         self.signal(libc::SIGCONT);
         self.signal(libc::SIGKILL);
         let _ = self.child.kill();
         let _ = self.child.wait();
-        self.taken.join().unwrap()
+        self.told.join().unwrap()
     }
 }
 
@@ -170,25 +185,24 @@ fn become_a_host(dir: &Path, id: u64) {
     let _ = fs::remove_file(&boot);
 }
 
-fn run_hosts(what: &str, takeover: &'static str, stops: bool, seconds: u64) {
+fn run_hosts(what: &str, takeover: &'static str, stops: bool, seconds: u64) -> Told {
     need_root("hosts are namespaces");
     let dir = Tmp::in_memory(what);
     fs::create_dir(dir.join("leases")).unwrap();
     create(&dir.join("disk.raw"), "raw", 1 << 20, &[]);
     let plan = Plan { dir: dir.path().to_owned(), interval: 5, takeover, stops };
     let mut rng = Rng::new(seed(what));
-    let (taken, fenced) = (TAKEN.load(Relaxed), FENCED.load(Relaxed));
     let mut hosts: Vec<Host> = (0..4).map(|_| plan.start(rng.next())).collect();
     let until = deadline(seconds);
     let (mut kills, mut pauses, mut deletes) = (0, 0, 0);
-    let mut bad = Vec::new();
-    while Instant::now() < until && bad.is_empty() {
+    let mut told = Told::default();
+    while Instant::now() < until {
         std::thread::sleep(Duration::from_millis(rng.below(15)));
         let i = rng.below(hosts.len() as u64) as usize;
         match rng.below(16) {
             0 => {
                 kills += 1;
-                bad.extend(std::mem::replace(&mut hosts[i], plan.start(rng.next())).end());
+                told.add(std::mem::replace(&mut hosts[i], plan.start(rng.next())).end());
             }
             // Longer than a lease lasts, as often as not.
             1..=5 if !stops => {
@@ -197,7 +211,7 @@ fn run_hosts(what: &str, takeover: &'static str, stops: bool, seconds: u64) {
                 std::thread::sleep(Duration::from_millis(rng.below(60)));
                 hosts[i].signal(libc::SIGCONT);
             }
-            6 if rng.one_in(8) && takeover == "dead" && !stops => {
+            6 if rng.one_in(3) && takeover == "dead" && !stops => {
                 // With everybody awake: one who is stopped would not see it.
                 deletes += 1;
                 let _ = fs::read_dir(dir.join("leases")).unwrap().flatten().try_for_each(|e| {
@@ -216,23 +230,35 @@ fn run_hosts(what: &str, takeover: &'static str, stops: bool, seconds: u64) {
         }
     }
     for host in hosts {
-        bad.extend(host.end());
+        told.add(host.end());
     }
-    let (taken, fenced) = (TAKEN.load(Relaxed) - taken, FENCED.load(Relaxed) - fenced);
+    let (taken, fenced) = (told.taken, told.fenced);
     eprintln!(
         "{what}: taken {taken} times, {fenced} writes fenced; {kills} killed, {pauses} stopped, {deletes} deleted"
     );
-    assert!(bad.is_empty(), "{bad:#?}");
     assert!(taken > 10 * seconds, "the image was taken {taken} times only");
+    told
 }
 
 #[test]
 fn two_hosts_never_write_at_once() {
-    run_hosts("hosts-dead", "dead", false, 20);
+    let told = run_hosts("hosts-dead", "dead", false, 20);
+    assert!(told.bad.is_empty(), "{:#?}", told.bad);
 }
 
 /// Holders that stop between two writes for longer than their lease, and are not waited for.
 #[test]
 fn a_holder_that_was_stopped_is_fenced_when_it_goes_on() {
-    run_hosts("hosts-expired", "expired", true, 15);
+    let told = run_hosts("hosts-expired", "expired", true, 15);
+    assert!(told.bad.is_empty(), "{:#?}", told.bad);
+    assert!(told.fenced > 0, "nobody was ever fenced");
+}
+
+/// Why takeover=dead is the default, and that the checker has eyes: with time alone deciding, one who is
+/// stopped between its look at the fence and the system call writes when it goes on.
+#[test]
+#[ignore = "shows by chance what nothing but a lock on the living prevents"]
+fn time_alone_lets_a_stopped_holder_write_late() {
+    let told = run_hosts("hosts-late", "expired", false, 30);
+    assert!(!told.bad.is_empty(), "not this time");
 }
