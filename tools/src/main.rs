@@ -1,4 +1,4 @@
-//! qblk(1): look into disk images, make them, copy, resize, read, write and measure them.
+//! qblk(1): look into disk images, make them, copy, resize, read, write, measure and serve them.
 //!
 //! Exit status: 0 done, 1 it failed, 2 it was called wrongly, 128 + N ended by signal N. Whatever is
 //! wrong is said on standard error, with the file's name, after "qblk: ".
@@ -11,11 +11,15 @@ mod failure;
 mod histogram;
 mod info;
 mod json;
+mod list;
 mod lock;
 mod map;
 mod open;
+mod place;
 mod read;
 mod resize;
+mod runner;
+mod serve;
 mod signals;
 mod svg;
 mod tally;
@@ -49,6 +53,8 @@ fn main() -> ExitCode {
         Command::Write(args) => write::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Lock(args) => lock::run(&args),
+        Command::Serve(args) => serve::run(&args),
+        Command::List(args) => list::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
