@@ -3,7 +3,7 @@ use std::process::Stdio;
 
 use crate::support::*;
 
-pub const COMMANDS: [&str; 10] =
+pub const COMMANDS: [&str; 11] =
     ["info", "create", "map", "copy", "resize", "read", "write", "bench", "lock", "serve", "list"];
 
 #[test]
