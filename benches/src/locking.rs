@@ -23,7 +23,7 @@ pub fn row(plan: &Plan, image: std::path::PathBuf) -> Row<'_> {
     Row {
         unit: Unit::Micros,
         contenders: vec![Contender { who: Who::Ours, run: Box::new(run) }],
-        targets: vec![Target { against: AtMost(AT_MOST), at_least: Some(AT_MOST) }],
+        targets: vec![Target { against: AtMost(AT_MOST), at_least: Some(AT_MOST), part: false }],
         remarks: Vec::new(),
     }
 }
