@@ -288,6 +288,11 @@ pub trait Driver: Send + Sync {
     fn close(&self) -> Result<()> {
         self.flush()
     }
+    /// Flush because a handle is closed, though not the last: like [`Driver::flush`], but nobody is kept
+    /// waiting by a peer that does not answer.
+    fn flush_to_close(&self) -> Result<()> {
+        self.flush()
+    }
     /// What can be told of the image: state bits, cluster size, the image below.
     fn describe(&self) -> Description {
         Description::default()

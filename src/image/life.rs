@@ -66,7 +66,7 @@ impl Image {
         }
         call.may_write()?;
         let _own = call.guard.own();
-        call.top.flush()
+        call.top.driver().flush_to_close()
     }
 
     /// Flush and close now, whoever still has the handle: its calls answer `EBADF` from then on.
@@ -94,7 +94,7 @@ impl Image {
         // SAFETY: never freed.
         let tree = unsafe { &*tree };
         tree.may_write()?;
-        tree.top.flush()
+        tree.top.driver().flush_to_close()
     }
 }
 

@@ -35,6 +35,9 @@ pub(super) enum Outcome {
     Late,
     /// The peer broke the protocol, and the connection was given up.
     Broken(Error),
+    /// Another call got no answer in time, so the connection was given up: the server may live, and do
+    /// later what it was asked.
+    GivenUp(Error),
 }
 
 /// Where a request went.
@@ -122,6 +125,7 @@ impl Claim<'_> {
         match &*self.lane.reason.lock() {
             Some(why @ Error::Proto { .. }) if state & FAILED != 0 => Outcome::Broken(why.clone()),
             _ if late => Outcome::Late,
+            Some(why @ Error::Net { errno: libc::ETIMEDOUT, .. }) => Outcome::GivenUp(why.clone()),
             _ => Outcome::Lost,
         }
     }
@@ -298,9 +302,10 @@ impl Claim<'_> {
                     if let Err(why) = reply::drain(rx, link, &lane.slots, &mut over) {
                         lane.die(why, link);
                     }
-                    // Others may be served for as long as they like.
+                    // Others may be served for as long as they like; what comes in drops is looked at
+                    // each time.
                     rounds = rounds.wrapping_add(1);
-                    check = rounds.is_multiple_of(16);
+                    check = over == 0 || rounds.is_multiple_of(16);
                 }
                 Err(Stopped::Os(libc::EINTR | libc::EAGAIN)) => check = true,
                 Err(why) => lane.die(stop_error(why, link), link),

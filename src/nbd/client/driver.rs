@@ -228,11 +228,11 @@ impl<'a> Runs<'a> {
 fn extent(offset: u64, length: u64, flags: u64, depth: Option<u64>) -> Extent {
     let zero = flags & u64::from(alloc::ZERO) != 0;
     let kind = if zero { Extent::ZERO } else { Extent::DATA };
-    let mut e = Extent::new(offset, length, kind | Extent::ALLOCATED);
+    let mut e = Extent::new(offset, length, kind | Extent::ALLOCATED | Extent::OWNED);
     match depth {
         None | Some(1) => {}
+        Some(0) => e.flags &= !(Extent::ALLOCATED | Extent::OWNED),
         Some(depth) => {
-            // 0: in no image of the chain; else one of those below.
             e.flags &= !Extent::ALLOCATED;
             e.depth = depth.saturating_sub(1).try_into().unwrap_or(u32::MAX);
         }
@@ -426,6 +426,10 @@ impl Driver for Nbd {
             }
         }
         Ok(())
+    }
+
+    fn flush_to_close(&self) -> Result<()> {
+        self.close()
     }
 
     fn close(&self) -> Result<()> {

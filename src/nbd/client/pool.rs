@@ -64,6 +64,9 @@ pub(super) struct State {
     pub thread: Option<JoinHandle<()>>,
     /// When the last try that a call asked for began.
     pub asked: Option<Instant>,
+    /// When a connection was last made again, and how long to rest before the next if it is lost soon.
+    pub revived: Option<Instant>,
+    pub rest: Duration,
     /// The device is no good any more, for this reason.
     pub fatal: Option<Error>,
 }
@@ -169,9 +172,9 @@ impl Pool {
         take: impl FnOnce(&mut Work, u64) -> T,
     ) -> Result<T> {
         loop {
-            // Before it is sent: see Durable.
-            let losses = self.durable.losses();
             let mut claim = self.claim(request, deadline)?;
+            // Before it is sent, and while the claim keeps the connection: see Durable.
+            let losses = self.durable.losses();
             match claim.exchange(request, deadline) {
                 Outcome::Over => match claim.work() {
                     Some(work) => return Ok(take(work, losses)),
@@ -181,6 +184,15 @@ impl Pool {
                 Outcome::Lost if patience == Patience::Reconnect => {}
                 Outcome::Lost => return Err(self.gone(&self.state.lock())),
                 Outcome::Late => return Err(self.too_late()),
+                // A server that lives may carry out a change after the same one, sent again, and
+                // after what came later: that must not be.
+                Outcome::GivenUp(why)
+                    if matches!(request.kind, cmd::WRITE | cmd::TRIM | cmd::WRITE_ZEROES)
+                        || patience != Patience::Reconnect =>
+                {
+                    return Err(why);
+                }
+                Outcome::GivenUp(_) => {}
                 Outcome::Broken(why) => return Err(why),
             }
         }

@@ -21,6 +21,8 @@ use crate::nbd::proto::{cmd, flag};
 /// Between two tries: first, and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
+/// A connection that lasted so long was a good one.
+const ENOUGH: Duration = Duration::from_millis(200);
 /// One try to connect and negotiate.
 const TRY: Duration = Duration::from_secs(10);
 
@@ -51,8 +53,12 @@ impl Pool {
     fn revive(self: Arc<Self>) {
         let mut pause = FIRST_PAUSE;
         while let Some((lane, end)) = self.next_to_revive() {
+            self.rest();
             match self.revive_one(lane, end) {
-                Ok(()) => pause = FIRST_PAUSE,
+                Ok(()) => {
+                    pause = FIRST_PAUSE;
+                    self.state.lock().revived = Some(Instant::now());
+                }
                 Err(e) => {
                     log(Level::Info, format_args!("reconnecting: {e}"));
                     let mut state = self.state.lock();
@@ -60,14 +66,31 @@ impl Pool {
                         state.fatal = Some(e.clone());
                     }
                     state.failure = Some(e);
-                    let until = Instant::now() + pause;
-                    while Instant::now() < until && !self.closing.load(SeqCst) {
-                        let left = until.saturating_duration_since(Instant::now());
-                        self.wait_changed(&mut state, left);
-                    }
+                    self.pause(&mut state, pause);
                     pause = (pause * 2).min(LAST_PAUSE);
                 }
             }
+        }
+    }
+
+    /// Pause before a connection that is to follow another too soon: a server that takes them only to
+    /// hang up is not to be stormed.
+    fn rest(&self) {
+        let mut state = self.state.lock();
+        let Some(revived) = state.revived else { return };
+        if revived.elapsed() > (state.rest * 2).max(ENOUGH) {
+            state.rest = Duration::ZERO;
+            return;
+        }
+        state.rest = (state.rest * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
+        let rest = state.rest;
+        self.pause(&mut state, rest);
+    }
+
+    fn pause(&self, state: &mut MutexGuard<'_, State>, time: Duration) {
+        let until = Instant::now() + time;
+        while Instant::now() < until && !self.closing.load(SeqCst) {
+            self.wait_changed(state, until.saturating_duration_since(Instant::now()));
         }
     }
 

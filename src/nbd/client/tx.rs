@@ -204,6 +204,10 @@ unsafe fn send_all(
             n -= first.iov_len;
             vecs = std::mem::take(&mut vecs).split_first_mut().map_or(&mut [], |v| v.1);
         }
+        // A peer that takes a little at a time is slow, too.
+        if !vecs.is_empty() && !tick() {
+            return Err(SendError::Os(libc::EAGAIN));
+        }
     }
     Ok(())
 }

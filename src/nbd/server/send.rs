@@ -83,7 +83,7 @@ impl Conn {
                 _ => match errno() {
                     libc::EINTR => {}
                     libc::EINVAL | libc::ENOSYS => {
-                        self.send_by_hand(&mut s, file, offset, count)?;
+                        self.send_by_hand(&mut s, file, offset, count, more)?;
                         break;
                     }
                     e => return Err(Cut::from_send(e)),
@@ -102,6 +102,7 @@ impl Conn {
         file: BorrowedFd<'_>,
         mut offset: u64,
         mut count: u64,
+        more: bool,
     ) -> Result<(), Cut> {
         let mut piece = vec![0u8; count.min(128 << 10) as usize];
         while count > 0 {
@@ -117,9 +118,9 @@ impl Conn {
             };
             match n {
                 1.. => {
-                    self.push(s, &piece[..n as usize], true)?;
                     offset += n as u64;
                     count -= n as u64;
+                    self.push(s, &piece[..n as usize], more || count > 0)?;
                 }
                 0 => return Err(Cut::Failed("the file became shorter while it was sent".into())),
                 _ if errno() == libc::EINTR => {}
