@@ -15,6 +15,7 @@ pub mod capi;
 pub mod file;
 pub mod format;
 pub mod image;
+pub mod lockmgr;
 pub mod log;
 pub mod nbd;
 

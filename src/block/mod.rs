@@ -6,6 +6,7 @@
 mod device;
 mod error;
 mod extent;
+mod fence;
 mod inflight;
 mod iov;
 mod name;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
+pub use fence::Fence;
 pub use inflight::{Guard, InFlight, Own};
 pub use iov::{Dst, FromMem, Iov, OneIov, Src, ToMem, ZEROES, zero_iovecs};
 pub use name::{Name, quoted};
@@ -284,6 +286,11 @@ pub trait Driver: Send + Sync {
     /// Flush, and settle what can wait otherwise (space to give back, a file's true length), so that
     /// another may take over the source. The driver stays usable. Dropping it writes nothing.
     fn close(&self) -> Result<()> {
+        self.flush()
+    }
+    /// Flush because a handle is closed, though not the last: like [`Driver::flush`], but nobody is kept
+    /// waiting by a peer that does not answer.
+    fn flush_to_close(&self) -> Result<()> {
         self.flush()
     }
     /// What can be told of the image: state bits, cluster size, the image below.

@@ -147,6 +147,9 @@ impl Driver for Raw {
     fn allocated(&self) -> Option<u64> {
         self.file.driver().allocated()
     }
+    fn flush_to_close(&self) -> Result<()> {
+        self.file.driver().flush_to_close()
+    }
     fn close(&self) -> Result<()> {
         self.file.driver().close()
     }

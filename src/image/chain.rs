@@ -1,6 +1,7 @@
 //! Opening by name: what a name means, what format a file has, and which files an image may bring
 //! with it (the open policy of docs/abi.md).
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -8,23 +9,18 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::how::{Implicit, check, implicit};
+use super::managed;
 use super::remote::{self, Remote};
-use super::{Again, OpenFlags, Options, Tree, Use};
+use super::{Again, OpenFlags, Options, Tree};
 use crate::block::*;
-use crate::file;
+use crate::file::{self, Locking, Locks};
 pub use crate::format::Probe;
 use crate::format::{self, BackingRef, Params};
+use crate::lockmgr::Resource;
 
 /// Images in a chain, at most.
 const MAX_DEPTH: usize = 200;
-
-/// Which files that an image names are opened.
-#[derive(Clone, Copy, PartialEq)]
-enum Implicit {
-    Deny,
-    Local,
-    Any,
-}
 
 /// What a name that the caller or an image gave means.
 pub(super) enum Source<'a> {
@@ -45,6 +41,24 @@ struct Opening<'a> {
     /// Files of the chain so far: device and inode numbers.
     seen: Vec<(u64, u64)>,
     implicit: Implicit,
+    /// On the files of the chain so far.
+    locks: Locks,
+    /// How the image above was locked, where the options say nothing.
+    locking: Locking,
+    /// The files of the chain so far, as a lock manager is told of them.
+    parts: Vec<Resource>,
+}
+
+/// A file of a chain that is open, and how the image in it is to be.
+struct Part {
+    /// Until it is.
+    driver: Cell<Option<Box<dyn Driver>>>,
+    options: Options,
+    flags: OpenFlags,
+    /// Its overlay does not record its format: it may name no files of its own.
+    guessing: bool,
+    /// An image has named it.
+    named: bool,
 }
 
 /// Read a name. Unknown schemes are paths.
@@ -97,7 +111,7 @@ pub(super) fn open(
     calls: &Arc<InFlight>,
 ) -> Result<Tree> {
     let source = parse_name(name)?;
-    check(options, flags, matches!(source, Source::Remote(_)))?;
+    check(options, flags, matches!(source, Source::Remote(_)), Locking::default())?;
     let again = match source {
         Source::Remote(remote) => Again::Remote(remote),
         Source::Memory(size) => Again::Memory(file::memory(size)?),
@@ -105,7 +119,7 @@ pub(super) fn open(
             std::path::absolute(Path::new(path)).unwrap_or_else(|_| PathBuf::from(path)),
         ),
     };
-    open_source(name.to_owned().into(), again, options, flags, calls)
+    managed::open(name.to_owned().into(), again, options, flags, calls, None)
 }
 
 /// Use `fd` and open what the image behind it stands on.
@@ -122,7 +136,7 @@ pub(super) fn open_fd(
     })?)
     .metadata()
     .is_ok_and(|m| m.file_type().is_socket());
-    check(options, flags, is_socket)?;
+    check(options, flags, is_socket, Locking::default())?;
     // The file's real name: what its backing file is relative to, and what messages show.
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let name = match std::fs::read_link(&link) {
@@ -131,21 +145,10 @@ pub(super) fn open_fd(
     };
     if is_socket {
         let driver = remote::open_socket(fd, &name, options, flags)?;
-        let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
+        let mut opening = Opening::new(calls, implicit(options)?, Locks::default());
         return opening.tree(driver, name, Again::Never, options, flags);
     }
-    open_source(name, Again::Descriptor(fd), options, flags, calls)
-}
-
-/// Whether it can be opened again at all: to be asked while it is still open.
-pub(super) fn check_reopen(old: &Tree) -> Result<()> {
-    match old.again {
-        Again::Never => {
-            let text = "opened by a connected socket, which can not be opened again";
-            Err(Error::policy(&old.name, text))
-        }
-        _ => Ok(()),
-    }
+    managed::open(name, Again::Descriptor(fd), options, flags, calls, None)
 }
 
 /// Open anew what `old` has open, in another way.
@@ -160,9 +163,12 @@ pub(super) fn reopen(
         Again::Descriptor(fd) => Again::Descriptor(duplicate(fd, &old.name)?),
         Again::Memory(fd) => Again::Memory(duplicate(fd, &old.name)?),
         Again::Remote(remote) => Again::Remote(remote.clone()),
-        Again::Never => return Err(Error::Internal("opened again by nothing".into())),
+        Again::Never => {
+            let text = "opened by a connected socket, which can not be opened again";
+            return Err(Error::policy(&old.name, text));
+        }
     };
-    open_source(old.name.clone(), again, options, flags, calls)
+    managed::open(old.name.clone(), again, options, flags, calls, Some(old))
 }
 
 fn duplicate(fd: &OwnedFd, name: &Name) -> Result<OwnedFd> {
@@ -174,18 +180,24 @@ fn duplicate(fd: &OwnedFd, name: &Name) -> Result<OwnedFd> {
     fd.try_clone().map_err(failed)
 }
 
-fn open_source(
+/// Open a chain, without asking a lock manager.
+pub(super) fn open_now(
     name: Name,
-    again: Again,
+    again: &Again,
     options: &Options,
     flags: OpenFlags,
     calls: &Arc<InFlight>,
+    locks: Locks,
 ) -> Result<Tree> {
-    let how = check(options, flags, matches!(again, Again::Remote(_)))?;
-    let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
-    let driver = match &again {
+    let how = check(options, flags, matches!(again, Again::Remote(_)), Locking::default())?;
+    let mut opening = Opening::new(calls, implicit(options)?, locks);
+    opening.locking = how.lock;
+    let locks = &mut opening.locks;
+    let driver = match again {
         Again::Memory(fd) => file::from_memory(duplicate(fd, &name)?)?,
-        Again::Descriptor(fd) => file::from_fd(duplicate(fd, &name)?, &name, how)?,
+        Again::Descriptor(fd) => {
+            file::from_fd_locked(duplicate(fd, &name)?, &name, how.file, how.lock, locks)?
+        }
         Again::Remote(remote) => remote.open(&name, options, flags)?,
         Again::Never => return Err(Error::Internal("opened again by nothing".into())),
         Again::Path(path) => {
@@ -196,74 +208,39 @@ fn open_source(
                 }
                 _ => Name::from(path.clone()),
             };
-            file::open(&shown, how)?
+            file::open_locked(&shown, how.file, how.lock, locks)?
         }
     };
-    opening.tree(driver, name, again, options, flags)
+    opening.tree(driver, name, Again::Never, options, flags)
 }
 
 /// Refuse `target` as a new image on top of `below` if it is `below` or in its chain.
 pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Result<()> {
     let calls = Arc::new(InFlight::default());
-    let mut opening = Opening { calls: &calls, seen: Vec::new(), implicit: Implicit::Local };
+    let mut opening = Opening::new(&calls, Implicit::Local, Locks::default());
     let Ok(meta) = std::fs::metadata(target.as_path()) else { return Ok(()) };
     opening.seen.push((meta.dev(), meta.ino()));
     let below = Source::Path(below);
-    match opening.below(target, below, options, OpenFlags::default(), false) {
+    let found = opening.below(target, below, options, OpenFlags::NO_LOCK, false, false);
+    match found.and_then(|below| opening.image(below)) {
         Err(e @ Error::Policy { .. }) => Err(e),
         // What can not be opened here may yet be a good backing file elsewhere.
         _ => Ok(()),
     }
 }
 
-/// What can be refused before anything is opened.
-fn check(options: &Options, flags: OpenFlags, remote: bool) -> Result<file::How> {
-    options.check(Use::Open)?;
-    if flags.0 & !OpenFlags::ALL.0 != 0 {
-        return Err(Error::invalid(format!(
-            "unknown open flags {:#x}",
-            flags.0 & !OpenFlags::ALL.0
-        )));
-    }
-    let write = flags.has(OpenFlags::RDWR);
-    if write && flags.has(OpenFlags::SHARED) {
-        return Err(Error::invalid("QBLK_OPEN_SHARED is for read-only opens"));
-    }
-    if flags.has(OpenFlags::UNTRUSTED) && options.get("format").is_none() {
-        return Err(Error::invalid("QBLK_OPEN_UNTRUSTED needs the option 'format'"));
-    }
-    for key in remote::KEYS {
-        if !remote && options.get(key).is_some() {
-            return Err(Error::invalid(format!("option '{key}' has no use here (not an NBD URI)")));
+impl<'a> Opening<'a> {
+    fn new(calls: &'a Arc<InFlight>, implicit: Implicit, locks: Locks) -> Self {
+        Self {
+            calls,
+            seen: Vec::new(),
+            implicit,
+            locks,
+            locking: Locking::default(),
+            parts: Vec::new(),
         }
     }
-    for key in ["key", "key-file", "data-file", "lock-wait"] {
-        if options.get(key).is_some() {
-            return Err(Error::unsupported(&Name::from("option"), format!("option '{key}'")));
-        }
-    }
-    if options.one_of("lock", &["off", "auto", "on"])? == Some(2) {
-        return Err(Error::unsupported(&Name::from("option"), "lock=on"));
-    }
-    let mmap = options.one_of("io", &["auto", "mmap"])? == Some(1);
-    // A description is read through a plain read-only descriptor, whatever else is asked.
-    let info = flags.has(OpenFlags::INFO_ONLY);
-    Ok(file::How {
-        write: write && !info,
-        direct: flags.has(OpenFlags::DIRECT) && !info,
-        mmap: mmap && !info,
-    })
-}
 
-fn implicit(options: &Options) -> Result<Implicit> {
-    Ok(match options.one_of("implicit-open", &["deny", "local", "any"])? {
-        Some(0) => Implicit::Deny,
-        Some(2) => Implicit::Any,
-        _ => Implicit::Local,
-    })
-}
-
-impl Opening<'_> {
     /// The whole chain on top of `driver`, opened by the caller.
     fn tree(
         &mut self,
@@ -275,9 +252,25 @@ impl Opening<'_> {
     ) -> Result<Tree> {
         self.note(driver.identity(), driver.name(), &name)?;
         let kind = driver.kind();
-        let (top, probed) = self.image(driver, options, flags, false)?;
+        let (driver, own) = (Some(driver).into(), options.clone());
+        let part = Part { driver, options: own, flags, guessing: false, named: false };
+        let (top, probed) = self.image(Box::new(part))?;
         let files = top.driver().files();
-        Ok(Tree { top, files, name, options: options.clone(), flags, probed, driver: kind, again })
+        let in_use = self.locks.in_use();
+        Ok(Tree {
+            top,
+            files,
+            name,
+            options: options.clone(),
+            flags,
+            probed,
+            driver: kind,
+            again,
+            locks: std::mem::take(&mut self.locks).settle(),
+            in_use,
+            lease: None,
+            parts: std::mem::take(&mut self.parts),
+        })
     }
 
     /// Remember a file of the chain; refuse one that is there already.
@@ -294,16 +287,36 @@ impl Opening<'_> {
         Ok(())
     }
 
-    /// Open the image in `file` and, below it, what it stands on. `guessing` is set for a backing
-    /// image whose format its overlay does not record: such an image may name no files of its own.
-    fn image(
-        &mut self,
-        file: Box<dyn Driver>,
-        options: &Options,
-        flags: OpenFlags,
-        guessing: bool,
-    ) -> Result<(Device, bool)> {
-        let file = Device::new(file);
+    /// Open the image in a file and, below it, what it stands on.
+    ///
+    /// It calls itself for the image below, as deep as chains may be: what it has on the stack is little,
+    /// and what takes more room is done in functions that return before that.
+    fn image(&mut self, this: Box<Part>) -> Result<(Device, bool)> {
+        let (mut opened, probed) = self.one(&this)?;
+        let next = match this.flags.has(OpenFlags::INFO_ONLY) {
+            true => None,
+            false => self.backing(&opened, &this)?,
+        };
+        if let Some(next) = next {
+            let (named, above) = (next.named, opened.name().clone());
+            match self.image(next) {
+                Ok((device, _)) => {
+                    opened.attach(device, this.options.get("backing-file").is_none());
+                }
+                Err(e) if named => return Err(none_of_its_kind(e, &above)),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok((Device::new(opened.into_driver()?), probed))
+    }
+
+    /// Open the image in a file, alone. Also whether its format was found by probing.
+    #[inline(never)]
+    fn one(&mut self, this: &Part) -> Result<(Box<format::Opened>, bool)> {
+        let (options, flags) = (&this.options, this.flags);
+        let driver = this.driver.take();
+        let driver = driver.ok_or_else(|| Error::Internal("opened twice".into()))?;
+        let file = Device::new(driver);
         let asked = match options.text("format")? {
             None => None,
             Some(name) => Some(format::by_name(name).ok_or_else(|| {
@@ -326,6 +339,10 @@ impl Opening<'_> {
                 }
             },
         };
+        if kind != format::Kind::Raw {
+            self.locks.tighten(file.driver().identity(), self.locking)?;
+        }
+        managed::note(&mut self.parts, &file, &format!("{kind:?}").to_lowercase());
         let params = Params {
             write: flags.has(OpenFlags::RDWR) && !flags.has(OpenFlags::INFO_ONLY),
             info_only: flags.has(OpenFlags::INFO_ONLY),
@@ -334,27 +351,14 @@ impl Opening<'_> {
             untrusted: flags.has(OpenFlags::UNTRUSTED),
             calls: self.calls.clone(),
         };
-        let mut opened = format::open(kind, file, params)?;
-        if flags.has(OpenFlags::INFO_ONLY) {
-            return Ok((Device::new(opened.into_driver()?), probed));
-        }
-        let name = opened.name().clone();
-        let backing = self.backing(&name, opened.backing(), options, flags, guessing)?;
-        if let Some(device) = backing {
-            opened.attach(device, options.get("backing-file").is_none());
-        }
-        Ok((Device::new(opened.into_driver()?), probed))
+        Ok((Box::new(format::open(kind, file, params)?), probed))
     }
 
-    /// Open what the image `name` stands on, if anything.
-    fn backing(
-        &mut self,
-        name: &Name,
-        recorded: Option<&BackingRef>,
-        options: &Options,
-        flags: OpenFlags,
-        guessing: bool,
-    ) -> Result<Option<Device>> {
+    /// Open the file of what an image stands on, if anything.
+    #[inline(never)]
+    fn backing(&mut self, opened: &format::Opened, this: &Part) -> Result<Option<Box<Part>>> {
+        let (name, recorded) = (&opened.name().clone(), opened.backing());
+        let (options, flags, guessing) = (&this.options, this.flags, this.guessing);
         if flags.has(OpenFlags::NO_BACKING) {
             return Ok(None);
         }
@@ -369,7 +373,7 @@ impl Opening<'_> {
             if chosen.is_empty() {
                 return Ok(None);
             }
-            return self.below(name, parse_name(chosen)?, &below, flags, false).map(Some);
+            return self.below(name, parse_name(chosen)?, &below, flags, false, false).map(Some);
         }
         let Some(recorded) = recorded else {
             return Ok(None);
@@ -411,13 +415,8 @@ impl Opening<'_> {
             below.set("format", Some(fmt));
         }
         let guess = below.get("format").is_none();
-        match self.below(name, source, &below, flags, guess) {
-            // What is there, but neither a regular file nor a block device.
-            Err(Error::Invalid(what)) => {
-                Err(Error::policy(name, format!("names a backing file that is none: {what}")))
-            }
-            other => other.map(Some),
-        }
+        let below = self.below(name, source, &below, flags, guess, true);
+        below.map(Some).map_err(|e| none_of_its_kind(e, name))
     }
 
     /// What leads to the backing file that an image names, if the policy lets it be opened.
@@ -463,21 +462,26 @@ impl Opening<'_> {
         source: Source<'_>,
         options: &Options,
         flags: OpenFlags,
-        guess: bool,
-    ) -> Result<Device> {
+        guessing: bool,
+        named: bool,
+    ) -> Result<Box<Part>> {
         if self.seen.len() >= MAX_DEPTH {
             return Err(Error::policy(
                 above,
                 format!("its chain is deeper than {MAX_DEPTH} images"),
             ));
         }
-        let keep = OpenFlags::DIRECT.0 | OpenFlags::UNTRUSTED.0 | OpenFlags::NO_LOCK.0;
-        let mut flags = OpenFlags(flags.0 & keep);
+        let keep =
+            OpenFlags::DIRECT | OpenFlags::UNTRUSTED | OpenFlags::NO_LOCK | OpenFlags::SHARED;
+        let mut flags = OpenFlags(flags.0 & keep.0);
         // The caller chose this one; whether to trust what it names is asked again there.
         if options.get("format").is_none() {
             flags.0 &= !OpenFlags::UNTRUSTED.0;
         }
-        let how = check(options, flags, matches!(source, Source::Remote(_)))?;
+        let mut how = check(options, flags, matches!(source, Source::Remote(_)), self.locking)?;
+        // Others may read it too, and nobody may write what an overlay relies on.
+        how.lock.wanted = how.lock.wanted.below();
+        self.locking = how.lock;
         if options.get("implicit-open").is_some() {
             self.implicit = implicit(options)?;
         }
@@ -492,11 +496,23 @@ impl Opening<'_> {
             }
             Source::Path(path) => {
                 let path = Name::from(path.to_owned());
-                file::open(&path, how).map_err(|e| backing_error(e, above))?
+                file::open_locked(&path, how.file, how.lock, &mut self.locks)
+                    .map_err(|e| backing_error(e, above))?
             }
         };
         self.note(driver.identity(), driver.name(), above)?;
-        Ok(self.image(driver, options, flags, guess)?.0)
+        let (driver, options) = (Some(driver).into(), options.clone());
+        Ok(Box::new(Part { driver, options, flags, guessing, named }))
+    }
+}
+
+/// What an image names is there, but neither a regular file nor a block device.
+fn none_of_its_kind(e: Error, name: &Name) -> Error {
+    match e {
+        Error::Invalid(what) => {
+            Error::policy(name, format!("names a backing file that is none: {what}"))
+        }
+        e => e,
     }
 }
 
@@ -510,6 +526,10 @@ fn backing_error(e: Error, above: &Name) -> Error {
                 above.as_path().display()
             );
             Error::Os { op: "open", file: Name::from(name), errno }
+        }
+        Error::Locked { file, what } => {
+            let what = format!("{what} (backing file of {})", above.as_path().display());
+            Error::Locked { file, what }
         }
         e => e,
     }

@@ -5,9 +5,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::chain::{self, Source};
+use super::how;
 use super::{OpenFlags, Options, Use};
 use crate::block::*;
-use crate::file;
+use crate::file::{self, Locking};
 use crate::format::{self, Kind, qcow2};
 
 /// Make the image `name` of `size` bytes. Leaves no half file behind when it fails.
@@ -32,6 +33,8 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
         });
     }
     let exclusive = options.switch("exclusive")?.unwrap_or(false);
+    let lock = how::locking(options, OpenFlags::RDWR, Locking::default())?;
+    let _lease = super::managed::lease_one(&path, format, options)?;
     match kind {
         Kind::Raw => {
             for key in [
@@ -58,7 +61,7 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
             if prealloc == Prealloc::Metadata {
                 return Err(Error::invalid("preallocation=metadata: a raw image has no metadata"));
             }
-            let file = file::create(&path, exclusive)?;
+            let file = file::create_locked(&path, exclusive, lock)?;
             let driver = file.open()?;
             if driver.kind() != "file" {
                 // A block device is as it is: it has to be large enough, that is all.
@@ -74,7 +77,7 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
         }
         Kind::Qcow2 => {
             let geometry = qcow2_options(&path, size, options)?;
-            let file = file::create(&path, exclusive)?;
+            let file = file::create_locked(&path, exclusive, lock)?;
             let device = Device::new(file.open()?);
             qcow2::create(&device, size, &geometry)?;
             if geometry.prealloc != Prealloc::Off {

@@ -228,11 +228,11 @@ impl<'a> Runs<'a> {
 fn extent(offset: u64, length: u64, flags: u64, depth: Option<u64>) -> Extent {
     let zero = flags & u64::from(alloc::ZERO) != 0;
     let kind = if zero { Extent::ZERO } else { Extent::DATA };
-    let mut e = Extent::new(offset, length, kind | Extent::ALLOCATED);
+    let mut e = Extent::new(offset, length, kind | Extent::ALLOCATED | Extent::OWNED);
     match depth {
         None | Some(1) => {}
+        Some(0) => e.flags &= !(Extent::ALLOCATED | Extent::OWNED),
         Some(depth) => {
-            // 0: in no image of the chain; else one of those below.
             e.flags &= !Extent::ALLOCATED;
             e.depth = depth.saturating_sub(1).try_into().unwrap_or(u32::MAX);
         }
@@ -428,6 +428,10 @@ impl Driver for Nbd {
         Ok(())
     }
 
+    fn flush_to_close(&self) -> Result<()> {
+        self.close()
+    }
+
     fn close(&self) -> Result<()> {
         let limit = self.pool.source.settings.timeout.map_or(CLOSE, |t| t.min(CLOSE));
         let durable = &self.pool.durable;
@@ -438,12 +442,12 @@ impl Driver for Nbd {
                 Lost::Untold(_) => true,
                 Lost::No => durable.is_dirty(),
             };
-        let flushed = match flushes {
+        // The connections stay: who opens the source anew may fail and come back. The goodbye is said
+        // when the driver is dropped.
+        match flushes {
             true => self.flush_within(Deadline::after(Some(limit)), Patience::None),
             false => Ok(()),
-        };
-        self.pool.close();
-        flushed
+        }
     }
 
     fn describe(&self) -> Description {
@@ -477,7 +481,7 @@ impl Driver for Nbd {
 impl Drop for Nbd {
     fn drop(&mut self) {
         if std::process::id() == self.pid {
-            self.pool.end();
+            self.pool.close();
             return;
         }
         // In a forked child everything is the parent's, its threads do not exist here and its locks

@@ -10,7 +10,7 @@
 //!
 //! Locks: `state` is taken with none of a lane's locks held, and none of those are taken under it.
 
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -22,6 +22,7 @@ use super::call::{Claim, Outcome};
 use super::durable::Durable;
 use super::handshake::Export;
 use super::lane::Lane;
+use super::revive::{FIRST_PAUSE, LAST_PAUSE};
 use super::slot::{Request, Work};
 use super::source::Source;
 use super::sys::Deadline;
@@ -57,6 +58,11 @@ pub(super) struct State {
     pub lost: Option<(Instant, Error)>,
     /// Since when reconnecting is tried.
     pub since: Option<Instant>,
+    /// When the last connection was made.
+    pub made: Option<Instant>,
+    /// How long to pause after a failure, and until when to pause now.
+    pub pause: Duration,
+    pub not_before: Option<Instant>,
     /// Why the last try to reconnect failed.
     pub failure: Option<Error>,
     /// The reconnecting thread is at work.
@@ -66,6 +72,14 @@ pub(super) struct State {
     pub asked: Option<Instant>,
     /// The device is no good any more, for this reason.
     pub fatal: Option<Error>,
+}
+
+impl State {
+    /// A try came to nothing: the next one comes after a pause, longer each time.
+    pub(super) fn back_off(&mut self) {
+        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
+        self.not_before = Some(Instant::now() + self.pause);
+    }
 }
 
 /// See the module's text.
@@ -169,9 +183,9 @@ impl Pool {
         take: impl FnOnce(&mut Work, u64) -> T,
     ) -> Result<T> {
         loop {
-            // Before it is sent: see Durable.
-            let losses = self.durable.losses();
             let mut claim = self.claim(request, deadline)?;
+            // Before it is sent, and while the claim keeps the connection: see Durable.
+            let losses = self.durable.losses();
             match claim.exchange(request, deadline) {
                 Outcome::Over => match claim.work() {
                     Some(work) => return Ok(take(work, losses)),
@@ -181,6 +195,15 @@ impl Pool {
                 Outcome::Lost if patience == Patience::Reconnect => {}
                 Outcome::Lost => return Err(self.gone(&self.state.lock())),
                 Outcome::Late => return Err(self.too_late()),
+                // A server that lives may carry out a change after the same one, sent again, and
+                // after what came later: that must not be.
+                Outcome::GivenUp(why)
+                    if matches!(request.kind, cmd::WRITE | cmd::TRIM | cmd::WRITE_ZEROES)
+                        || patience != Patience::Reconnect =>
+                {
+                    return Err(why);
+                }
+                Outcome::GivenUp(_) => {}
                 Outcome::Broken(why) => return Err(why),
             }
         }
@@ -269,7 +292,7 @@ impl Pool {
         }
         state.asked = Some(Instant::now());
         // One try: the time for more is over.
-        (state.since, state.failure) = (None, None);
+        (state.since, state.failure, state.not_before) = (None, None, None);
         self.start_reviving(state);
         state.running
     }
@@ -314,6 +337,13 @@ impl Pool {
             let now = Instant::now();
             state.lost = Some((now, why.clone()));
             state.failure = None;
+            let new = state.made.is_some_and(|t| t.elapsed() < LAST_PAUSE);
+            if lane.answered.load(Relaxed) {
+                (state.pause, state.not_before) = (Duration::ZERO, None);
+            } else if new {
+                // It came to nothing: the next one may, too.
+                state.back_off();
+            }
             if state.live == 0 {
                 self.durable.all_lost(&format!(
                     "the connection was lost ({}) when writes were acknowledged but not flushed: they \
@@ -339,22 +369,6 @@ impl Pool {
         self.waiters.fetch_sub(1, SeqCst);
     }
 
-    /// End without goodbye: the connections are just closed.
-    pub(super) fn end(&self) {
-        self.closing.store(true, SeqCst);
-        self.cancel.wake();
-        // Under the lock: one who has just looked at `closing` must be asleep to be woken.
-        let thread = self.state.lock().thread.take();
-        self.changed.notify_all();
-        if let Some(thread) = thread {
-            // It has nothing to wait for but a reply to its probe, which is not to come.
-            for lane in &self.lanes {
-                lane.cut();
-            }
-            let _ = thread.join();
-        }
-    }
-
     /// Say goodbye on all connections and end the reconnecting thread. Waits a little for calls that
     /// are under way; those that come later are told that the device is closed.
     pub(super) fn close(&self) {
@@ -363,16 +377,20 @@ impl Pool {
         }
         let limit = self.source.settings.timeout.unwrap_or(CLOSE).min(CLOSE);
         let deadline = Deadline::after(Some(limit));
+        self.cancel.wake();
         let mut state = self.state.lock();
+        let thread = state.thread.take();
+        if thread.as_ref().is_some_and(|t| !t.is_finished()) {
+            // It may wait for a reply to its probe, which need not come any more.
+            self.lanes.iter().for_each(Lane::cut);
+        }
         while self.lanes.iter().any(|l| l.is_up() && l.in_flight() > 0) && !deadline.passed() {
             self.wait_changed(&mut state, deadline.left().unwrap_or_default());
         }
-        let thread = state.thread.take();
         drop(state);
         for lane in &self.lanes {
             lane.goodbye(self, deadline);
         }
-        self.cancel.wake();
         self.changed.notify_all();
         if let Some(thread) = thread {
             // It has nothing left to wait for.

@@ -277,7 +277,7 @@ impl<'a> Drain<'a> {
             return self.bad(format!("a block status of context {id}, which was not agreed on"));
         };
         match work.contexts.get_mut(context) {
-            Some((_, seen @ false)) => *seen = true,
+            Some((_, seen @ false, _)) => *seen = true,
             _ => return self.bad(format!("two block statuses of context {id}")),
         }
         work.descriptors = work.descriptors.saturating_add(count);
@@ -324,7 +324,7 @@ impl<'a> Drain<'a> {
 
     fn describe(&self, work: &mut Work, context: usize, length: u64, flags: u64) -> Result<()> {
         let minimum = u64::from(self.link.export.minimum.max(1));
-        let Some((so_far, _)) = work.contexts.get_mut(context) else { return Ok(()) };
+        let Some((so_far, _, kept)) = work.contexts.get_mut(context) else { return Ok(()) };
         if length == 0 || !length.is_multiple_of(minimum) {
             return self.bad(format!("a block status describes {length} bytes"));
         }
@@ -334,7 +334,8 @@ impl<'a> Drain<'a> {
             return self.bad(format!("a block status describes more than the {asked} bytes asked"));
         };
         *so_far = so_far.saturating_add(length);
-        if work.described.len() < KEPT_DESCRIPTORS {
+        *kept += 1;
+        if *kept <= KEPT_DESCRIPTORS {
             let (context, length) = (context as u32, length.min(left));
             work.described.push(Described { context, length, flags });
         }

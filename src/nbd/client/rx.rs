@@ -170,6 +170,7 @@ impl Rx {
         slots: &[Slot],
     ) -> std::result::Result<(), Stopped> {
         use std::os::fd::AsRawFd;
+        let mut fed = 0;
         loop {
             let mut piece = [NO_PIECE; 1];
             let direct = self.target(slots).is_some_and(|dst| dst.fill(&mut piece).0 == 1);
@@ -191,6 +192,8 @@ impl Rx {
                     return Ok(());
                 }
                 Taken::Closed => return Err(Stopped::End),
+                // Part of a record: whoever waits is to look at the time.
+                Taken::Nothing if fed > 0 => return Err(Stopped::Os(libc::EAGAIN)),
                 Taken::Nothing => {}
             }
             self.cipher.resize(CIPHER, 0);
@@ -202,6 +205,7 @@ impl Rx {
                 return Err(Stopped::End);
             }
             session.feed(self.cipher.get(..got).unwrap_or_default()).map_err(Stopped::Tls)?;
+            fed += 1;
         }
     }
 }

@@ -102,9 +102,9 @@ pub(super) struct Work {
     /// The first error that was told, and how many were.
     pub failure: Option<Failure>,
     pub failures: u32,
-    /// Descriptors so far; bytes described and whether the chunk has come, by context.
+    /// Descriptors so far; by context bytes described, whether the chunk has come, descriptors.
     pub described: Vec<Described>,
-    pub contexts: Vec<(u64, bool)>,
+    pub contexts: Vec<(u64, bool, usize)>,
     /// Descriptors so far, also those that were not kept.
     pub descriptors: u64,
 }
@@ -164,7 +164,7 @@ impl Work {
         if request.kind == crate::nbd::proto::cmd::BLOCK_STATUS {
             self.described.clear();
             self.contexts.clear();
-            self.contexts.resize(contexts, (0, false));
+            self.contexts.resize(contexts, (0, false, 0));
             self.descriptors = 0;
         }
         u64::from(self.generation) << 32 | slot as u64

@@ -99,6 +99,8 @@ pub struct Conn {
     /// The connection's thread waits for one of them.
     pub(super) waiting: AtomicBool,
     pub(super) waker: OnceLock<Waker>,
+    /// Threads of the pool that work for it.
+    pub(super) running: AtomicUsize,
     cut: AtomicBool,
 }
 
@@ -138,6 +140,7 @@ impl Conn {
             bytes: AtomicUsize::new(0),
             waiting: AtomicBool::new(false),
             waker: OnceLock::new(),
+            running: AtomicUsize::new(0),
             cut: AtomicBool::new(false),
         })
     }
@@ -209,7 +212,11 @@ impl Conn {
                 }
                 continue;
             }
-            super::input::wait(None, waker, None);
+            // A client that is gone for good wants nothing any more.
+            let socket = (!self.is_cut()).then_some(&self.fd);
+            if super::input::hangs_up(socket, waker) {
+                self.cut();
+            }
             waker.reset();
         }
         self.waiting.store(false, SeqCst);
@@ -315,7 +322,7 @@ impl Own {
         loop {
             let waits = self.conn.in_pool.load(SeqCst) > 0;
             // Large memory is not kept for a client that is silent.
-            if !waits && self.high.max(self.input.high()) > 128 << 10 {
+            if !waits && self.high.max(self.input.high()) > 128 << 10 && !self.conn.has_left() {
                 if self.conn.tls.is_none()
                     && let Some(more) = self.input.receive_now(&self.conn.fd)?
                 {
@@ -510,6 +517,7 @@ impl Own {
 
     fn write(&mut self, r: &Request) -> Result<(), Cut> {
         if !self.cached && r.length <= JOB {
+            self.await_room(r.length as usize)?;
             let mut payload = match Buffer::new(r.length as usize) {
                 Ok(payload) => payload,
                 Err(e) => {
@@ -558,6 +566,19 @@ impl Own {
         payload: Option<Buffer>,
         budget: usize,
     ) -> Result<(), Cut> {
+        self.await_room(budget)?;
+        let conn = self.conn.clone();
+        conn.in_pool.fetch_add(1, SeqCst);
+        conn.server.in_pool.fetch_add(1, Relaxed);
+        conn.bytes.fetch_add(budget, Relaxed);
+        conn.server.memory.fetch_add(budget, Relaxed);
+        let threads = conn.server.settings().threads;
+        conn.server.pool.submit(&conn, Job { request, payload, budget }, threads);
+        Ok(())
+    }
+
+    /// Wait until the limits allow another request of so many bytes in the pool.
+    fn await_room(&mut self, budget: usize) -> Result<(), Cut> {
         let conn = self.conn.clone();
         let settings = conn.server.settings();
         if conn.waker.get().is_none() {
@@ -582,11 +603,6 @@ impl Own {
                 return Err(Cut::Closed);
             }
         }
-        conn.in_pool.fetch_add(1, SeqCst);
-        conn.server.in_pool.fetch_add(1, Relaxed);
-        conn.bytes.fetch_add(budget, Relaxed);
-        conn.server.memory.fetch_add(budget, Relaxed);
-        conn.server.pool.submit(&conn, Job { request, payload, budget }, settings.threads);
         Ok(())
     }
 }

@@ -171,6 +171,17 @@ fn recv(fd: &OwnedFd, into: &mut [u8], flags: i32) -> Result<usize, Cut> {
     }
 }
 
+/// Wait until the peer has hung up for good (a half-closed one has not) or the waker wakes; whether it
+/// is the peer.
+pub fn hangs_up(fd: Option<&OwnedFd>, waker: &Waker) -> bool {
+    let mut polls = [
+        libc::pollfd { fd: fd.map_or(-1, |fd| fd.as_raw_fd()), events: 0, revents: 0 },
+        libc::pollfd { fd: waker.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 },
+    ];
+    // SAFETY: two pollfds of ours; a negative descriptor is passed over.
+    unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) > 0 && polls[0].revents != 0 }
+}
+
 /// Wait until the socket has something or the waker wakes; whether it is the socket.
 pub fn wait(fd: Option<&OwnedFd>, waker: &Waker, time: Option<Duration>) -> bool {
     let socket = fd.map_or(-1, |fd| fd.as_raw_fd());

@@ -142,6 +142,11 @@ impl Conn {
 
     fn work(&self, job: Job) -> std::result::Result<Buffer, (Request, Error)> {
         let r = job.request;
+        // Nobody was told that it is done, and nobody will be: the client may have sent it again by
+        // another connection, and this one must not come after what that client did since.
+        if self.is_cut() {
+            return Err((r, Error::invalid("the client is gone")));
+        }
         if r.kind == cmd::READ {
             return self.read_in_pool(&r).map_err(|e| (r, e));
         }
@@ -199,9 +204,6 @@ impl Conn {
 
     /// The whole reply to a read.
     fn read_in_pool(&self, r: &Request) -> Result<Buffer> {
-        if self.is_cut() {
-            return Err(Error::invalid("the client is gone"));
-        }
         let len = usize::try_from(r.length).map_err(|_| Error::invalid("too long"))?;
         let mut buffer = Buffer::with_room(reply::MAX_HEADER, len)?;
         self.export.with(|i| i.read_at(&mut buffer, r.offset))?;

@@ -81,6 +81,8 @@ struct State {
     threads: BTreeMap<u64, JoinHandle<()>>,
     acceptor: Option<JoinHandle<()>>,
     last_link: u64,
+    /// Somebody stops it.
+    stopper: bool,
     stopped: bool,
 }
 
@@ -93,12 +95,19 @@ struct Listener {
     tls: bool,
     /// The export that the URI named.
     export: Vec<u8>,
+    /// We made it.
+    own: bool,
     /// A path to remove at the end.
     path: Option<std::path::PathBuf>,
 }
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        if self.own {
+            // Also in children of fork, which have it still: nobody is to wait there for ever.
+            // SAFETY: the descriptor is open.
+            unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_RDWR) };
+        }
         if let Some(path) = &self.path {
             // Somebody may have removed it already.
             let _ = std::fs::remove_file(path);
@@ -223,7 +232,14 @@ impl Server {
             };
             let (fd, export) = (Arc::new(fd), uri.export.clone());
             let tls = uri.tls || self.0.settings().encryption == settings::Encryption::Required;
-            self.add_listener(Listener { fd, address: Some(address), tls, export, path })?;
+            self.add_listener(Listener {
+                fd,
+                address: Some(address),
+                tls,
+                export,
+                own: true,
+                path,
+            })?;
         }
         Ok(())
     }
@@ -236,7 +252,7 @@ impl Server {
         let tls = self.0.settings().encryption == settings::Encryption::Required;
         socket::set_nonblocking(&fd, true)?;
         let fd = Arc::new(fd);
-        self.add_listener(Listener { fd, address, tls, export: Vec::new(), path: None })
+        self.add_listener(Listener { fd, address, tls, export: Vec::new(), own: false, path: None })
     }
 
     /// Serve one connected socket, in the background.
@@ -306,6 +322,13 @@ impl Server {
         inner.waker.wake();
         let mut state = inner.state.lock();
         state.listeners.clear();
+        if std::mem::replace(&mut state.stopper, true) {
+            // Somebody is at it, and flushes.
+            while !state.stopped {
+                inner.changed.wait(&mut state);
+            }
+            return Ok(());
+        }
         let begun = Instant::now();
         let end = begun.checked_add(drain).unwrap_or(begun + Duration::from_secs(86400 * 365));
         let mut hung = false;

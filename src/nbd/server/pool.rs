@@ -7,6 +7,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -63,7 +64,7 @@ impl Pool {
                     {
                         drop(state);
                         conn.run(job);
-                        conn.export.running_ended();
+                        conn.running_ended();
                     }
                 }
             }
@@ -89,7 +90,7 @@ impl Pool {
             if let Some((conn, job)) = state.take(most) {
                 drop(state);
                 conn.run(job);
-                conn.export.running_ended();
+                conn.running_ended();
                 // Jobs of an export that had its share may go on now.
                 state = self.state.lock();
                 if !state.ready.is_empty() {
@@ -115,7 +116,7 @@ impl State {
     fn take(&mut self, most: usize) -> Option<(Arc<Conn>, Job)> {
         for _ in 0..self.ready.len() {
             let (conn, mut jobs) = self.ready.pop_front()?;
-            if !conn.export.running_begins(most) {
+            if !conn.running_begins(most) {
                 self.ready.push_back((conn, jobs));
                 continue;
             }
@@ -125,9 +126,30 @@ impl State {
             }
             match job {
                 Some(job) => return Some((conn, job)),
-                None => conn.export.running_ended(),
+                None => conn.running_ended(),
             }
         }
         None
+    }
+}
+
+impl Conn {
+    /// Take one of `most` threads, if that leaves some to other connections and other exports.
+    fn running_begins(&self, most: usize) -> bool {
+        let share = (most - most / 4).max(1);
+        let mine = |n: usize| (n < share).then_some(n + 1);
+        if self.running.fetch_update(Relaxed, Relaxed, mine).is_err() {
+            return false;
+        }
+        let begins = self.export.running_begins(most);
+        if !begins {
+            self.running.fetch_sub(1, Relaxed);
+        }
+        begins
+    }
+
+    fn running_ended(&self) {
+        self.running.fetch_sub(1, Relaxed);
+        self.export.running_ended();
     }
 }

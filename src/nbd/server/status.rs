@@ -82,11 +82,12 @@ impl Conn {
                 }
                 for e in &some[..n] {
                     let len = e.length.min(end - e.offset);
-                    let mut any = false;
+                    // Contexts may end at different places; with one full, the client asks again.
+                    let mut room = true;
                     for list in &mut lists {
-                        any |= list.push(len, list.context.flags(e));
+                        room &= list.push(len, list.context.flags(e));
                     }
-                    if !any {
+                    if !room || self.is_cut() {
                         return Ok(());
                     }
                     offset += len;
@@ -94,6 +95,10 @@ impl Conn {
             }
             Ok(())
         })?;
+        // The device became smaller since the range was checked.
+        if lists.iter().any(|l| l.runs.is_empty()) {
+            return Err(Error::invalid("nothing there to describe"));
+        }
         Ok(self.encode(r, lists))
     }
 
