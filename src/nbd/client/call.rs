@@ -298,6 +298,9 @@ impl Claim<'_> {
                     if let Err(why) = reply::drain(rx, link, &lane.slots, &mut over) {
                         lane.die(why, link);
                     }
+                    if over != 0 && !lane.answered.load(Relaxed) {
+                        lane.answered.store(true, Relaxed);
+                    }
                     // Others may be served for as long as they like, and our own reply may come a
                     // byte at a time.
                     check = deadline.passed_lately();

@@ -19,8 +19,8 @@ use crate::log::{Level, log};
 use crate::nbd::proto::{cmd, flag};
 
 /// Between two tries: first, and at most.
-const FIRST_PAUSE: Duration = Duration::from_millis(10);
-const LAST_PAUSE: Duration = Duration::from_secs(2);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(10);
+pub(super) const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// One try to connect and negotiate.
 const TRY: Duration = Duration::from_secs(10);
 
@@ -49,32 +49,32 @@ impl Pool {
 
     /// The thread.
     fn revive(self: Arc<Self>) {
-        let mut pause = FIRST_PAUSE;
         while let Some((lane, end)) = self.next_to_revive() {
-            match self.revive_one(lane, end) {
-                Ok(()) => pause = FIRST_PAUSE,
-                Err(e) => {
-                    log(Level::Info, format_args!("reconnecting: {e}"));
-                    let mut state = self.state.lock();
-                    if e.kind() == ErrorKind::Errno(libc::ESTALE) {
-                        state.fatal = Some(e.clone());
-                    }
-                    state.failure = Some(e);
-                    let until = Instant::now() + pause;
-                    while Instant::now() < until && !self.closing.load(SeqCst) {
-                        let left = until.saturating_duration_since(Instant::now());
-                        self.wait_changed(&mut state, left);
-                    }
-                    pause = (pause * 2).min(LAST_PAUSE);
+            if let Err(e) = self.revive_one(lane, end) {
+                log(Level::Info, format_args!("reconnecting: {e}"));
+                let mut state = self.state.lock();
+                if e.kind() == ErrorKind::Errno(libc::ESTALE) {
+                    state.fatal = Some(e.clone());
                 }
+                state.failure = Some(e);
+                state.back_off();
             }
         }
     }
 
-    /// A lane without a connection and until when to try; `None` once there is nothing left to do.
-    /// That is decided under the lock, so that whoever loses a connection later starts anew.
+    /// A lane without a connection and until when to try, after the pause that is due; `None` once
+    /// there is nothing left to do. That is decided under the lock, so that whoever loses a
+    /// connection later starts anew.
     fn next_to_revive(&self) -> Option<(&Lane, Instant)> {
         let mut state = self.state.lock();
+        while !self.closing.load(SeqCst)
+            && state.fatal.is_none()
+            && let Some(left) =
+                state.not_before.and_then(|t| t.checked_duration_since(Instant::now()))
+            && !left.is_zero()
+        {
+            self.wait_changed(&mut state, left);
+        }
         let window = self.source.settings.reconnect;
         // A try that a call asked for has no window: it is the only one.
         let once = state.since.is_none() && state.failure.is_none();
@@ -175,6 +175,7 @@ impl Pool {
         }
         (state.failure, state.asked) = (None, None);
         state.since = Some(Instant::now());
+        state.made = state.since;
         drop(state);
         self.changed.notify_all();
     }
