@@ -192,13 +192,14 @@ impl Claim<'_> {
             let mut queue = std::mem::replace(&mut tx.queue, spare);
             let mut sealed = std::mem::take(&mut tx.sealed);
             drop(tx);
-            let tick = || {
+            let go_on = || {
                 if deadline.passed() {
                     lane.die(self.pool.too_late(), link);
                 }
                 !lane.dead.load(Acquire)
             };
-            let result = queue.send(link.fd.as_raw_fd(), link.tls.as_deref(), &mut sealed, tick);
+            let fd = link.fd.as_raw_fd();
+            let result = queue.send(fd, link.tls.as_deref(), &mut sealed, deadline, go_on);
             if result.is_ok() {
                 for slot in queue.with_payload() {
                     let Some(s) = lane.slots.get(slot) else { continue };
@@ -283,7 +284,6 @@ impl Claim<'_> {
         let _role = Role { claim: self, link };
         // SAFETY: the receiver's alone, which we are until `_role` is dropped.
         let rx = unsafe { &mut *lane.rx.get() };
-        let mut rounds = 0u32;
         if held && !sys::is_readable(link.fd.as_raw_fd(), HELD) {
             self.send_held(link, deadline);
         }
@@ -302,10 +302,12 @@ impl Claim<'_> {
                     if let Err(why) = reply::drain(rx, link, &lane.slots, &mut over) {
                         lane.die(why, link);
                     }
-                    // Others may be served for as long as they like; what comes in drops is looked at
-                    // each time.
-                    rounds = rounds.wrapping_add(1);
-                    check = over == 0 || rounds.is_multiple_of(16);
+                    if over != 0 && !lane.answered.load(Relaxed) {
+                        lane.answered.store(true, Relaxed);
+                    }
+                    // Others may be served for as long as they like, and our own reply may come a
+                    // byte at a time.
+                    check = deadline.passed_lately();
                 }
                 Err(Stopped::Os(libc::EINTR | libc::EAGAIN)) => check = true,
                 Err(why) => lane.die(stop_error(why, link), link),

@@ -83,6 +83,8 @@ pub(super) struct Lane {
     /// The connection is broken; see `reason`.
     pub(super) dead: AtomicBool,
     pub(super) reason: Mutex<Option<Error>>,
+    /// The connection was good for something: a request was answered.
+    pub(super) answered: AtomicBool,
     pub(super) tx: Apart<Mutex<Tx>>,
     /// The sender has stopped.
     pub(super) idle: Condvar,
@@ -113,6 +115,7 @@ impl Lane {
             up: AtomicBool::new(false),
             dead: AtomicBool::new(false),
             reason: Mutex::new(None),
+            answered: AtomicBool::new(false),
             tx: Apart(Mutex::new(Tx {
                 closed: true,
                 sending: false,
@@ -210,6 +213,7 @@ impl Lane {
         self.summoned.store(0, Relaxed);
         self.held.store(false, Relaxed);
         *self.reason.lock() = None;
+        self.answered.store(false, Relaxed);
         self.dead.store(false, SeqCst);
         self.up.store(true, SeqCst);
         self.free.0.store(u64::MAX, SeqCst);

@@ -10,7 +10,7 @@
 //!
 //! Locks: `state` is taken with none of a lane's locks held, and none of those are taken under it.
 
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU32};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
@@ -22,6 +22,7 @@ use super::call::{Claim, Outcome};
 use super::durable::Durable;
 use super::handshake::Export;
 use super::lane::Lane;
+use super::revive::{FIRST_PAUSE, LAST_PAUSE};
 use super::slot::{Request, Work};
 use super::source::Source;
 use super::sys::Deadline;
@@ -57,6 +58,11 @@ pub(super) struct State {
     pub lost: Option<(Instant, Error)>,
     /// Since when reconnecting is tried.
     pub since: Option<Instant>,
+    /// When the last connection was made.
+    pub made: Option<Instant>,
+    /// How long to pause after a failure, and until when to pause now.
+    pub pause: Duration,
+    pub not_before: Option<Instant>,
     /// Why the last try to reconnect failed.
     pub failure: Option<Error>,
     /// The reconnecting thread is at work.
@@ -64,11 +70,16 @@ pub(super) struct State {
     pub thread: Option<JoinHandle<()>>,
     /// When the last try that a call asked for began.
     pub asked: Option<Instant>,
-    /// When a connection was last made again, and how long to rest before the next if it is lost soon.
-    pub revived: Option<Instant>,
-    pub rest: Duration,
     /// The device is no good any more, for this reason.
     pub fatal: Option<Error>,
+}
+
+impl State {
+    /// A try came to nothing: the next one comes after a pause, longer each time.
+    pub(super) fn back_off(&mut self) {
+        self.pause = (self.pause * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
+        self.not_before = Some(Instant::now() + self.pause);
+    }
 }
 
 /// See the module's text.
@@ -281,7 +292,7 @@ impl Pool {
         }
         state.asked = Some(Instant::now());
         // One try: the time for more is over.
-        (state.since, state.failure) = (None, None);
+        (state.since, state.failure, state.not_before) = (None, None, None);
         self.start_reviving(state);
         state.running
     }
@@ -326,6 +337,13 @@ impl Pool {
             let now = Instant::now();
             state.lost = Some((now, why.clone()));
             state.failure = None;
+            let new = state.made.is_some_and(|t| t.elapsed() < LAST_PAUSE);
+            if lane.answered.load(Relaxed) {
+                (state.pause, state.not_before) = (Duration::ZERO, None);
+            } else if new {
+                // It came to nothing: the next one may, too.
+                state.back_off();
+            }
             if state.live == 0 {
                 self.durable.all_lost(&format!(
                     "the connection was lost ({}) when writes were acknowledged but not flushed: they \

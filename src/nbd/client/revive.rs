@@ -19,10 +19,8 @@ use crate::log::{Level, log};
 use crate::nbd::proto::{cmd, flag};
 
 /// Between two tries: first, and at most.
-const FIRST_PAUSE: Duration = Duration::from_millis(10);
-const LAST_PAUSE: Duration = Duration::from_secs(2);
-/// A connection that lasted so long was a good one.
-const ENOUGH: Duration = Duration::from_millis(200);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(10);
+pub(super) const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// One try to connect and negotiate.
 const TRY: Duration = Duration::from_secs(10);
 
@@ -51,53 +49,32 @@ impl Pool {
 
     /// The thread.
     fn revive(self: Arc<Self>) {
-        let mut pause = FIRST_PAUSE;
         while let Some((lane, end)) = self.next_to_revive() {
-            self.rest();
-            match self.revive_one(lane, end) {
-                Ok(()) => {
-                    pause = FIRST_PAUSE;
-                    self.state.lock().revived = Some(Instant::now());
+            if let Err(e) = self.revive_one(lane, end) {
+                log(Level::Info, format_args!("reconnecting: {e}"));
+                let mut state = self.state.lock();
+                if e.kind() == ErrorKind::Errno(libc::ESTALE) {
+                    state.fatal = Some(e.clone());
                 }
-                Err(e) => {
-                    log(Level::Info, format_args!("reconnecting: {e}"));
-                    let mut state = self.state.lock();
-                    if e.kind() == ErrorKind::Errno(libc::ESTALE) {
-                        state.fatal = Some(e.clone());
-                    }
-                    state.failure = Some(e);
-                    self.pause(&mut state, pause);
-                    pause = (pause * 2).min(LAST_PAUSE);
-                }
+                state.failure = Some(e);
+                state.back_off();
             }
         }
     }
 
-    /// Pause before a connection that is to follow another too soon: a server that takes them only to
-    /// hang up is not to be stormed.
-    fn rest(&self) {
-        let mut state = self.state.lock();
-        let Some(revived) = state.revived else { return };
-        if revived.elapsed() > (state.rest * 2).max(ENOUGH) {
-            state.rest = Duration::ZERO;
-            return;
-        }
-        state.rest = (state.rest * 2).clamp(FIRST_PAUSE, LAST_PAUSE);
-        let rest = state.rest;
-        self.pause(&mut state, rest);
-    }
-
-    fn pause(&self, state: &mut MutexGuard<'_, State>, time: Duration) {
-        let until = Instant::now() + time;
-        while Instant::now() < until && !self.closing.load(SeqCst) {
-            self.wait_changed(state, until.saturating_duration_since(Instant::now()));
-        }
-    }
-
-    /// A lane without a connection and until when to try; `None` once there is nothing left to do.
-    /// That is decided under the lock, so that whoever loses a connection later starts anew.
+    /// A lane without a connection and until when to try, after the pause that is due; `None` once
+    /// there is nothing left to do. That is decided under the lock, so that whoever loses a
+    /// connection later starts anew.
     fn next_to_revive(&self) -> Option<(&Lane, Instant)> {
         let mut state = self.state.lock();
+        while !self.closing.load(SeqCst)
+            && state.fatal.is_none()
+            && let Some(left) =
+                state.not_before.and_then(|t| t.checked_duration_since(Instant::now()))
+            && !left.is_zero()
+        {
+            self.wait_changed(&mut state, left);
+        }
         let window = self.source.settings.reconnect;
         // A try that a call asked for has no window: it is the only one.
         let once = state.since.is_none() && state.failure.is_none();
@@ -198,6 +175,7 @@ impl Pool {
         }
         (state.failure, state.asked) = (None, None);
         state.since = Some(Instant::now());
+        state.made = state.since;
         drop(state);
         self.changed.notify_all();
     }

@@ -145,7 +145,7 @@ impl Source {
     }
 }
 
-/// How often a call that waits on a socket looks at its deadline.
+/// How often a call that receives looks at its deadline when nothing comes.
 fn tick(timeout: Option<Duration>) -> Option<Duration> {
     timeout.map(|t| (t / 4).clamp(Duration::from_millis(1), Duration::from_secs(1)))
 }

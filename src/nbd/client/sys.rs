@@ -37,6 +37,12 @@ impl Deadline {
         self.0 != u64::MAX && now() >= self.0
     }
 
+    /// As [`Deadline::passed`], told some milliseconds late, for a fraction of its price.
+    #[inline]
+    pub(super) fn passed_lately(self) -> bool {
+        self.0 != u64::MAX && clock(libc::CLOCK_MONOTONIC_COARSE) >= self.0
+    }
+
     /// How long until then, at least 0.
     pub(super) fn left(self) -> Option<Duration> {
         (self.0 != u64::MAX).then(|| Duration::from_nanos(self.0.saturating_sub(now())))
@@ -45,9 +51,14 @@ impl Deadline {
 
 #[inline]
 fn now() -> u64 {
+    clock(libc::CLOCK_MONOTONIC)
+}
+
+#[inline]
+fn clock(which: libc::clockid_t) -> u64 {
     let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `t` is ours; this clock is always there.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut t) };
+    // SAFETY: `t` is ours; both clocks are always there.
+    unsafe { libc::clock_gettime(which, &mut t) };
     (t.tv_sec as u64).wrapping_mul(1_000_000_000).wrapping_add(t.tv_nsec as u64)
 }
 
@@ -92,19 +103,22 @@ pub(super) fn futex_wake(word: &AtomicU32, mask: u32) {
     }
 }
 
-/// Send from several pieces of memory: how many bytes went.
+/// Send from several pieces of memory what there is room for, without waiting: how many bytes went.
+/// (A send that waits does so for every buffer-full of it: a peer that always reads a little could keep
+/// it for ever.)
 ///
 /// # Safety
 /// Every piece must be readable memory.
 #[inline]
 pub(super) unsafe fn send(fd: c_int, vecs: &[iovec]) -> Result<usize, Errno> {
+    let flags = libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT;
     let n = match vecs {
         // SAFETY: the piece is readable by contract.
-        [v] => unsafe { libc::send(fd, v.iov_base, v.iov_len, libc::MSG_NOSIGNAL) },
+        [v] => unsafe { libc::send(fd, v.iov_base, v.iov_len, flags) },
         _ => {
             let msg = message(vecs);
             // SAFETY: the pieces are readable by contract, and the message holds nothing else.
-            unsafe { libc::sendmsg(fd, &msg, libc::MSG_NOSIGNAL) }
+            unsafe { libc::sendmsg(fd, &msg, flags) }
         }
     };
     if n >= 0 { Ok(n as usize) } else { Err(errno()) }
@@ -130,8 +144,19 @@ pub(super) unsafe fn recv(fd: c_int, vecs: &[iovec]) -> Result<usize, Errno> {
 
 /// Whether there is something to receive (or to find out about the connection), within so long.
 pub(super) fn is_readable(fd: c_int, within: Duration) -> bool {
-    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
-    let within = c_int::try_from(within.as_millis()).unwrap_or(c_int::MAX);
+    poll(fd, libc::POLLIN, Some(within))
+}
+
+/// Wait for room to send (or for the end of the connection), no longer than until the deadline.
+pub(super) fn wait_writable(fd: c_int, deadline: Deadline) {
+    poll(fd, libc::POLLOUT, deadline.left());
+}
+
+fn poll(fd: c_int, events: libc::c_short, within: Option<Duration>) -> bool {
+    let mut poll = libc::pollfd { fd, events, revents: 0 };
+    // Not a moment before it.
+    let within = within
+        .map_or(-1, |t| c_int::try_from(t.as_nanos().div_ceil(1_000_000)).unwrap_or(c_int::MAX));
     // SAFETY: one pollfd, which is ours.
     unsafe { libc::poll(&mut poll, 1, within) > 0 }
 }
@@ -157,23 +182,21 @@ pub(super) fn shutdown(fd: c_int) {
     unsafe { libc::shutdown(fd, libc::SHUT_RDWR) };
 }
 
-/// Let calls that send or receive return after so long, so that deadlines are looked at.
+/// Let calls that receive return after so long, so that deadlines are looked at.
 pub(super) fn set_tick(fd: &OwnedFd, tick: Option<Duration>) {
     let tick = tick.unwrap_or_default();
     let t = libc::timeval {
         tv_sec: tick.as_secs() as libc::time_t,
         tv_usec: libc::suseconds_t::from(tick.subsec_micros()),
     };
-    for option in [libc::SO_RCVTIMEO, libc::SO_SNDTIMEO] {
-        // SAFETY: the option takes a timeval, which it only reads.
-        unsafe {
-            libc::setsockopt(
-                fd.as_raw_fd(),
-                libc::SOL_SOCKET,
-                option,
-                (&raw const t).cast(),
-                std::mem::size_of::<libc::timeval>() as libc::socklen_t,
-            );
-        }
+    // SAFETY: the option takes a timeval, which it only reads.
+    unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVTIMEO,
+            (&raw const t).cast(),
+            std::mem::size_of::<libc::timeval>() as libc::socklen_t,
+        );
     }
 }

@@ -6,7 +6,7 @@ use std::io::IoSlice;
 use libc::iovec;
 
 use super::slot::Memory;
-use super::sys::{self, Errno};
+use super::sys::{self, Deadline, Errno};
 use crate::block::Src;
 use crate::nbd::proto::{Mode, Request};
 use crate::nbd::tls::Session;
@@ -121,14 +121,15 @@ impl Queue {
         })
     }
 
-    /// Send everything. `tick` is asked whenever the socket has taken nothing for a while: whether
-    /// to go on.
+    /// Send everything, waiting for room no longer than until `deadline`. `go_on` is asked whenever
+    /// the socket has not taken all that it was offered.
     pub(super) fn send(
         &self,
         fd: i32,
         tls: Option<&Session>,
         sealed: &mut Vec<u8>,
-        mut tick: impl FnMut() -> bool,
+        deadline: Deadline,
+        mut go_on: impl FnMut() -> bool,
     ) -> Result<(), SendError> {
         let most = if tls.is_some() { SEALED } else { usize::MAX };
         let mut pieces = self.pieces(most).peekable();
@@ -147,7 +148,7 @@ impl Queue {
             match tls {
                 // SAFETY: the pieces are headers of this queue and memory of callers who wait until
                 // their slots are SENT.
-                None => unsafe { send_all(fd, vecs, &mut tick)? },
+                None => unsafe { send_all(fd, vecs, deadline, &mut go_on)? },
                 Some(session) => {
                     let mut slices = [IoSlice::new(&[]); PIECES];
                     for (slice, v) in slices.iter_mut().zip(vecs.iter()) {
@@ -163,7 +164,7 @@ impl Queue {
                     let mut one =
                         [iovec { iov_base: sealed.as_mut_ptr().cast(), iov_len: sealed.len() }];
                     // SAFETY: the piece is `sealed`, which is not touched meanwhile.
-                    unsafe { send_all(fd, &mut one, &mut tick)? };
+                    unsafe { send_all(fd, &mut one, deadline, &mut go_on)? };
                 }
             }
         }
@@ -184,14 +185,15 @@ pub(super) enum SendError {
 unsafe fn send_all(
     fd: i32,
     mut vecs: &mut [iovec],
-    tick: &mut impl FnMut() -> bool,
+    deadline: Deadline,
+    go_on: &mut impl FnMut() -> bool,
 ) -> Result<(), SendError> {
     while !vecs.is_empty() {
         // SAFETY: the pieces are readable by contract, and what is left of them is.
         let mut n = match unsafe { sys::send(fd, vecs) } {
             Ok(n) => n,
             Err(libc::EINTR) => continue,
-            Err(libc::EAGAIN) if tick() => continue,
+            Err(libc::EAGAIN) => 0,
             Err(errno) => return Err(SendError::Os(errno)),
         };
         while let Some(first) = vecs.first_mut() {
@@ -204,9 +206,11 @@ unsafe fn send_all(
             n -= first.iov_len;
             vecs = std::mem::take(&mut vecs).split_first_mut().map_or(&mut [], |v| v.1);
         }
-        // A peer that takes a little at a time is slow, too.
-        if !vecs.is_empty() && !tick() {
-            return Err(SendError::Os(libc::EAGAIN));
+        if !vecs.is_empty() {
+            if !go_on() {
+                return Err(SendError::Os(libc::EAGAIN));
+            }
+            sys::wait_writable(fd, deadline);
         }
     }
     Ok(())
