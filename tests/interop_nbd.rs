@@ -4,9 +4,23 @@
 //!
 //! Every peer is started here and ends here; nothing leaves this machine.
 
+#[path = "interop_nbd/client_faults.rs"]
+mod client_faults;
+#[path = "interop_nbd/client_model.rs"]
+mod client_model;
+#[path = "interop_nbd/client_nbdkit.rs"]
+mod client_nbdkit;
+#[path = "interop_nbd/client_qemu.rs"]
+mod client_qemu;
 mod common;
+#[path = "interop_nbd/network.rs"]
+mod network;
+#[path = "interop_nbd/own.rs"]
+mod own;
 #[path = "interop_nbd/peers.rs"]
 mod peers;
+#[path = "interop_nbd/reconnect.rs"]
+mod reconnect;
 #[path = "interop_nbd/server_fio.rs"]
 mod server_fio;
 #[path = "interop_nbd/server_libnbd.rs"]

@@ -33,7 +33,7 @@ fn package(program: &str) -> &'static str {
 }
 
 /// A program, to be started; it dies with the thread that starts it, whatever happens.
-fn command(program: &str, args: &[&dyn AsRef<OsStr>]) -> Command {
+pub fn command(program: &str, args: &[&dyn AsRef<OsStr>]) -> Command {
     let mut command = Command::new(program);
     command.args(args.iter().map(|a| a.as_ref())).stdin(Stdio::null());
     // What Debian ships comes first: nbdsh takes the first Python it finds.
@@ -169,7 +169,8 @@ impl Daemon {
         Self::start_command(command(program, args), ready)
     }
 
-    fn start_command(mut command: Command, ready: &Path) -> Self {
+    /// The same, of a command that is made up already.
+    pub fn start_command(mut command: Command, ready: &Path) -> Self {
         let _ = fs::remove_file(ready);
         let log = ready.with_extension("log");
         let file = fs::File::create(&log).unwrap();
@@ -202,11 +203,26 @@ impl Daemon {
         let _ = self.child.wait();
     }
 
+    fn is_frozen(&self) -> bool {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.child.id())).unwrap();
+        tasks.flatten().all(|task| {
+            // The state stands behind the name, which is in parentheses.
+            let stat = fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            stat.rsplit(") ").next().is_some_and(|s| s.starts_with('T'))
+        })
+    }
+
     /// Freeze it, or let it go on.
     pub fn freeze(&self, yes: bool) {
         let signal = if yes { libc::SIGSTOP } else { libc::SIGCONT };
         // SAFETY: our child, which nobody has waited for.
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+        // Its threads stop one after the other.
+        let end = Instant::now() + LIMIT;
+        while yes && !self.is_frozen() {
+            assert!(Instant::now() < end, "a server does not stop");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -253,7 +269,8 @@ pub fn on_port(dir: &Tmp, program: &str, port: u16, args: &[&dyn AsRef<OsStr>]) 
 pub fn free_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
-        let n = NEXT.fetch_add(1, Relaxed).wrapping_add(std::process::id() as u16 * 37);
+        let n =
+            NEXT.fetch_add(1, Relaxed).wrapping_add((std::process::id() as u16).wrapping_mul(37));
         let port = 20_000 + n % 12_000;
         if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
             return port;

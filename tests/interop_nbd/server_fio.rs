@@ -27,7 +27,7 @@ fn fio(dir: &Tmp, uri: &str, more: &[&str]) -> String {
 
 #[test]
 fn fio_verifies_what_it_wrote() {
-    let dir = Tmp::new("nbd-fio");
+    let dir = Tmp::in_memory("nbd-fio");
     let raw = raw_file(&dir.join("raw"), SIZE);
     create(&dir.join("q.qcow2"), "qcow2", SIZE, &[]);
     let qcow2 = open(&dir.join("q.qcow2"), RW);

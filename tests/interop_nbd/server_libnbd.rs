@@ -29,7 +29,7 @@ fn sparse(dir: &Tmp, name: &str, rng: &mut Rng) -> (Image, Vec<u8>) {
 
 #[test]
 fn nbdinfo_tells_all_about_an_export() {
-    let dir = Tmp::new("nbd-info");
+    let dir = Tmp::in_memory("nbd-info");
     let image = raw_file(&dir.join("raw"), SIZE);
     let small = raw_file(&dir.join("small"), 12345);
     let served = Served::new(&dir, &[("first", &image)], &[]);
@@ -96,7 +96,7 @@ fn nbdinfo_tells_all_about_an_export() {
 
 #[test]
 fn names_of_exports_may_be_odd() {
-    let dir = Tmp::new("nbd-names");
+    let dir = Tmp::in_memory("nbd-names");
     let image = raw_file(&dir.join("raw"), 4096);
     let served = Served::new(&dir, &[], &[]);
     let long = "x".repeat(2000);
@@ -138,7 +138,7 @@ fn names_of_exports_may_be_odd() {
 
 #[test]
 fn nbdcopy_goes_both_ways() {
-    let dir = Tmp::new("nbd-copy");
+    let dir = Tmp::in_memory("nbd-copy");
     let mut rng = Rng::new(seed("nbdcopy"));
     let (from, bytes) = sparse(&dir, "from", &mut rng);
     let to = raw_file(&dir.join("to"), SIZE);
@@ -194,7 +194,7 @@ fn nbdcopy_goes_both_ways() {
 
 #[test]
 fn nbdkit_passes_our_export_on() {
-    let dir = Tmp::new("nbd-proxy");
+    let dir = Tmp::in_memory("nbd-proxy");
     let mut rng = Rng::new(seed("nbdkit_proxy"));
     let (image, mut bytes) = sparse(&dir, "raw", &mut rng);
     let served = Served::new(&dir, &[("x", &image)], &[]);
@@ -240,7 +240,7 @@ fn nbdkit_passes_our_export_on() {
 
 #[test]
 fn qemu_nbd_passes_our_export_on() {
-    let dir = Tmp::new("nbd-proxy-q");
+    let dir = Tmp::in_memory("nbd-proxy-q");
     let mut rng = Rng::new(seed("qemu_proxy"));
     let (image, mut bytes) = sparse(&dir, "raw", &mut rng);
     let served = Served::new(&dir, &[("x", &image)], &[]);

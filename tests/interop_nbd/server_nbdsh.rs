@@ -32,7 +32,7 @@ fn script(uri: &str, text: &str) {
 
 #[test]
 fn reads_come_in_chunks_or_in_one() {
-    let dir = Tmp::new("nbd-sh-read");
+    let dir = Tmp::in_memory("nbd-sh-read");
     let (served, _image) = served(&dir);
     for uri in served.both("x") {
         script(
@@ -103,7 +103,7 @@ fn nbdsh_opt(uri: &str, text: &str) {
 
 #[test]
 fn block_status_is_told_by_context() {
-    let dir = Tmp::new("nbd-sh-status");
+    let dir = Tmp::in_memory("nbd-sh-status");
     let (served, _image) = served(&dir);
     for uri in served.both("x") {
         nbdsh_opt(
@@ -194,7 +194,7 @@ h.shutdown()
 
 #[test]
 fn writes_zeroes_trims_and_their_flags() {
-    let dir = Tmp::new("nbd-sh-write");
+    let dir = Tmp::in_memory("nbd-sh-write");
     let (served, image) = served(&dir);
     for uri in served.both("x") {
         script(
@@ -242,7 +242,7 @@ h.shutdown()
 
 #[test]
 fn wrong_requests_are_answered_and_the_connection_stays() {
-    let dir = Tmp::new("nbd-sh-wrong");
+    let dir = Tmp::in_memory("nbd-sh-wrong");
     let (served, image) = served(&dir);
     for uri in served.both("x") {
         script(
@@ -275,7 +275,7 @@ h.shutdown()
 
 #[test]
 fn a_read_only_export_answers_eperm() {
-    let dir = Tmp::new("nbd-sh-ro");
+    let dir = Tmp::in_memory("nbd-sh-ro");
     let image = raw_file(&dir.join("raw"), SIZE);
     image.write_at(&[1; 512], 0, NONE).unwrap();
     let served = Served::new(&dir, &[], &[]);
@@ -302,7 +302,7 @@ assert h.pread(2, 511) == b'\x01\0'
 
 #[test]
 fn a_request_longer_than_may_be_is_refused() {
-    let dir = Tmp::new("nbd-sh-long");
+    let dir = Tmp::in_memory("nbd-sh-long");
     let image = raw_file(&dir.join("raw"), 8 << 20);
     let served = Served::new(&dir, &[("", &image)], &[("max-request", "1M")]);
     for uri in served.both("") {

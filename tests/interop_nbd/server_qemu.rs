@@ -28,7 +28,7 @@ fn chain(dir: &Tmp, rng: &mut Rng) -> (qblk::Image, Vec<u8>) {
 
 #[test]
 fn qemu_img_sees_what_the_export_holds() {
-    let dir = Tmp::new("nbd-qimg");
+    let dir = Tmp::in_memory("nbd-qimg");
     let mut rng = Rng::new(seed("qemu_img"));
     let (image, bytes) = chain(&dir, &mut rng);
     let raw = raw_file(&dir.join("raw"), 0);
@@ -71,7 +71,7 @@ fn qemu_img_sees_what_the_export_holds() {
 
 #[test]
 fn qemu_img_converts_into_an_export() {
-    let dir = Tmp::new("nbd-qimg-in");
+    let dir = Tmp::in_memory("nbd-qimg-in");
     let mut rng = Rng::new(seed("qemu_img_in"));
     let source = dir.join("source");
     let bytes = sparse_bytes(&source, SIZE, &mut rng);
@@ -109,7 +109,7 @@ fn qemu_img_converts_into_an_export() {
 
 #[test]
 fn a_qcow2_image_lives_inside_a_raw_export() {
-    let dir = Tmp::new("nbd-inside");
+    let dir = Tmp::in_memory("nbd-inside");
     let image = raw_file(&dir.join("raw"), SIZE);
     let served = Served::new(&dir, &[("", &image)], &[]);
     for uri in served.both("") {
@@ -134,7 +134,7 @@ fn a_qcow2_image_lives_inside_a_raw_export() {
 
 #[test]
 fn qemu_io_does_everything_it_can() {
-    let dir = Tmp::new("nbd-qio");
+    let dir = Tmp::in_memory("nbd-qio");
     let mut rng = Rng::new(seed("qemu_io"));
     for format in ["raw", "qcow2"] {
         let path = dir.join(format!("disk.{format}"));
@@ -204,7 +204,7 @@ fn qemu_io_does_everything_it_can() {
 
 #[test]
 fn a_read_only_export_is_that_to_qemu() {
-    let dir = Tmp::new("nbd-qro");
+    let dir = Tmp::in_memory("nbd-qro");
     let image = raw_file(&dir.join("raw"), SIZE);
     image.write_at(&[7; 4096], 4096, NONE).unwrap();
     let served = Served::new(&dir, &[], &[]);
@@ -221,7 +221,7 @@ fn a_read_only_export_is_that_to_qemu() {
 
 #[test]
 fn a_new_size_is_told_to_new_connections() {
-    let dir = Tmp::new("nbd-resize");
+    let dir = Tmp::in_memory("nbd-resize");
     let image = raw_file(&dir.join("raw"), SIZE);
     let served = Served::new(&dir, &[("", &image)], &[]);
     let uri = served.tcp("");

@@ -17,7 +17,7 @@ struct Setup {
 
 impl Setup {
     fn new(name: &str) -> Self {
-        let dir = Tmp::new(name);
+        let dir = Tmp::in_memory(name);
         let bytes = sparse_bytes(&dir.join("raw"), SIZE, &mut Rng::new(seed(name)));
         let image = open_with(&dir.join("raw"), &options(&[("format", "raw")]), RW);
         Self { certs: Certs::new(&dir), dir, bytes, image }
