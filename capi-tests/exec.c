@@ -43,12 +43,13 @@ int main(int argc, char **argv)
     dev[n++] = new_device("qcow2", 1 << 20);
     dev[n++] = new_device("mem", 1 << 20);
     OK(create_opt("over", "qcow2", 1 << 20, options("backing-file", "raw", "backing-fmt", "raw", NULL)));
-    OK(qblk_open("over", QBLK_OPEN_RDWR, &dev[n++]));
-    OK(qblk_open("raw", QBLK_OPEN_RDWR | QBLK_OPEN_DIRECT, &dev[n++]));
-    OK(open_opt("raw", 0, &dev[n++], options("io", "mmap", NULL)));
+    /* Of one file, in all sorts of ways at a time: without locks, which would be against it. */
+    OK(qblk_open("over", QBLK_OPEN_RDWR | QBLK_OPEN_NO_LOCK, &dev[n++]));
+    OK(qblk_open("raw", QBLK_OPEN_RDWR | QBLK_OPEN_DIRECT | QBLK_OPEN_NO_LOCK, &dev[n++]));
+    OK(open_opt("raw", QBLK_OPEN_NO_LOCK, &dev[n++], options("io", "mmap", NULL)));
     int fd = open("raw", O_RDONLY | O_CLOEXEC);
     CHECK(fd >= 0);
-    OK(qblk_open_fd(fd, NULL, 0, &dev[n++]));
+    OK(qblk_open_fd(fd, NULL, QBLK_OPEN_NO_LOCK, &dev[n++]));
     OK(qblk_context_open(dev[0], NULL, 0, &dev[n++]));
     for (int i = 0; i < n; i++) {
         char buf[4096];

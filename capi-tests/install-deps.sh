@@ -15,6 +15,9 @@ need valgrind valgrind
 need qemu-img qemu-utils
 need qemu-io qemu-utils
 need setpriv util-linux
+need unshare util-linux
+need mount mount
+need qemu-storage-daemon qemu-utils
 need mandoc mandoc
 need nbdinfo libnbd-bin
 need nbdcopy libnbd-bin

@@ -17,6 +17,8 @@ mod hangups;
 mod load;
 #[path = "hostile_nbd/options.rs"]
 mod options;
+#[path = "hostile_nbd/peer.rs"]
+mod peer;
 #[path = "hostile_nbd/ranges.rs"]
 mod ranges;
 #[path = "hostile_nbd/requests.rs"]
@@ -25,6 +27,12 @@ mod requests;
 mod resources;
 #[path = "hostile_nbd/scene.rs"]
 mod scene;
+#[path = "hostile_nbd/servers.rs"]
+mod servers;
+#[path = "hostile_nbd/servers_lives.rs"]
+mod servers_lives;
+#[path = "hostile_nbd/servers_talk.rs"]
+mod servers_talk;
 #[path = "hostile_nbd/starttls.rs"]
 mod starttls;
 #[path = "hostile_nbd/wire.rs"]

@@ -76,5 +76,7 @@ pub unsafe extern "C" fn qblk_lock_manager_free(mgr: *mut qblk_lock_manager) {
     if guard::forked() {
         // Its destructor might wait for threads that are not here.
         std::mem::forget(manager);
+    } else {
+        manager.0.retire();
     }
 }

@@ -151,6 +151,17 @@ pub(super) fn open_fd(
     managed::open(name, Again::Descriptor(fd), options, flags, calls, None)
 }
 
+/// Whether it can be opened again at all: to be asked while it is still open.
+pub(super) fn check_reopen(old: &Tree) -> Result<()> {
+    match old.again {
+        Again::Never => {
+            let text = "opened by a connected socket, which can not be opened again";
+            Err(Error::policy(&old.name, text))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Open anew what `old` has open, in another way.
 pub(super) fn reopen(
     old: &Tree,
@@ -163,10 +174,7 @@ pub(super) fn reopen(
         Again::Descriptor(fd) => Again::Descriptor(duplicate(fd, &old.name)?),
         Again::Memory(fd) => Again::Memory(duplicate(fd, &old.name)?),
         Again::Remote(remote) => Again::Remote(remote.clone()),
-        Again::Never => {
-            let text = "opened by a connected socket, which can not be opened again";
-            return Err(Error::policy(&old.name, text));
-        }
+        Again::Never => return Err(Error::Internal("opened again by nothing".into())),
     };
     managed::open(old.name.clone(), again, options, flags, calls, Some(old))
 }

@@ -16,6 +16,8 @@ impl Image {
         if old.is_null() {
             return Err(Error::BadHandle("the device is closed".into()));
         }
+        // SAFETY: the tree is replaced and freed under `admin` only, which is held.
+        chain::check_reopen(unsafe { &*old })?;
         self.shared.tree.store(ptr::null_mut(), SeqCst);
         self.shared.calls.wait();
         // SAFETY: we took it out, and no call uses it any more.

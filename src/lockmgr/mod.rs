@@ -109,6 +109,11 @@ impl Manager {
         format!("loaded:{}", self.number)
     }
 
+    /// No option names it from now on. What it has leased keeps it.
+    pub fn retire(&self) {
+        LOADED.lock().remove(&self.number);
+    }
+
     /// The manager that a value of the option `lock-manager` names.
     pub fn named(value: &[u8]) -> Result<Arc<Self>> {
         if let Some(number) = value.strip_prefix(b"loaded:") {

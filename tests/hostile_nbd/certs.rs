@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
-use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer};
-use rustls::{ClientConfig, RootCertStore};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 
 pub struct Certs {
     ca_pem: String,
@@ -46,6 +47,23 @@ impl Certs {
             ("tls-key", &self.server_key),
             ("tls-ca", &self.ca_pem),
         ]
+    }
+
+    /// What a client of the library needs to know.
+    pub fn ca_pem(&self) -> &str {
+        &self.ca_pem
+    }
+
+    /// A server of the tests' own, for "localhost".
+    pub fn server(&self) -> Arc<ServerConfig> {
+        let chain = CertificateDer::pem_slice_iter(self.server_pem.as_bytes());
+        let key = PrivateKeyDer::from_pem_slice(self.server_key.as_bytes()).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let builder = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth();
+        Arc::new(builder.with_single_cert(chain.map(|c| c.unwrap()).collect(), key).unwrap())
     }
 
     /// A client's, with a certificate or without.
