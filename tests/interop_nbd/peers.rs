@@ -172,6 +172,8 @@ impl Daemon {
     /// The same, of a command that is made up already.
     pub fn start_command(mut command: Command, ready: &Path) -> Self {
         let _ = fs::remove_file(ready);
+        // A server that is killed leaves behind what it keeps there.
+        command.env("TMPDIR", ready.parent().unwrap());
         let log = ready.with_extension("log");
         let file = fs::File::create(&log).unwrap();
         command.stdout(file.try_clone().unwrap()).stderr(file);
@@ -190,11 +192,6 @@ impl Daemon {
     /// What it printed so far.
     pub fn told(&self) -> String {
         self.log.as_ref().map_or(String::new(), |l| fs::read_to_string(l).unwrap_or_default())
-    }
-
-    /// Whether it runs.
-    pub fn runs(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
     }
 
     /// Kill it now, without a chance to finish anything.
