@@ -330,7 +330,8 @@ fn after_a_storm_all_is_well() {
 fn another_export_comes_back() {
     alone(|| {
         costs_little(|| {
-            let changes: [(&str, fn(&mut Offer)); 6] = [
+            type Change = (&'static str, fn(&mut Offer));
+            let changes: [Change; 6] = [
                 ("its size is 512 bytes", |o| o.size = 512),
                 ("its size is", |o| o.size += 1 << 40),
                 ("read-only", |o| o.flags |= 2),
