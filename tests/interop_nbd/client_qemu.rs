@@ -168,7 +168,7 @@ fn contexts_of_qemu_nbd_are_understood() {
         assert_eq!(by_us(&image, context), theirs, "{context}");
         assert!(theirs.len() > 2, "{context}: {theirs:?}");
     }
-    assert!(by_us(&image, b0).iter().any(|r| *r == (512 << 10, 64 << 10, 1)));
+    assert!(by_us(&image, b0).contains(&(512 << 10, 64 << 10, 1)));
     image.block_status(b"nobody:knows", 0, 512).unwrap_err();
     let told = property(&image, "nbd.contexts");
     assert!(told.contains(b1) && !told.contains("nobody"), "{told}");

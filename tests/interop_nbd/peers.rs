@@ -192,11 +192,6 @@ impl Daemon {
         self.log.as_ref().map_or(String::new(), |l| fs::read_to_string(l).unwrap_or_default())
     }
 
-    /// Whether it runs.
-    pub fn runs(&mut self) -> bool {
-        self.child.try_wait().unwrap().is_none()
-    }
-
     /// Kill it now, without a chance to finish anything.
     pub fn kill(&mut self) {
         let _ = self.child.kill();
