@@ -184,7 +184,10 @@ fn stop_at(stage: usize, p: &mut Peer) {
         }
         // A byte at a time.
         _ => {
-            for byte in b"NBDMAGICIHAVEOPT\0\x03".repeat(100) {
+            p.greet();
+            p.option();
+            let words = [b'x'; 600];
+            for byte in option_reply(opt::EXTENDED_HEADERS, rep::ERR_UNSUP, 60_000, &words) {
                 p.sleep(Duration::from_millis(100));
                 if !p.say(&[byte]) {
                     return;
