@@ -134,7 +134,9 @@ fn many_threads_and_silence() {
             let before = counts().threads;
             call_32_times(&image);
             // The one that makes connections, and at most two of the server's.
-            assert!(counts().threads <= before + 3, "{:?}, before {before}", counts());
+            // Those that were joined may take a moment to be gone.
+            let few = until(Duration::from_secs(5), counts, |c| c.threads <= before + 3);
+            assert!(few.is_ok(), "{few:?}, before {before}");
             assert!(evil.came() <= 3, "{} connections", evil.came());
             close(image, "never spoke");
         });
