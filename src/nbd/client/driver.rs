@@ -445,7 +445,13 @@ impl Driver for Nbd {
         // The connections stay: who opens the source anew may fail and come back. The goodbye is said
         // when the driver is dropped.
         match flushes {
-            true => self.flush_within(Deadline::after(Some(limit)), Patience::None),
+            true => self.flush_within(Deadline::after(Some(limit)), Patience::None).map_err(|e| {
+                // The flush itself may have found out that all connections are lost.
+                match durable.tell() {
+                    Lost::Told(why) => self.lost(&why),
+                    _ => e,
+                }
+            }),
             false => Ok(()),
         }
     }

@@ -193,7 +193,13 @@ impl Pool {
                 },
                 Outcome::Lost if deadline.passed() => return Err(self.too_late()),
                 Outcome::Lost if patience == Patience::Reconnect => {}
-                Outcome::Lost => return Err(self.gone(&self.state.lock())),
+                Outcome::Lost => {
+                    // Another connection may be alive: only if none is there is nothing to wait for.
+                    let state = self.state.lock();
+                    if state.live == 0 {
+                        return Err(self.gone(&state));
+                    }
+                }
                 Outcome::Late => return Err(self.too_late()),
                 // A server that lives may carry out a change after the same one, sent again, and
                 // after what came later: that must not be.
