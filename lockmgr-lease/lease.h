@@ -13,6 +13,7 @@
 #define SLOTS 64     /* who may have one image at a time */
 #define RECORD 256   /* bytes of a record: a line of text */
 #define NAME_LEN 240 /* of a lease file */
+#define PATH_LEN (PATH_MAX + 512)
 
 /* How a site has set the manager up. */
 struct setup {

@@ -6,8 +6,9 @@
  * disk, and every line carries a checksum, so that one that is torn is known.
  *
  * A file that is not there is either new or was deleted under its holder. ".names" lists those that
- * have been there: what it lists, or a directory without it, is waited out for as long as a lease
- * may still be good (its holder stops by itself when it sees that the file is gone).
+ * have been there, a line for each time that it was made: what it lists, or a directory without it, is
+ * waited out for as long as a lease may still be good (its holder stops by itself when it sees that the
+ * file is gone), and anew if it was made again in that time.
  */
 #include "lease.h"
 
@@ -204,7 +205,7 @@ static int path_of(const struct setup *s, const char *name, char *path, size_t s
 
 int file_is_there(const struct setup *s, const struct file *f)
 {
-    char path[PATH_MAX + NAME_LEN];
+    char path[PATH_LEN];
     struct stat st;
     return path_of(s, f->name, path, sizeof path) == 0 && stat(path, &st) == 0 && st.st_ino == f->ino;
 }
@@ -212,7 +213,7 @@ int file_is_there(const struct setup *s, const struct file *f)
 /* Make a file with nobody in it, whole or not at all. -EEXIST if somebody else was faster. */
 static int make(const struct setup *s, const char *name)
 {
-    char path[PATH_MAX + NAME_LEN], temp[PATH_MAX + NAME_LEN];
+    char path[PATH_LEN], temp[PATH_LEN];
     uint64_t random = 0;
     struct slot nobody = { .mode = '-' };
     if (getrandom(&random, sizeof random, 0) != sizeof random)
@@ -236,7 +237,7 @@ static int make(const struct setup *s, const char *name)
     return rc;
 }
 
-/* Whether `line` is in the list of names, which is locked. */
+/* How often `line` is in the list of names, which is locked. */
 static int listed(int fd, const char *line)
 {
     char *all = NULL;
@@ -248,8 +249,8 @@ static int listed(int fd, const char *line)
         return -ENOMEM;
     rewind(in);
     ssize_t n;
-    while (!found && (n = getline(&all, &size, in)) > 0)
-        found = (size_t)n == len + 1 && memcmp(all, line, len) == 0;
+    while ((n = getline(&all, &size, in)) > 0)
+        found += (size_t)n == len + 1 && memcmp(all, line, len) == 0;
     free(all);
     fclose(in);
     return found;
@@ -273,7 +274,7 @@ static int append(int fd, const char *line)
 /* Make a lease file, after the time in which somebody may still count on one that was deleted. */
 static int create(const struct setup *s, const char *name, uint64_t deadline)
 {
-    char path[PATH_MAX + NAME_LEN];
+    char path[PATH_LEN];
     int rc = path_of(s, ".names", path, sizeof path);
     if (rc != 0)
         return rc;
@@ -282,17 +283,26 @@ static int create(const struct setup *s, const char *name, uint64_t deadline)
         return -errno;
     rc = lock_until(fd, UPDATE, deadline + s->expire);
     int ready = rc == 0 ? listed(fd, "ready") : rc, known = rc == 0 ? listed(fd, name) : rc;
-    if (rc == 0 && ready >= 0 && known >= 0 && (!ready || known)) {
+    while (rc == 0 && ready >= 0 && known >= 0 && (!ready || known)) {
+        int before = known;
         set_lock(fd, F_UNLCK, UPDATE);
         sleep_ms(s->expire);
         rc = lock_until(fd, UPDATE, now_ms() + s->expire);
         if (rc == 0 && (ready = listed(fd, "ready")) == 0)
             rc = append(fd, "ready");
         known = listed(fd, name);
+        /* Made and deleted again meanwhile, it has a holder that has not been waited for. */
+        if (known == before)
+            break;
+        ready = 1;
+        path_of(s, name, path, sizeof path);
+        if (access(path, F_OK) == 0)
+            break;
     }
     if (rc == 0 && (ready < 0 || known < 0))
         rc = ready < 0 ? ready : known;
-    if (rc == 0 && !known)
+    /* Each time that it is made: see above. */
+    if (rc == 0)
         rc = append(fd, name);
     if (rc == 0)
         rc = make(s, name);
@@ -302,7 +312,7 @@ static int create(const struct setup *s, const char *name, uint64_t deadline)
 
 int file_open(const struct setup *s, struct file *f, uint64_t deadline)
 {
-    char path[PATH_MAX + NAME_LEN];
+    char path[PATH_LEN];
     struct stat st;
     int rc = path_of(s, f->name, path, sizeof path);
     while (rc == 0) {
