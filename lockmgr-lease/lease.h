@@ -63,4 +63,8 @@ int alive_take(const struct file *f, int i);
 void alive_drop(const struct file *f, int i);
 int alive_is(const struct file *f, int i); /* somebody else has it */
 
+/* The same on the list of names, which is there still if the lease file is deleted. A descriptor. */
+int name_take(const struct setup *s, const char *name);
+void name_drop(int fd, const char *name);
+
 #endif

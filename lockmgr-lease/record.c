@@ -271,41 +271,85 @@ static int append(int fd, const char *line)
     return 0;
 }
 
-/* Make a lease file, after the time in which somebody may still count on one that was deleted. */
-static int create(const struct setup *s, const char *name, uint64_t deadline)
+static off_t name_byte(const char *name)
+{
+    return ((off_t)1 << 40) + (off_t)(fnv(name, strlen(name), UINT64_C(0xcbf29ce484222325)) >> 24);
+}
+
+int name_take(const struct setup *s, const char *name)
 {
     char path[PATH_LEN];
     int rc = path_of(s, ".names", path, sizeof path);
+    int fd = rc != 0 ? rc : open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (rc == 0 && fd < 0)
+        return -errno;
+    if (fd >= 0 && (rc = set_lock(fd, F_RDLCK, name_byte(name))) != 0) {
+        close(fd);
+        return rc;
+    }
+    return fd;
+}
+
+void name_drop(int fd, const char *name)
+{
+    if (fd < 0)
+        return;
+    set_lock(fd, F_UNLCK, name_byte(name));
+    close(fd);
+}
+
+/* Whether some holder of that name has a process, stopped or not. */
+static int name_is(int fd, const char *name)
+{
+    struct flock l;
+    memset(&l, 0, sizeof l);
+    l.l_type = F_WRLCK, l.l_whence = SEEK_SET, l.l_start = name_byte(name), l.l_len = 1;
+    return fcntl(fd, F_OFD_GETLK, &l) != 0 || l.l_type != F_UNLCK;
+}
+
+/*
+ * Make a lease file, after the time in which somebody may still count on one that was deleted. Files are
+ * made with the list locked, and each is entered there first. So one that was not there before the wait,
+ * and is not there after it with no new line in the list, was not there in between.
+ */
+static int create(const struct setup *s, const char *name, uint64_t deadline)
+{
+    char names[PATH_LEN], path[PATH_LEN];
+    int waited = -1, rc = path_of(s, ".names", names, sizeof names);
+    if (rc == 0)
+        rc = path_of(s, name, path, sizeof path);
     if (rc != 0)
         return rc;
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    int fd = open(names, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0)
         return -errno;
-    rc = lock_until(fd, UPDATE, deadline + s->expire);
-    int ready = rc == 0 ? listed(fd, "ready") : rc, known = rc == 0 ? listed(fd, name) : rc;
-    while (rc == 0 && ready >= 0 && known >= 0 && (!ready || known)) {
-        int before = known;
-        set_lock(fd, F_UNLCK, UPDATE);
-        sleep_ms(s->expire);
-        rc = lock_until(fd, UPDATE, now_ms() + s->expire);
-        if (rc == 0 && (ready = listed(fd, "ready")) == 0)
-            rc = append(fd, "ready");
-        known = listed(fd, name);
-        /* Made and deleted again meanwhile, it has a holder that has not been waited for. */
-        if (known == before)
-            break;
-        ready = 1;
-        path_of(s, name, path, sizeof path);
+    deadline += 4 * (uint64_t)s->expire;
+    while ((rc = lock_until(fd, UPDATE, deadline)) == 0) {
         if (access(path, F_OK) == 0)
             break;
+        int ready = listed(fd, "ready"), known = listed(fd, name);
+        rc = ready < 0 ? ready : known < 0 ? known : 0;
+        if (rc != 0)
+            break;
+        /* One that is stopped has not seen yet that its file is gone. */
+        int alive = !s->takeover_expired && name_is(fd, name);
+        if ((known == waited && !alive) || (ready && known == 0)) {
+            if (!ready)
+                rc = append(fd, "ready");
+            if (rc == 0)
+                rc = append(fd, name);
+            if (rc == 0)
+                rc = make(s, name);
+            break;
+        }
+        if (waited >= 0 && now_ms() >= deadline) {
+            rc = -EBUSY;
+            break;
+        }
+        waited = known;
+        set_lock(fd, F_UNLCK, UPDATE);
+        sleep_ms(s->expire);
     }
-    if (rc == 0 && (ready < 0 || known < 0))
-        rc = ready < 0 ? ready : known;
-    /* Each time that it is made: see above. */
-    if (rc == 0)
-        rc = append(fd, name);
-    if (rc == 0)
-        rc = make(s, name);
     close(fd);
     return rc == -EEXIST ? 0 : rc;
 }
