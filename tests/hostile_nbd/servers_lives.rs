@@ -9,7 +9,7 @@ use qblk::block::ErrorKind;
 use qblk::{Image, ReqFlags};
 
 use super::peer::*;
-use super::scene::{alone, counts};
+use super::scene::{alone, counts, until};
 use super::wire::*;
 
 fn offer() -> Offer {
