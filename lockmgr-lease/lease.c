@@ -35,6 +35,7 @@ struct held {
     struct file file;
     struct slot slot;
     int index;
+    int names; /* see name_take */
 };
 
 struct lease {
@@ -209,8 +210,10 @@ static int take(const struct setup *s, struct held *h, uint64_t deadline, struct
         rc = look(s, h, h->slot.mode, slots, seen, &generation, w);
         if (rc >= 0) {
             h->index = rc;
-            rc = enter(h, generation);
+            h->names = name_take(s, h->file.name);
+            rc = h->names < 0 ? h->names : enter(h, generation);
             if (rc != 0) {
+                name_drop(h->names, h->file.name);
                 slots[h->index].mode = '-';
                 file_write_slot(&h->file, h->index, &slots[h->index]);
                 alive_drop(&h->file, h->index);
@@ -247,6 +250,7 @@ static void give(struct held *h, const struct setup *s)
     }
     /* By hand: a child of fork may have the descriptor too. */
     alive_drop(&h->file, h->index);
+    name_drop(h->names, h->file.name);
     close(h->file.fd);
     free(slots);
 }
@@ -256,7 +260,7 @@ static int prepare(const struct lease *l, const qblk_lockmgr_resource *r, struct
     memset(h, 0, sizeof *h);
     h->slot = l->self;
     h->slot.mode = r->flags & QBLK_LOCKMGR_READ_ONLY ? 'R' : 'W';
-    h->index = -1;
+    h->index = h->names = -1;
     return lease_name(&l->setup, r->path, r->uuid, h->file.name);
 }
 

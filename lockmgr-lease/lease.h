@@ -13,6 +13,7 @@
 #define SLOTS 64     /* who may have one image at a time */
 #define RECORD 256   /* bytes of a record: a line of text */
 #define NAME_LEN 240 /* of a lease file */
+#define PATH_LEN (PATH_MAX + 512)
 
 /* How a site has set the manager up. */
 struct setup {
@@ -61,5 +62,9 @@ int file_write_slot(const struct file *f, int i, const struct slot *slot);
 int alive_take(const struct file *f, int i);
 void alive_drop(const struct file *f, int i);
 int alive_is(const struct file *f, int i); /* somebody else has it */
+
+/* The same on the list of names, which is there still if the lease file is deleted. A descriptor. */
+int name_take(const struct setup *s, const char *name);
+void name_drop(int fd, const char *name);
 
 #endif

@@ -6,8 +6,9 @@
  * disk, and every line carries a checksum, so that one that is torn is known.
  *
  * A file that is not there is either new or was deleted under its holder. ".names" lists those that
- * have been there: what it lists, or a directory without it, is waited out for as long as a lease
- * may still be good (its holder stops by itself when it sees that the file is gone).
+ * have been there, a line for each time that it was made: what it lists, or a directory without it, is
+ * waited out for as long as a lease may still be good (its holder stops by itself when it sees that the
+ * file is gone), and anew if it was made again in that time.
  */
 #include "lease.h"
 
@@ -204,7 +205,7 @@ static int path_of(const struct setup *s, const char *name, char *path, size_t s
 
 int file_is_there(const struct setup *s, const struct file *f)
 {
-    char path[PATH_MAX + NAME_LEN];
+    char path[PATH_LEN];
     struct stat st;
     return path_of(s, f->name, path, sizeof path) == 0 && stat(path, &st) == 0 && st.st_ino == f->ino;
 }
@@ -212,7 +213,7 @@ int file_is_there(const struct setup *s, const struct file *f)
 /* Make a file with nobody in it, whole or not at all. -EEXIST if somebody else was faster. */
 static int make(const struct setup *s, const char *name)
 {
-    char path[PATH_MAX + NAME_LEN], temp[PATH_MAX + NAME_LEN];
+    char path[PATH_LEN], temp[PATH_LEN];
     uint64_t random = 0;
     struct slot nobody = { .mode = '-' };
     if (getrandom(&random, sizeof random, 0) != sizeof random)
@@ -236,7 +237,7 @@ static int make(const struct setup *s, const char *name)
     return rc;
 }
 
-/* Whether `line` is in the list of names, which is locked. */
+/* How often `line` is in the list of names, which is locked. */
 static int listed(int fd, const char *line)
 {
     char *all = NULL;
@@ -248,8 +249,8 @@ static int listed(int fd, const char *line)
         return -ENOMEM;
     rewind(in);
     ssize_t n;
-    while (!found && (n = getline(&all, &size, in)) > 0)
-        found = (size_t)n == len + 1 && memcmp(all, line, len) == 0;
+    while ((n = getline(&all, &size, in)) > 0)
+        found += (size_t)n == len + 1 && memcmp(all, line, len) == 0;
     free(all);
     fclose(in);
     return found;
@@ -270,39 +271,92 @@ static int append(int fd, const char *line)
     return 0;
 }
 
-/* Make a lease file, after the time in which somebody may still count on one that was deleted. */
+static off_t name_byte(const char *name)
+{
+    return ((off_t)1 << 40) + (off_t)(fnv(name, strlen(name), UINT64_C(0xcbf29ce484222325)) >> 24);
+}
+
+int name_take(const struct setup *s, const char *name)
+{
+    char path[PATH_LEN];
+    int rc = path_of(s, ".names", path, sizeof path);
+    int fd = rc != 0 ? rc : open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    if (rc == 0 && fd < 0)
+        return -errno;
+    if (fd >= 0 && (rc = set_lock(fd, F_RDLCK, name_byte(name))) != 0) {
+        close(fd);
+        return rc;
+    }
+    return fd;
+}
+
+void name_drop(int fd, const char *name)
+{
+    if (fd < 0)
+        return;
+    set_lock(fd, F_UNLCK, name_byte(name));
+    close(fd);
+}
+
+/* Whether some holder of that name has a process, stopped or not. */
+static int name_is(int fd, const char *name)
+{
+    struct flock l;
+    memset(&l, 0, sizeof l);
+    l.l_type = F_WRLCK, l.l_whence = SEEK_SET, l.l_start = name_byte(name), l.l_len = 1;
+    return fcntl(fd, F_OFD_GETLK, &l) != 0 || l.l_type != F_UNLCK;
+}
+
+/*
+ * Make a lease file, after the time in which somebody may still count on one that was deleted. Files are
+ * made with the list locked, and each is entered there first. So one that was not there before the wait,
+ * and is not there after it with no new line in the list, was not there in between.
+ */
 static int create(const struct setup *s, const char *name, uint64_t deadline)
 {
-    char path[PATH_MAX + NAME_LEN];
-    int rc = path_of(s, ".names", path, sizeof path);
+    char names[PATH_LEN], path[PATH_LEN];
+    int waited = -1, rc = path_of(s, ".names", names, sizeof names);
+    if (rc == 0)
+        rc = path_of(s, name, path, sizeof path);
     if (rc != 0)
         return rc;
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+    int fd = open(names, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (fd < 0)
         return -errno;
-    rc = lock_until(fd, UPDATE, deadline + s->expire);
-    int ready = rc == 0 ? listed(fd, "ready") : rc, known = rc == 0 ? listed(fd, name) : rc;
-    if (rc == 0 && ready >= 0 && known >= 0 && (!ready || known)) {
+    deadline += 4 * (uint64_t)s->expire;
+    while ((rc = lock_until(fd, UPDATE, deadline)) == 0) {
+        if (access(path, F_OK) == 0)
+            break;
+        int ready = listed(fd, "ready"), known = listed(fd, name);
+        rc = ready < 0 ? ready : known < 0 ? known : 0;
+        if (rc != 0)
+            break;
+        /* One that is stopped has not seen yet that its file is gone. */
+        int alive = !s->takeover_expired && name_is(fd, name);
+        if ((known == waited && !alive) || (ready && known == 0)) {
+            if (!ready)
+                rc = append(fd, "ready");
+            if (rc == 0)
+                rc = append(fd, name);
+            if (rc == 0)
+                rc = make(s, name);
+            break;
+        }
+        if (waited >= 0 && now_ms() >= deadline) {
+            rc = -EBUSY;
+            break;
+        }
+        waited = known;
         set_lock(fd, F_UNLCK, UPDATE);
         sleep_ms(s->expire);
-        rc = lock_until(fd, UPDATE, now_ms() + s->expire);
-        if (rc == 0 && (ready = listed(fd, "ready")) == 0)
-            rc = append(fd, "ready");
-        known = listed(fd, name);
     }
-    if (rc == 0 && (ready < 0 || known < 0))
-        rc = ready < 0 ? ready : known;
-    if (rc == 0 && !known)
-        rc = append(fd, name);
-    if (rc == 0)
-        rc = make(s, name);
     close(fd);
     return rc == -EEXIST ? 0 : rc;
 }
 
 int file_open(const struct setup *s, struct file *f, uint64_t deadline)
 {
-    char path[PATH_MAX + NAME_LEN];
+    char path[PATH_LEN];
     struct stat st;
     int rc = path_of(s, f->name, path, sizeof path);
     while (rc == 0) {

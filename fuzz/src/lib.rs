@@ -10,6 +10,7 @@
 //! device in memory.
 
 pub mod nbd;
+pub mod nbd_client;
 
 use std::fs::File;
 use std::io::Write;

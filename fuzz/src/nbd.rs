@@ -1,7 +1,7 @@
 //! The NBD server, fed through one end of a socket pair: what is fuzzed is what a client meets, threads
 //! and all. The input is sent whole, then the socket is half-closed, so that nothing is waited for.
 //!
-//! A session fails by a panic (a thread's panic ends the process, see [`strict`]), by a server that can
+//! A session fails by a panic (a thread's panic ends the process, see `strict`), by a server that can
 //! not be stopped, or by taking too long.
 
 use std::io::{Read, Write};

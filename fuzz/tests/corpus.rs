@@ -36,3 +36,13 @@ fn negotiations_of_the_corpus_do_no_harm() {
 fn requests_of_the_corpus_do_no_harm() {
     run(qblk_fuzz::nbd::transmission, "nbd_server_transmission");
 }
+
+#[test]
+fn what_servers_say_of_the_corpus_does_no_harm_handshake() {
+    run(qblk_fuzz::nbd_client::handshake, "nbd_client_handshake");
+}
+
+#[test]
+fn what_servers_say_of_the_corpus_does_no_harm_transmission() {
+    run(qblk_fuzz::nbd_client::transmission, "nbd_client_transmission");
+}

@@ -40,7 +40,9 @@ pub fn alone<F: FnOnce()>(work: F) {
     let path = std::any::type_name::<F>();
     let test = path.split_once("::").unwrap().1.trim_end_matches("::{{closure}}");
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args([test, "--exact", "--nocapture", "--test-threads=1"]).env(CHILD, "1");
+    command
+        .args([test, "--exact", "--include-ignored", "--nocapture", "--test-threads=1"])
+        .env(CHILD, "1");
     // SAFETY: alarm(2) may be called after fork; it stays set in the new program.
     unsafe {
         command.pre_exec(|| {

@@ -213,7 +213,7 @@ fn run_hosts(what: &str, takeover: &'static str, stops: bool, seconds: u64) -> T
                 std::thread::sleep(Duration::from_millis(rng.below(60)));
                 hosts[i].signal(libc::SIGCONT);
             }
-            6 if rng.one_in(3) && takeover == "dead" && !stops => {
+            6..=7 if takeover == "dead" && !stops => {
                 // With everybody awake: one who is stopped would not see it.
                 deletes += 1;
                 let _ = fs::read_dir(dir.join("leases")).unwrap().flatten().try_for_each(|e| {

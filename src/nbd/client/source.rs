@@ -19,7 +19,7 @@ use crate::nbd::uri::Address;
 const PAUSE: Duration = Duration::from_millis(20);
 /// A server that was just started gets at least so long to listen.
 const START: Duration = Duration::from_secs(10);
-/// The whole of connecting and negotiating may always take so long.
+/// Connecting and negotiating may take so long, once there is a server.
 const HANDSHAKE: Duration = Duration::from_secs(30);
 
 /// See the module's text.
@@ -86,7 +86,9 @@ impl Source {
             Some(_) => self.settings.connect_timeout.max(START),
             None => self.settings.connect_timeout,
         };
-        let end = begin.checked_add(patience.max(HANDSHAKE));
+        // A call's limit is one of opening, too: it is how long an answer may take.
+        let limit = self.settings.timeout.map_or(HANDSHAKE, |t| t.min(HANDSHAKE));
+        let end = begin.checked_add(patience).and_then(|t| t.checked_add(limit));
         loop {
             match self.connect(end, None) {
                 Err(e) if begin.elapsed() < patience && may_come(&e) => {
