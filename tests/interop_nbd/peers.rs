@@ -172,8 +172,6 @@ impl Daemon {
     /// The same, of a command that is made up already.
     pub fn start_command(mut command: Command, ready: &Path) -> Self {
         let _ = fs::remove_file(ready);
-        // A server that is killed leaves behind what it keeps there.
-        command.env("TMPDIR", ready.parent().unwrap());
         let log = ready.with_extension("log");
         let file = fs::File::create(&log).unwrap();
         command.stdout(file.try_clone().unwrap()).stderr(file);
@@ -227,6 +225,17 @@ impl Drop for Daemon {
     fn drop(&mut self) {
         if std::thread::panicking() && self.log.is_some() {
             eprintln!("a server of this test said: {}", self.told());
+        }
+        // Asked first: nbdkit has files in /tmp that it removes.
+        let end = Instant::now() + Duration::from_secs(1);
+        for signal in [libc::SIGTERM, libc::SIGCONT] {
+            if matches!(self.child.try_wait(), Ok(None)) {
+                // SAFETY: our child, which nobody has waited for.
+                unsafe { libc::kill(self.child.id() as i32, signal) };
+            }
+        }
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
         }
         self.kill();
     }

@@ -257,6 +257,34 @@ fn opening_waits_for_a_server_that_starts_late() {
 }
 
 #[test]
+fn a_server_that_says_nothing_is_left() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("nbd://{}", silent.local_addr().unwrap());
+    let (result, took) = timed(|| try_uri(&uri, &[("nbd.timeout", "0.5")], RO));
+    assert!(result.is_err() && took < Duration::from_secs(10), "{took:?}");
+}
+
+#[test]
+fn reopening_that_fails_leaves_the_device_as_it_was() {
+    for tcp in [false, true] {
+        let mut server = Mortal::new("nbdkit", tcp);
+        let image = open_uri(&server.uri(), &[("format", "raw")], RW);
+        image.write_at(&[1; 512], 0, NONE).unwrap();
+        image.flush().unwrap();
+        server.kill();
+        image.reopen(None, RO).unwrap_err();
+        server.start();
+        assert_eq!(read_range(&image, 0, 512), [1; 512]);
+        image.write_at(&[2; 512], 0, NONE).unwrap();
+        image.flush().unwrap();
+        image.reopen(None, RO).unwrap();
+        assert_eq!(read_range(&image, 0, 512), [2; 512]);
+        image.write_at(&[3; 512], 0, NONE).unwrap_err();
+        image.close().unwrap();
+    }
+}
+
+#[test]
 fn a_child_that_dies_is_told_of() {
     let dir = Tmp::in_memory("reconnect-child");
     let pid = dir.join("pid");
