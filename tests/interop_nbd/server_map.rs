@@ -70,7 +70,12 @@ fn judge(dir: &Tmp, path: &Path, format: &str, read_only: bool) -> usize {
     let args: [&dyn AsRef<std::ffi::OsStr>; 5] = [&"-r", &"-A", &"-f", &format, &path];
     let _qemu = qemu_nbd(&theirs, &args);
     let uri = unix(&theirs, "");
-    assert_eq!(by_nbdinfo(&uri, "base:allocation"), expected, "{format} beside qemu-nbd");
+    // QEMU looks for holes of the file below an image that it takes for a preallocated one, which it
+    // guesses from the room that the file takes: then a part of a data cluster is zero, too.
+    let guessed =
+        |runs: Vec<Run>| merge(runs.into_iter().map(|(a, n, f)| (a, n, f & !(!f << 1 & 2))));
+    let theirs = guessed(by_nbdinfo(&uri, "base:allocation"));
+    assert_eq!(theirs, guessed(expected.clone()), "{format} beside qemu-nbd");
     assert_eq!(depths, by_nbdinfo(&uri, "qemu:allocation-depth"), "{format} depth");
     expected.len()
 }
