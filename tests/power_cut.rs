@@ -148,6 +148,7 @@ fn workload(r: &mut Rng, geometry: &qcow2::Geometry, size: u64) -> (Vec<Op>, Vec
         probed: false,
         l2_cache: Some([0, 1 << 20][r.below(2) as usize]),
         untrusted: false,
+        key: None,
         calls: calls.clone(),
     };
     let image = Device::new(Box::new(qcow2::Qcow2::open(device(), params).unwrap()));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::remote::{self, Remote};
-use super::{Again, OpenFlags, Options, Tree, Use};
+use super::{Again, OpenFlags, Options, Tree, Use, key};
 use crate::block::*;
 use crate::file;
 pub use crate::format::Probe;
@@ -17,6 +17,9 @@ use crate::format::{self, BackingRef, Params};
 
 /// Images in a chain, at most.
 const MAX_DEPTH: usize = 200;
+
+/// The formats that there are.
+pub(super) const KNOWN: &str = "expected qcow2, luks or raw";
 
 /// Which files that an image names are opened.
 #[derive(Clone, Copy, PartialEq)]
@@ -229,7 +232,7 @@ fn check(options: &Options, flags: OpenFlags, remote: bool) -> Result<file::How>
             return Err(Error::invalid(format!("option '{key}' has no use here (not an NBD URI)")));
         }
     }
-    for key in ["key", "key-file", "data-file", "lock-wait"] {
+    for key in ["data-file", "lock-wait"] {
         if options.get(key).is_some() {
             return Err(Error::unsupported(&Name::from("option"), format!("option '{key}'")));
         }
@@ -299,8 +302,7 @@ impl Opening<'_> {
         let asked = match options.text("format")? {
             None => None,
             Some(name) => Some(format::by_name(name).ok_or_else(|| {
-                let known = "expected qcow2 or raw";
-                Error::invalid(format!("format {}: {known}", quoted(name.as_bytes())))
+                Error::invalid(format!("format {}: {KNOWN}", quoted(name.as_bytes())))
             })?),
         };
         let probed = asked.is_none();
@@ -318,16 +320,26 @@ impl Opening<'_> {
                 }
             },
         };
+        let info_only = flags.has(OpenFlags::INFO_ONLY);
+        let key = if info_only { None } else { key::read(options)? };
+        let has_key = key.is_some();
         let params = Params {
-            write: flags.has(OpenFlags::RDWR) && !flags.has(OpenFlags::INFO_ONLY),
-            info_only: flags.has(OpenFlags::INFO_ONLY),
+            write: flags.has(OpenFlags::RDWR) && !info_only,
+            info_only,
             probed,
             l2_cache: options.size("cache.l2-size")?,
             untrusted: flags.has(OpenFlags::UNTRUSTED),
+            key,
             calls: self.calls.clone(),
         };
         let mut opened = format::open(kind, file, params)?;
-        if flags.has(OpenFlags::INFO_ONLY) {
+        if has_key && !opened.is_encrypted() {
+            return Err(Error::invalid(format!(
+                "{}: options 'key' and 'key-file' have no use here (it is not encrypted)",
+                opened.name()
+            )));
+        }
+        if info_only {
             return Ok((Device::new(opened.into_driver()?), probed));
         }
         let name = opened.name().clone();

@@ -9,6 +9,7 @@
 
 mod chain;
 mod create;
+mod key;
 mod options;
 mod remote;
 

@@ -50,7 +50,7 @@ fn errno(kind: u16, e: &Error) -> i32 {
         }
         e => match e.kind() {
             ErrorKind::Errno(e) => e,
-            ErrorKind::Policy => libc::EPERM,
+            ErrorKind::Policy | ErrorKind::NeedKey | ErrorKind::BadKey => libc::EPERM,
             _ => libc::EIO,
         },
     }
