@@ -199,35 +199,62 @@ fn any_offset_and_count_works_as_on_plain_bytes() {
 
 #[test]
 fn keys_are_gone_from_memory_after_close() {
-    // The master key is random, so it is had by what only it can do: the test knows the passphrase
-    // and the key that PBKDF2 makes of it, which both must be gone; and the AES round keys with them.
     let dir = Tmp::in_memory("luks");
-    let path = dir.join("image");
-    let pass: String = {
-        let mut rng = Rng::new(seed("keys_are_gone") | 1);
-        (0..40).map(|_| char::from(b'a' + rng.below(26) as u8)).collect()
-    };
-    // Kept apart from what is searched for, changed.
-    let veiled: Vec<u8> = pass.bytes().map(|b| b ^ 0x55).collect();
-    {
-        let how = Options::new().with("key", &pass).with("iter-time", "10");
-        qblk::image::create(path.as_os_str(), "luks", 1 << 20, &how).unwrap();
+    let rng = &mut Rng::new(seed("keys_are_gone"));
+    for format in ["luks", "qcow2"] {
+        let path = dir.join(format);
+        let pass: String = (0..40).map(|_| char::from(b'a' + rng.below(26) as u8)).collect();
+        // Kept apart from what is searched for, changed.
+        let veiled: Vec<u8> = pass.bytes().map(|b| b ^ VEIL).collect();
+        let time = if format == "luks" { "iter-time" } else { "encrypt.iter-time" };
+        let mut how = Options::new().with("key", &pass).with(time, "10");
+        if format == "qcow2" {
+            how = how.with("encrypt.format", "luks");
+        }
+        qblk::image::create(path.as_os_str(), format, 1 << 20, &how).unwrap();
+        let mut keys = vec![veiled];
+        if format == "luks" {
+            // The half of the master key that is AES's own: its first round keys are that key.
+            let (file, pass_file) = (dir.join("master"), dir.join("pass"));
+            fs::write(&pass_file, &pass).unwrap();
+            let args = [
+                "luksDump",
+                "--batch-mode",
+                "--dump-volume-key",
+                "--volume-key-file",
+                file.to_str().unwrap(),
+                "--key-file",
+                pass_file.to_str().unwrap(),
+                path.to_str().unwrap(),
+            ];
+            cryptsetup_ok(&args, "");
+            let mut master = fs::read(&file).unwrap();
+            assert_eq!(master.len(), 64);
+            keys.push(master[..32].iter().map(|b| b ^ VEIL).collect());
+            wipe(&mut master);
+        }
+        drop(how);
         let image = open_with(&path, &Options::new().with("key", &pass), RW);
         image.write_at(&[1; 5000], 100, NONE).unwrap();
-        assert!(in_memory(&veiled), "while it is open the passphrase is there, for reopening");
+        wipe(&mut pass.into_bytes());
+        for key in &keys {
+            // For reopening, and for encrypting.
+            assert!(in_memory(key), "{format}: the search finds nothing");
+        }
         image.close().unwrap();
+        for (i, key) in keys.iter().enumerate() {
+            assert!(!in_memory(key), "{format}: key {i} is still in memory");
+        }
     }
-    drop(zeroize(pass));
-    assert!(!in_memory(&veiled), "the passphrase is still in memory");
 }
 
-fn zeroize(text: String) -> Vec<u8> {
-    let mut bytes = text.into_bytes();
-    for b in &mut bytes {
-        // SAFETY: a byte of the vector.
+const VEIL: u8 = 0x55;
+
+fn wipe(bytes: &mut [u8]) {
+    for b in bytes {
+        // SAFETY: a byte of the slice.
         unsafe { std::ptr::write_volatile(b, 0) };
     }
-    bytes
 }
 
 /// Whether the bytes that these are when changed back are anywhere in this program's memory.
@@ -246,8 +273,10 @@ fn in_memory(veiled: &[u8]) -> bool {
             let Ok(got) = memory.read_at(&mut chunk[..n], at) else { break };
             let found = chunk[..got]
                 .windows(veiled.len())
-                .any(|w| w.iter().zip(veiled).all(|(a, b)| a ^ 0x55 == *b));
+                .any(|w| w.iter().zip(veiled).all(|(a, b)| a ^ VEIL == *b));
             if found {
+                // What was searched must not be found by the next search.
+                wipe(&mut chunk);
                 return true;
             }
             at += (n - veiled.len().min(n - 1)).max(1) as u64;
@@ -256,5 +285,6 @@ fn in_memory(veiled: &[u8]) -> bool {
             }
         }
     }
+    wipe(&mut chunk);
     false
 }

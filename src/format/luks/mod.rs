@@ -202,6 +202,13 @@ pub struct Names<'a> {
     pub hash_alg: Option<&'a str>,
 }
 
+impl std::fmt::Debug for Locking {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // Not the passphrase.
+        f.debug_struct("Locking").field("spec", &self.spec).finish_non_exhaustive()
+    }
+}
+
 impl Locking {
     /// Encrypt as `names` say (by default AES-256 in XTS with plain64 and sha256), under `passphrase`.
     pub fn new(names: &Names<'_>, ms: u64, passphrase: Secret) -> Result<Self> {

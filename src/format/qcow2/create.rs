@@ -7,7 +7,7 @@ use crate::format::BackingRef;
 use crate::format::luks::Locking;
 
 /// What an image is made like.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Geometry {
     /// Version 3, else 2.
     pub v3: bool,
