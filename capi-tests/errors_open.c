@@ -29,7 +29,10 @@ static void files(void)
     OPEN_FAILS("mem:", 0, NULL, -EINVAL, "mem:SIZE");
     OPEN_FAILS("mem:lots", 0, NULL, -EINVAL, "'mem:lots'");
     OPEN_FAILS("mem:16E", 0, NULL, -EINVAL, "mem:SIZE");
-    OPEN_FAILS("nbd://localhost/x", 0, NULL, QBLK_EUNSUPPORTED, "nbd");
+    OPEN_FAILS("nbd:localhost:1", 0, NULL, -EINVAL, "nbd://localhost:1");
+    OPEN_FAILS("nbd+unix:///x?socket=missing", 0, NULL, -ENOENT, "missing");
+    OPEN_FAILS("nbd+unix:///x?socket=missing", QBLK_OPEN_RDWR, NULL, -ENOENT, "missing");
+    OPEN_FAILS("nbd+unix:///x?socket=missing", QBLK_OPEN_UNTRUSTED, NULL, -EINVAL, "'format'");
 
     /* A name that the system finds too long. */
     static char name[6000];

@@ -15,6 +15,14 @@ need valgrind valgrind
 need qemu-img qemu-utils
 need qemu-io qemu-utils
 need setpriv util-linux
+need mandoc mandoc
+need nbdinfo libnbd-bin
+need nbdcopy libnbd-bin
+need nbdkit nbdkit
+need fio fio
+need openssl openssl
+# Debian's own, which has Debian's modules, whatever python3 comes first in PATH.
+/usr/bin/python3 -c 'import nbd' >/dev/null 2>&1 || missing="$missing python3-libnbd"
 if [ -z "$missing" ]; then
     echo "check: everything that the tests need is there"
     exit 0

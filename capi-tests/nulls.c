@@ -1,6 +1,54 @@
 /* A NULL that a call needs is -EINVAL with a text, in every function and argument. */
 #include "test.h"
 
+static int each(void *opaque, const char *name, const char *description)
+{
+    (void)opaque, (void)name, (void)description;
+    return 0;
+}
+
+static void nbd(void)
+{
+    char buf[8];
+    qblk *dev = NULL;
+    qblk_server *srv = NULL;
+    qblk_status status;
+    const char *text = "the server handle is NULL";
+    OK(qblk_open("mem:1M", 0, &dev));
+    FAILS(qblk_server_new(NULL), -EINVAL, "'out'");
+    FAILS(qblk_server_set(NULL, "threads", "1"), -EINVAL, text);
+    FAILS(qblk_server_add_export(NULL, "x", dev, 0), -EINVAL, text);
+    FAILS(qblk_server_add_export2(NULL, "x", dev, NULL, 0), -EINVAL, text);
+    FAILS(qblk_server_remove_export(NULL, "x"), -EINVAL, text);
+    FAILS(qblk_server_listen(NULL, "nbd://127.0.0.1:0"), -EINVAL, text);
+    FAILS(qblk_server_listen_fd(NULL, 0), -EINVAL, text);
+    FAILS(qblk_server_serve_fd(NULL, 0), -EINVAL, text);
+    FAILS(qblk_server_get_uri(NULL, buf, sizeof buf), -EINVAL, text);
+    FAILS(qblk_server_wait(NULL, 0), -EINVAL, text);
+    FAILS(qblk_server_stop(NULL, 0), -EINVAL, text);
+    qblk_server_free(NULL);
+
+    OK(qblk_server_new(&srv));
+    FAILS(qblk_server_set(srv, NULL, "1"), -EINVAL, "key is NULL");
+    FAILS(qblk_server_set(srv, "threads", NULL), -EINVAL, "value is NULL");
+    FAILS(qblk_server_add_export(srv, NULL, dev, 0), -EINVAL, "name is NULL");
+    FAILS(qblk_server_add_export(srv, "x", NULL, 0), -EINVAL, "device handle is NULL");
+    FAILS(qblk_server_add_export2(srv, NULL, dev, NULL, 0), -EINVAL, "name is NULL");
+    FAILS(qblk_server_add_export2(srv, "x", NULL, NULL, 0), -EINVAL, "device handle is NULL");
+    FAILS(qblk_server_remove_export(srv, NULL), -EINVAL, "name is NULL");
+    FAILS(qblk_server_listen(srv, NULL), -EINVAL, "URI is NULL");
+    FAILS(qblk_server_get_uri(srv, NULL, 1), -EINVAL, "buffer is NULL");
+    OK(qblk_server_add_export2(srv, "x", dev, NULL, 0));
+    qblk_server_free(srv);
+
+    FAILS(qblk_nbd_list(NULL, NULL, each, NULL), -EINVAL, "URI is NULL");
+    FAILS(qblk_nbd_list("nbd+unix:///?socket=gone", NULL, NULL, NULL), -EINVAL, "function is NULL");
+    FAILS(qblk_block_status(NULL, "base:allocation", 1, 0, 0, &status, 1), -EINVAL, "device handle is NULL");
+    FAILS(qblk_block_status(dev, NULL, 1, 0, 0, &status, 1), -EINVAL, "context is NULL");
+    FAILS(qblk_block_status(dev, "base:allocation", 1, 0, 0, NULL, 1), -EINVAL, "'out' is NULL");
+    OK(qblk_close(dev));
+}
+
 int main(int argc, char **argv)
 {
     static unsigned char buf[512];
@@ -79,5 +127,6 @@ int main(int argc, char **argv)
     /* What cannot fail. */
     CHECK_INT(qblk_supports(NULL), 0);
     OK(qblk_set_log(NULL, NULL, 0));
+    nbd();
     return 0;
 }

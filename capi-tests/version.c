@@ -15,8 +15,9 @@
 int main(int argc, char **argv)
 {
     static const char *const can[] = {"format:raw", "format:qcow2", "compress:zlib", "compress:deflate",
-                                      "compress:zstd", "io:mmap", "mem", "file"};
-    static const char *const cannot[] = {"", "format:", "format:qcow3", "FORMAT:RAW", "format:raw ", "\xff"};
+                                      "compress:zstd", "io:mmap", "mem", "file",
+                                      "nbd", "nbd:client", "nbd:server", "nbd:tls"};
+    static const char *const cannot[] = {"", "format:", "format:qcow3", "FORMAT:RAW", "format:raw ", "nbd:", "nbd:psk", "\xff"};
     char text[32];
     (void)argc;
     test_begin(argv);
@@ -40,11 +41,14 @@ int main(int argc, char **argv)
     CHECK_INT(offsetof(qblk_info, reserved) + sizeof(((qblk_info *)0)->reserved), 256);
     CHECK_INT(sizeof(qblk_extent), 48);
     CHECK_INT(offsetof(qblk_extent, depth), 28);
+    CHECK_INT(sizeof(qblk_status), 16);
+    CHECK_INT(offsetof(qblk_status, flags), 8);
     /* The values that programs are compiled with. */
     CHECK_INT(QBLK_OPEN_RDWR | QBLK_OPEN_NO_BACKING | QBLK_OPEN_INFO_ONLY | QBLK_OPEN_UNTRUSTED |
                   QBLK_OPEN_SHARED | QBLK_OPEN_NO_LOCK | QBLK_OPEN_DIRECT, 127);
     CHECK(QBLK_REQ_FUA == 1 && QBLK_REQ_MAY_TRIM == 2 && QBLK_REQ_FAST_ZERO == 4);
     CHECK(QBLK_RESIZE_SHRINK == 1 && QBLK_STATE_ROTATIONAL == 256 && QBLK_EXTENT_HOST == 16);
+    CHECK(QBLK_EXPORT_RDONLY == 1);
     CHECK(QBLK_LOG_ERROR == 1 && QBLK_LOG_TRACE == 5);
     return 0;
 }

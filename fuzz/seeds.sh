@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make the first inputs of the fuzz targets: small images by qemu-img, of every kind that it makes,
-# and some with bytes changed. Usage: fuzz/seeds.sh DIRECTORY
+# and some with bytes changed; and what NBD clients say. Usage: fuzz/seeds.sh DIRECTORY
 set -eu
 
 out=${1:?usage: fuzz/seeds.sh DIRECTORY}
@@ -102,3 +102,35 @@ keep table-at-0
 make -o cluster_size=512
 patch 72 '\000\000\000\000\000\000\000\003'
 keep dirty-corrupt
+
+# What a client says: its flags, options (a magic word, a number, a length, a payload), a request.
+mkdir -p "$out/nbd_server_handshake" "$out/nbd_server_transmission"
+hello='\000\000\000\003'
+export_name="${hello}IHAVEOPT\000\000\000\001\000\000\000\001x"
+option() {
+    printf 'IHAVEOPT\\000\\000\\000\\0%o\\000\\000\\000\\0%o%s' "$1" "$2" "$3"
+}
+go=$(option 7 9 '\000\000\000\001x\000\001\000\003')
+meta='\000\000\000\001x\000\000\000\001\000\000\000\017base:allocation'
+structured=$(option 8 0 '')$(option 10 28 "$meta")
+read='\045\140\225\023\000\000\000\000\000\000\000\000\000\000\000\001\000\000\000\000\000\000\000\000\000\000\002\000'
+printf "$export_name$read" > "$out/nbd_server_handshake/export-name"
+printf "$hello$(option 3 0 '')$(option 9 28 "$meta")$(option 2 0 '')" > "$out/nbd_server_handshake/list"
+printf "$hello$(option 6 9 '\000\000\000\001x\000\001\000\001')$go$read" > "$out/nbd_server_handshake/go"
+printf "$hello$structured$go$read" > "$out/nbd_server_handshake/structured"
+printf "$hello$(option 11 0 '')$(option 10 28 "$meta")$go" > "$out/nbd_server_handshake/extended"
+# Simple, structured, extended; read, write, flush, trim, cache, zero, block status, goodbye.
+for mode in 000 001 002; do
+    {
+        printf "\\$mode"
+        printf '\001\001\000\000\020\000\000\002\007'
+        printf '\000\000\000\000\020\000\000\002\000'
+        printf '\003\000\000\000\000\000\000\000\000'
+        printf '\004\000\000\000\020\000\000\002\000'
+        printf '\005\000\000\000\020\000\000\002\000'
+        printf '\006\002\003\000\000\000\000\020\000'
+        printf '\007\010\000\000\000\002\000\000\000'
+        printf '\007\040\000\000\000\000\020\000\100'
+        printf '\002\000\000\000\000\000\000\000\000'
+    } > "$out/nbd_server_transmission/mode-$mode"
+done

@@ -373,6 +373,8 @@ extern "C" {
 
 #define QBLK_HAVE_NBD_LIST 1
 
+#define QBLK_HAVE_BLOCK_STATUS 1
+
 /**
  * An open block device: a context, an independent way into a source of bytes.
  *
@@ -517,6 +519,21 @@ typedef struct qblk_extent {
 } qblk_extent;
 
 /**
+ * A run of bytes that a meta context says the same of. 16 bytes for ever.
+ */
+typedef struct qblk_status {
+    /**
+     * Bytes.
+     */
+    uint64_t length;
+    /**
+     * What it means is the context's to say: of "base:allocation", 1 is a hole and 2 reads as zeroes;
+     * of "qemu:allocation-depth" it is the depth; of "qemu:dirty-bitmap:NAME", 1 is dirty.
+     */
+    uint64_t flags;
+} qblk_status;
+
+/**
  * Receives what qblk_nbd_list() finds: the name and the description of an export, valid during the
  * call. Anything but 0 ends the list.
  */
@@ -615,16 +632,20 @@ int qblk_open(const char *name, uint32_t flags, struct qblk **out);
 /**
  * Open the device `name`, with `options` (NULL: none) and flags (QBLK_OPEN_...).
  *
- * `name` is a path, "file:PATH" (needed when a path begins like a URI), or "mem:SIZE" (memory that
- * begins as zeroes and goes when it is closed). It need not be UTF-8. Without the option "format"
- * the format is found by probing; a raw image found so refuses a write that would make
+ * `name` is a path, "file:PATH" (needed when a path begins like a URI), "mem:SIZE" (memory that
+ * begins as zeroes and goes when it is closed), an NBD URI ("nbd://HOST:PORT/EXPORT",
+ * "nbd+unix:///EXPORT?socket=PATH", "nbd+vsock://CID:PORT/EXPORT"; "nbds..." with TLS), or
+ * "nbd+exec:///EXPORT" (a server that is started: option "argv"). It need not be UTF-8. Without the
+ * option "format" the format is found by probing; a raw image found so refuses a write that would make
  * its first sector look like another format.
  *
  * Returns 0 and the device in `*out`, to be closed with qblk_close(). On failure `*out` is
  * NULL, and the code is -EINVAL (a NULL, an unknown flag, an unknown option or one that has no use
  * here, QBLK_OPEN_UNTRUSTED without a format), the system's (-ENOENT, -EACCES, -EISDIR...),
  * QBLK_EFORMAT, QBLK_ECORRUPT, QBLK_EUNSUPPORTED, QBLK_ELOCKED or QBLK_EPOLICY (a backing
- * chain that is a loop, or goes where it may not). Any thread. Since 0.1.
+ * chain that is a loop, or goes where it may not); of an NBD export also -ENOENT (no such export),
+ * -ECONNREFUSED and others of connecting, -EACCES (TLS, or the server's policy), -EROFS (read-only,
+ * opened for writing), QBLK_EPROTO. Any thread. Since 0.1.
  */
 int qblk_open2(const char *name,
                const struct qblk_options *options,
@@ -632,14 +653,20 @@ int qblk_open2(const char *name,
                struct qblk **out);
 
 /**
- * Open the file or block device behind the descriptor `fd`, as qblk_open2() opens a name.
+ * Open the file or block device behind the descriptor `fd`, as qblk_open2() opens a name; or, if it
+ * is a connected socket, the export of the NBD server at its other end that the option "nbd.export"
+ * names.
  *
  * The library works on a duplicate; `fd` stays the caller's and may be closed at once. For
- * QBLK_OPEN_RDWR it must be open for writing.
+ * QBLK_OPEN_RDWR a file must be open for writing. A socket is one connection, which can not be made
+ * again when it is lost.
  *
  * Returns as qblk_open2(); -EBADF if `fd` is none. Any thread. Since 0.1.
  */
-int qblk_open_fd(int fd, const struct qblk_options *options, uint32_t flags, struct qblk **out);
+int qblk_open_fd(int fd,
+                 const struct qblk_options *options,
+                 uint32_t flags,
+                 struct qblk **out);
 
 /**
  * Flush and close a device. NULL is a success that does nothing.
@@ -842,6 +869,26 @@ int64_t qblk_extents(struct qblk *dev,
                      size_t max);
 
 /**
+ * Tell what a meta context of the NBD server behind `dev` says of a range: fills `out` with at most
+ * `max` runs, which begin at `offset` and follow one another.
+ *
+ * `context` is "base:allocation", "qemu:allocation-depth", or one that the option "nbd.contexts" asked
+ * for at open. They cover `count` bytes, or fewer; go on from where the last one ends. There are no
+ * flags yet, so `flags` must be 0. `out` may be NULL if `max` is 0.
+ *
+ * Returns how many were filled; -EINVAL for a NULL, a flag, a range that leaves the device; -ENOTSUP
+ * if this is no NBD export, or the server does not have the context; codes of reading. Any thread.
+ * Since 0.1.
+ */
+int64_t qblk_block_status(struct qblk *dev,
+                          const char *context,
+                          uint64_t count,
+                          uint64_t offset,
+                          uint32_t flags,
+                          struct qblk_status *out,
+                          size_t max);
+
+/**
  * Make the image `name` of `format` ("qcow2", "raw") with `size` bytes, all zero.
  *
  * `options` (NULL: none) have the names and values of `qemu-img create -o`: "cluster-size",
@@ -895,8 +942,9 @@ int qblk_server_new(struct qblk_server **out);
  * Keys: "tls" ("off", "on", "required"), "tls-certificate", "tls-key", "tls-ca" (PEM files, or PEM text
  * that begins with "-----BEGIN"), "tls-certificates" (a directory), "tls-verify-peer" ("on": clients
  * need a certificate too), "max-connections", "max-connections-per-peer", "handshake-timeout",
- * "idle-timeout" (seconds), "max-request", "max-in-flight", "max-memory", "threads". docs/options.md
- * tells their meanings and what holds when they are not set.
+ * "idle-timeout" (seconds), "max-request", "max-in-flight", "max-in-flight-in-all", "max-memory",
+ * "max-memory-per-connection", "max-option", "threads". docs/options.md tells their meanings and what
+ * holds when they are not set.
  *
  * Returns 0; -EINVAL for a NULL, an unknown key, a value out of range, or too late. Any thread.
  * Since 0.1.
@@ -961,7 +1009,8 @@ int qblk_server_listen(struct qblk_server *srv,
  *
  * The library works on a duplicate; `fd` stays the caller's. It is made non-blocking.
  *
- * Returns 0; -EBADF if `fd` is none. Any thread. Since 0.1.
+ * Returns 0; -EBADF if `fd` is none, and for a server that was stopped; -ENOTSOCK if it is no socket;
+ * -EINVAL if it does not listen; an error of the "tls-..." settings. Any thread. Since 0.1.
  */
 int qblk_server_listen_fd(struct qblk_server *srv,
                           int fd);
@@ -970,10 +1019,11 @@ int qblk_server_listen_fd(struct qblk_server *srv,
  * Serve one client on `fd`, a connected socket, in the background.
  *
  * The library works on a duplicate; the caller closes `fd`, or the client is not told when the
- * server hangs up.
+ * server hangs up. It is made blocking.
  *
- * Returns 0; -EBADF if `fd` is none; -EAGAIN when a limit of connections is reached. Any thread.
- * Since 0.1.
+ * Returns 0; -EBADF if `fd` is none, and for a server that was stopped; -ENOTSOCK if it is no socket;
+ * -EINVAL if it listens; -EAGAIN when a limit of connections is reached; an error of the "tls-..."
+ * settings. Any thread. Since 0.1.
  */
 int qblk_server_serve_fd(struct qblk_server *srv,
                          int fd);

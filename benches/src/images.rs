@@ -51,6 +51,12 @@ pub enum Kind {
     Zlib,
     /// Compressed.
     Zstd,
+    /// Raw, for servers to read.
+    Served,
+    /// The same bytes as qcow2.
+    ServedQcow2,
+    /// Raw, for servers to write.
+    Taken,
 }
 
 impl Kind {
@@ -64,6 +70,9 @@ impl Kind {
             Self::Tib => "tib.qcow2",
             Self::Zlib => "zlib.qcow2",
             Self::Zstd => "zstd.qcow2",
+            Self::Served => "served.raw",
+            Self::ServedQcow2 => "served.qcow2",
+            Self::Taken => "taken.raw",
         }
     }
 
@@ -92,6 +101,8 @@ pub struct Images {
     pub size: u64,
     /// Size of the compressed ones, bytes.
     pub small: u64,
+    /// Size of those that servers have, bytes.
+    pub served: u64,
     made: BTreeSet<(Kind, On)>,
     /// Says what is being made.
     pub note: fn(&str),
@@ -124,6 +135,7 @@ impl Images {
             disk: disk.map(scratch).transpose()?,
             size,
             small,
+            served: size / 4,
             made: BTreeSet::new(),
             note,
         };
@@ -224,19 +236,21 @@ impl Images {
     fn build(&self, kind: Kind, path: &Path) -> Res<()> {
         match kind {
             Kind::Empty => create(path, self.size, &[]),
-            Kind::Full => {
-                create(path, self.size, &["preallocation=metadata"])?;
+            Kind::Full | Kind::ServedQcow2 => {
+                let size = if kind == Kind::Full { self.size } else { self.served };
+                create(path, size, &["preallocation=metadata"])?;
                 let map = Oracle::open(&[path.to_owned()], false, false)?;
                 let file = at(path, File::options().write(true).open(path))?;
-                for offset in (0..self.size).step_by(CLUSTER as usize) {
+                for offset in (0..size).step_by(CLUSTER as usize) {
                     let host = map.host(offset)?.ok_or("preallocation left a cluster out")?;
                     at(path, file.write_all_at(&noise(offset, CLUSTER as usize), host))?;
                 }
                 Ok(())
             }
-            Kind::Raw => {
+            Kind::Raw | Kind::Served | Kind::Taken => {
+                let size = if kind == Kind::Raw { self.size } else { self.served };
                 let mut file = at(path, File::create(path))?;
-                for offset in (0..self.size).step_by(CLUSTER as usize) {
+                for offset in (0..size).step_by(CLUSTER as usize) {
                     at(path, file.write_all(&noise(offset, CLUSTER as usize)))?;
                 }
                 Ok(())

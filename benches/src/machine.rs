@@ -16,6 +16,8 @@ pub struct Machine {
     pub qblk: String,
     pub qemu: String,
     pub imago: String,
+    /// Peers of NBD with their versions, where they were measured.
+    pub nbd: Option<String>,
 }
 
 impl Machine {
@@ -40,15 +42,17 @@ impl Machine {
             qblk: qblk_version(),
             qemu: qemu.split_whitespace().nth(2).unwrap_or("unknown").to_owned(),
             imago: locked("imago"),
+            nbd: None,
         })
     }
 }
 
 impl fmt::Display for Machine {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let Self { cpu, cores, memory_gib, kernel, system, date, qblk, qemu, imago } = self;
+        let Self { cpu, cores, memory_gib, kernel, system, date, qblk, qemu, imago, nbd } = self;
         writeln!(f, "{date} · {cpu}, {cores} cores, {memory_gib} GiB · {kernel} · {system}")?;
-        write!(f, "libqblk {qblk} · qemu {qemu} · imago {imago} (sync)")
+        write!(f, "libqblk {qblk} · qemu {qemu} · imago {imago} (sync)")?;
+        nbd.as_ref().map_or(Ok(()), |nbd| write!(f, "\n{nbd}"))
     }
 }
 

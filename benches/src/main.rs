@@ -1,5 +1,5 @@
-//! The yardsticks: libqblk beside plain `pread` and `pwrite`, `qemu-img bench` and imago, in one run
-//! and in turns (A B A B …), so that what the machine does meanwhile meets all alike. What counts is
+//! The yardsticks: libqblk beside plain `pread` and `pwrite`, `qemu-img bench` and imago, and over NBD
+//! beside qemu-nbd, nbdkit and libnbd; in one run and in turns (A B A B …), so that what the machine does meanwhile meets all alike. What counts is
 //! the ratio of medians; the spread of the ratios of neighbours tells how much it is worth.
 //!
 //! Images lie on a tmpfs, from where nothing takes them; those for io_uring on a disk's file system,
@@ -10,6 +10,7 @@ mod contenders;
 mod images;
 mod load;
 mod machine;
+mod nbd;
 mod oracle;
 mod process;
 mod qemu;
@@ -24,16 +25,18 @@ use std::collections::BTreeSet;
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use images::{Images, On};
-use row::{Contender, Figures, Result as Measured};
+use row::{Contender, Figures, Result as Measured, Table};
 use rows::{ROWS, Spec};
 use work::{Res, Sample};
 
 const USAGE: &str = "\
 usage: qblk-bench [OPTION]...     (make bench BENCH_ARGS='OPTION...')
 
-Measures libqblk beside plain system calls, qemu-img bench and imago.
+Measures libqblk beside plain system calls, qemu-img bench and imago, and over NBD beside qemu-nbd,
+nbdkit and libnbd (rows nbd-…).
 
   --quick            images of 1 GiB and short samples: rough figures, sooner
   --only PATTERN     only rows with PATTERN in their short name; may be repeated
@@ -50,6 +53,9 @@ Measures libqblk beside plain system calls, qemu-img bench and imago.
   --dir DIR          a directory on a disk, for qemu's io_uring (default: the one for temporary files)
   --tmpfs DIR        a directory on a tmpfs (default: /dev/shm)
 ";
+
+/// A signal ends the program.
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 /// Used by others while a sample runs, at most, processors.
 const QUIET: f64 = 0.5;
@@ -138,14 +144,18 @@ fn parse(mut args: impl Iterator<Item = std::ffi::OsString>) -> Res<Args> {
 }
 
 fn main() -> ExitCode {
-    let mut args = std::env::args_os().skip(1).peekable();
+    let all: Vec<_> = std::env::args_os().skip(1).collect();
+    if let Some(result) = nbd::part(&all) {
+        return end(result);
+    }
+    let mut args = all.into_iter().peekable();
     if args.peek().is_some_and(|a| a == "--help" || a == "-h") {
         print!("{USAGE}");
         return ExitCode::SUCCESS;
     }
     match parse(args) {
         Ok(args) if args.list => {
-            ROWS.iter().for_each(|r| println!("{:<16} {}", r.id, r.title));
+            specs().for_each(|(_, r)| println!("{:<20} {}", r.id, r.title));
             ExitCode::SUCCESS
         }
         Ok(args) => end(bench(&args)),
@@ -160,10 +170,20 @@ fn end(result: Res<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
+            // Without its images nothing goes on; the thread that removed them ends the program.
+            while ENDING.load(SeqCst) {
+                std::thread::park();
+            }
             eprintln!("qblk-bench: {e}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// All rows, and where they are shown.
+fn specs() -> impl Iterator<Item = (Table, &'static Spec)> {
+    let images = ROWS.iter().map(|r| (Table::Images, r));
+    images.chain(nbd::ROWS.iter().map(|r| (Table::Nbd, r)))
 }
 
 /// What is going on, on a line of its own, and only for people: a log wants the table.
@@ -174,22 +194,29 @@ fn note(text: &str) {
 }
 
 fn bench(args: &Args) -> Res<()> {
-    let chosen: Vec<&Spec> = ROWS
-        .iter()
-        .filter(|r| args.only.is_empty() || args.only.iter().any(|o| r.id.contains(o.as_str())))
+    let chosen: Vec<(Table, &Spec)> = specs()
+        .filter(|(_, r)| {
+            args.only.is_empty() || args.only.iter().any(|o| r.id.contains(o.as_str()))
+        })
         .collect();
     if chosen.is_empty() {
         return Err(format!("no row has {:?} in its name; --list shows them", args.only));
     }
-    let machine = machine::Machine::look()?;
+    let mut machine = machine::Machine::look()?;
+    if chosen.iter().any(|c| c.0 == Table::Nbd) && !args.plan.alone {
+        machine.nbd = Some(nbd::look()?);
+    }
     clean_up_on_signals()?;
     let (size, small) = if args.plan.quick { (1 << 30, 128 << 20) } else { (4 << 30, 512 << 20) };
     let mut images = Images::new(&args.tmpfs, &args.dir, size, small, note)?;
     println!("{machine}");
-    report::head();
     let mut results = Vec::new();
-    for (i, spec) in chosen.iter().enumerate() {
-        let needed: BTreeSet<_> = chosen[i..].iter().flat_map(|s| s.needs).copied().collect();
+    let mut table = None;
+    for (i, &(where_to, spec)) in chosen.iter().enumerate() {
+        if table.replace(where_to) != Some(where_to) {
+            report::head(where_to);
+        }
+        let needed: BTreeSet<_> = chosen[i..].iter().flat_map(|s| s.1.needs).copied().collect();
         images.retain(&needed);
         for &(kind, on) in spec.needs {
             if on == On::Tmpfs || images.has_disk() {
@@ -197,7 +224,8 @@ fn bench(args: &Args) -> Res<()> {
             }
         }
         note(&format!("{}: getting ready", spec.id));
-        let result = measure(spec, &images, &args.plan).map_err(|e| format!("{}: {e}", spec.id))?;
+        let result = measure((where_to, spec), &images, &args.plan)
+            .map_err(|e| format!("{}: {e}", spec.id))?;
         note("");
         report::line(&result);
         results.push(result);
@@ -208,7 +236,7 @@ fn bench(args: &Args) -> Res<()> {
 }
 
 /// Take all samples of a row, in turns.
-fn measure(spec: &Spec, images: &Images, plan: &Plan) -> Res<Measured> {
+fn measure((table, spec): (Table, &Spec), images: &Images, plan: &Plan) -> Res<Measured> {
     let mut row = (spec.build)(images, plan)?;
     // Two threads need no less processor time than one, so there the clock it is.
     let by_threads = row.contenders.iter().any(|c| c.who == row::Who::LimitBase);
@@ -237,7 +265,15 @@ fn measure(spec: &Spec, images: &Images, plan: &Plan) -> Res<Measured> {
     }
     let verdicts = row::judge(&figures, row.unit, &row.targets);
     let remarks = std::mem::take(&mut row.remarks);
-    Ok(Measured { id: spec.id, title: spec.title, unit: row.unit, figures, verdicts, remarks })
+    Ok(Measured {
+        table,
+        id: spec.id,
+        title: spec.title,
+        unit: row.unit,
+        figures,
+        verdicts,
+        remarks,
+    })
 }
 
 /// A sample while the machine was ours, or the quietest of some.
@@ -296,6 +332,7 @@ fn clean_up_on_signals() -> Res<()> {
         let mut signal = 0;
         // SAFETY: a set, and room for the answer.
         if unsafe { libc::sigwait(&set, &mut signal) } == 0 {
+            ENDING.store(true, SeqCst);
             images::clean_up();
             eprintln!("\nqblk-bench: ended by signal {signal}; its images are removed");
             // Not exit(): the rest of the program is still at work.

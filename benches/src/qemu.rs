@@ -38,14 +38,20 @@ pub fn run<S: AsRef<OsStr>>(program: &str, args: &[S]) -> Res<String> {
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
+/// Programs that are measured beside, and the packages that have them.
+const PACKAGES: [(&str, &str); 4] =
+    [("nbdkit", "nbdkit"), ("nbdcopy", "libnbd-bin"), ("fio", "fio"), ("strace", "strace")];
+
 /// Why a program did not start.
 pub fn missing(program: &str, e: &std::io::Error) -> String {
-    match e.kind() {
-        std::io::ErrorKind::NotFound if program.starts_with("qemu") => {
-            format!(
-                "{program} is missing, and the bench measures beside it: apt-get install qemu-utils (as root)"
-            )
-        }
+    let package = match program {
+        _ if program.starts_with("qemu") => Some("qemu-utils"),
+        _ => PACKAGES.iter().find(|p| p.0 == program).map(|p| p.1),
+    };
+    match package {
+        Some(package) if e.kind() == std::io::ErrorKind::NotFound => format!(
+            "{program} is missing, and the bench measures beside it: apt-get install {package} (as root)"
+        ),
         _ => format!("{program}: {e}"),
     }
 }

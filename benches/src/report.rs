@@ -5,7 +5,8 @@ use std::fmt::Write;
 use crate::Plan;
 use crate::images::On;
 use crate::machine::Machine;
-use crate::row::{Figures, Result, Unit, Verdict, Who};
+use crate::nbd::Aio;
+use crate::row::{Figures, Result, Table, Unit, Verdict, Who};
 
 /// A column's text, cut or filled to its width in characters.
 fn column(text: &str, width: usize) -> String {
@@ -19,19 +20,19 @@ fn print_cells(cells: [&str; 8]) {
     println!("{}", cells.join(" ").trim_end());
 }
 
-/// The table's head.
-pub fn head() {
+/// Who the columns of a table are.
+fn columns(table: Table) -> [&'static str; 4] {
+    match table {
+        Table::Images => ["ours", "pread/pwrite", "imago", "qemu"],
+        Table::Nbd => ["ours", "mini", "nbdkit/libnbd", "qemu-nbd"],
+    }
+}
+
+/// A table's head.
+pub fn head(table: Table) {
+    let [ours, limit, peer, qemu] = columns(table);
     println!();
-    print_cells([
-        "work",
-        "ours",
-        "pread/pwrite",
-        "imago",
-        "qemu",
-        "ratio (of neighbours)",
-        "to reach",
-        "",
-    ]);
+    print_cells(["work", ours, limit, peer, qemu, "ratio (of neighbours)", "to reach", ""]);
     println!("{}", "-".repeat(WIDTHS.iter().sum::<usize>() + WIDTHS.len()));
 }
 
@@ -67,7 +68,15 @@ fn with_spread(v: &Verdict) -> String {
     }
 }
 
-/// What each reached: ours, the limit, imago, qemu.
+/// Who is in the second and third column.
+fn limit_and_peer(r: &Result) -> (Option<&Figures>, Option<&Figures>) {
+    match r.table {
+        Table::Images => (r.get(Who::Limit), r.get(Who::Imago)),
+        Table::Nbd => (r.get(Who::Mini), r.get(Who::Nbdkit).or(r.get(Who::Libnbd))),
+    }
+}
+
+/// What each reached, as [`columns`] has them.
 fn cells(r: &Result) -> [String; 4] {
     let show = |f: Option<&Figures>| f.map_or("-".to_owned(), |f| r.unit.show(f.median(r.unit)));
     let qemu = r.best_qemu().map_or("-".to_owned(), |q| {
@@ -75,17 +84,30 @@ fn cells(r: &Result) -> [String; 4] {
             Who::Qemu(how, on) => {
                 format!(" {}{}", how.short(), if on == On::Disk { "*" } else { "" })
             }
+            Who::QemuNbd(aio, on) => {
+                format!(" {}{}", letter(aio), if on == On::Disk { "*" } else { "" })
+            }
             _ => String::new(),
         };
         format!("{}{way}", r.unit.show(q.median(r.unit)))
     });
-    [show(r.get(Who::Ours)), show(r.get(Who::Limit)), show(r.get(Who::Imago)), qemu]
+    let (limit, peer) = limit_and_peer(r);
+    [show(r.get(Who::Ours)), show(limit), show(peer), qemu]
+}
+
+/// Short, for a table.
+fn letter(aio: Aio) -> char {
+    match aio {
+        Aio::Threads => 't',
+        Aio::Uring => 'u',
+        Aio::Native => 'n',
+    }
 }
 
 /// What is short of its target, and where the machine was not quiet.
 pub fn summary(results: &[Result]) {
     println!(
-        "\nqemu: t1, t16 = threads, depth 1 and 16; u = io_uring; * = on a disk's file system, and compared with ours there."
+        "\nqemu: t1, t16 = threads, depth 1 and 16; u = io_uring; n = native, past the page cache; * = on a disk's file system, and compared with ours there."
     );
     let (met, short) = count(results);
     println!("{met} of {} targets reached.", met + short);
@@ -126,8 +148,7 @@ pub fn page(machine: &Machine, results: &[Result], plan: &Plan) -> String {
          Written by `make bench`; the drawing of the same figures is [bench.svg](bench.svg).\n\n\
          | | |\n|---|---|\n\
          | date | {} |\n| processor | {}, {} cores |\n| memory | {} GiB |\n| system | {}, {} |\n\
-         | libqblk | {} |\n| qemu-img | {} |\n| imago | {}, feature `sync` |\n\n\
-         {met} of {} targets reached.\n",
+         | libqblk | {} |\n| qemu-img | {} |\n| imago | {}, feature `sync` |",
         machine.date,
         machine.cpu,
         machine.cores,
@@ -136,10 +157,67 @@ pub fn page(machine: &Machine, results: &[Result], plan: &Plan) -> String {
         machine.kernel,
         machine.qblk,
         machine.qemu,
-        machine.imago,
-        met + short
+        machine.imago
     );
-    p.push_str("| work | ours | pread/pwrite | imago | qemu | ratio of medians (of neighbours) | to reach | |\n");
+    if let Some(nbd) = &machine.nbd {
+        let _ = writeln!(p, "| NBD | {nbd} |");
+    }
+    let _ = writeln!(p, "\n{met} of {} targets reached.", met + short);
+    let (size, small, served) = match plan.quick {
+        true => ("1 GiB", "128 MiB", "256 MiB"),
+        false => ("4 GiB", "512 MiB", "1 GiB"),
+    };
+    let how = format!(
+        "Medians of {} samples of {} s, taken in turns. In brackets the least and the greatest ratio \
+         of two samples that were taken one after the other.",
+        plan.samples, plan.seconds
+    );
+    let images = format!(
+        "Images have {size} (compressed ones {small}) in clusters of 64 KiB and lie in memory. {how} \
+         qemu: `qemu-img bench` by its own clock, the way that does best of t1, t16 (threads, depth 1 \
+         and 16) and u1, u16 (io_uring); \\* is on a disk's file system, compared with libqblk there. \
+         \"Per core\": requests per second of processor time."
+    );
+    let nbd = format!(
+        "Servers are processes at a Unix socket that serve a raw file of {served}, in memory, and are \
+         started anew for each sample. {how} mini: a server that does the least a server can do, and \
+         checks nothing; the batching client sends and receives many requests at a time, where fio and \
+         nbdcopy end where libnbd ends. qemu-nbd: the way that does best of t (threads), u (io_uring), n \
+         (native, past the page cache); \\* is on a disk's file system, compared with libqblk there."
+    );
+    for (table, title, text) in [(Table::Images, "Images", images), (Table::Nbd, "Over NBD", nbd)] {
+        let rows: Vec<&Result> = results.iter().filter(|r| r.table == table).collect();
+        if !rows.is_empty() {
+            let _ = writeln!(p, "\n## {title}\n");
+            ratios(&mut p, table, &rows);
+            let _ = writeln!(p, "\n{text}");
+        }
+    }
+    if plan.cpu {
+        p.push_str(
+            "\nThe machine was shared, so ratios are of requests per second of processor time, but \
+             for those of two threads.\n",
+        );
+    }
+    for (table, title) in [
+        (Table::Images, "Processor time of one request, and notes"),
+        (Table::Nbd, "Over NBD: the server's processor time of one request or MiB, and notes"),
+    ] {
+        let rows: Vec<&Result> = results.iter().filter(|r| r.table == table).collect();
+        if !rows.is_empty() {
+            let _ = writeln!(p, "\n## {title}\n");
+            times(&mut p, table, &rows);
+        }
+    }
+    p
+}
+
+fn ratios(p: &mut String, table: Table, results: &[&Result]) {
+    let _ = writeln!(
+        p,
+        "| work | {} | ratio of medians (of neighbours) | to reach | |",
+        columns(table).join(" | ")
+    );
     p.push_str("|---|---|---|---|---|---|---|---|\n");
     for r in results {
         let [ours, limit, imago, qemu] = cells(r).map(|c| c.replace('*', "\\*"));
@@ -160,24 +238,10 @@ pub fn page(machine: &Machine, results: &[Result], plan: &Plan) -> String {
             first = [""; 5];
         }
     }
-    let (size, small) = if plan.quick { ("1 GiB", "128 MiB") } else { ("4 GiB", "512 MiB") };
-    let _ = writeln!(
-        p,
-        "\nImages have {size} (compressed ones {small}) in clusters of 64 KiB and lie in memory. \
-         Medians of {} samples of {} s, taken in turns. In brackets the least and the greatest ratio \
-         of two samples that were taken one after the other. qemu: `qemu-img bench` by its own clock, \
-         the way that does best of t1, t16 (threads, depth 1 and 16) and u1, u16 (io_uring); \\* is \
-         on a disk's file system, compared with libqblk there. \"Per core\": requests per second of \
-         processor time.\n",
-        plan.samples, plan.seconds
-    );
-    if plan.cpu {
-        p.push_str(
-            "The machine was shared, so ratios are of requests per second of processor time, but \
-             for those of two threads.\n\n",
-        );
-    }
-    p.push_str("## Processor time of one request, and notes\n\n| work | ours | pread/pwrite | imago | qemu | |\n|---|---|---|---|---|---|\n");
+}
+
+fn times(p: &mut String, table: Table, results: &[&Result]) {
+    let _ = writeln!(p, "| work | {} | |\n|---|---|---|---|---|---|", columns(table).join(" | "));
     for r in results {
         let cpu = |f: Option<&Figures>| match f.map(Figures::cpu_us) {
             Some(us) if us >= 100.0 => format!("{us:.0} µs"),
@@ -188,18 +252,18 @@ pub fn page(machine: &Machine, results: &[Result], plan: &Plan) -> String {
         if noise(r) > crate::QUIET {
             remarks.push_str(" The machine was not quiet.");
         }
+        let (limit, peer) = limit_and_peer(r);
         let _ = writeln!(
             p,
             "| {} | {} | {} | {} | {} | {} |",
             r.title,
             cpu(r.get(Who::Ours)),
-            cpu(r.get(Who::Limit)),
-            cpu(r.get(Who::Imago)),
+            cpu(limit),
+            cpu(peer),
             cpu(r.best_qemu()),
             remarks.trim()
         );
     }
-    p
 }
 
 /// All figures, for machines.
@@ -285,5 +349,10 @@ fn name(who: Who) -> String {
         Who::Qemu(how, On::Tmpfs) => format!("qemu-{}", how.short()),
         Who::Qemu(how, On::Disk) => format!("qemu-{}@disk", how.short()),
         Who::QemuTool => "qemu-img".to_owned(),
+        Who::QemuNbd(aio, On::Tmpfs) => format!("qemu-nbd-{}", letter(aio)),
+        Who::QemuNbd(aio, On::Disk) => format!("qemu-nbd-{}@disk", letter(aio)),
+        Who::Nbdkit => "nbdkit".to_owned(),
+        Who::Libnbd => "libnbd".to_owned(),
+        Who::Mini => "mini".to_owned(),
     }
 }

@@ -29,6 +29,20 @@ impl Ours {
         Image::open(path.as_os_str(), &all, flags).map(Self).map_err(text)
     }
 
+    /// Open an NBD export to read, by so many connections or as many as the library takes.
+    pub fn open_nbd(uri: &str, connections: Option<u32>) -> Res<Self> {
+        let mut options = Options::new().with("format", "raw");
+        if let Some(n) = connections {
+            options.set("nbd.connections", Some(n.to_string().as_bytes()));
+        }
+        Image::open(uri.as_ref(), &options, OpenFlags::default()).map(Self).map_err(text)
+    }
+
+    /// Of the device, bytes.
+    pub fn size(&self) -> Res<u64> {
+        self.0.size().map_err(text)
+    }
+
     /// Open, read `buf` at `offset`, close.
     pub fn visit(path: &Path, buf: &mut [u8], offset: u64) -> Res<()> {
         let image = Self::open(path, false, &[])?;

@@ -1,6 +1,7 @@
 //! A row of the table: who does the same work, measured in turns, and what is to be reached.
 
 use crate::images::On;
+use crate::nbd::Aio;
 use crate::qemu::How;
 use crate::work::{Res, Sample};
 
@@ -23,6 +24,14 @@ pub enum Who {
     Qemu(How, On),
     /// Another program of qemu.
     QemuTool,
+    /// qemu-nbd.
+    QemuNbd(Aio, On),
+    /// nbdkit.
+    Nbdkit,
+    /// libnbd, by fio.
+    Libnbd,
+    /// The server that does least.
+    Mini,
 }
 
 /// What is compared with what ours did.
@@ -38,6 +47,16 @@ pub enum Against {
     Imago,
     /// The better of the ways to run qemu.
     Qemu,
+    /// The better of the ways to run qemu-nbd.
+    QemuNbd,
+    /// nbdkit.
+    Nbdkit,
+    /// nbdkit or qemu-nbd, whichever is better.
+    NbdPeer,
+    /// libnbd.
+    Libnbd,
+    /// The server that does least.
+    Mini,
     /// Nobody: ours must not exceed this many of the row's unit.
     AtMost(f64),
 }
@@ -49,6 +68,8 @@ pub struct Target {
     pub against: Against,
     /// Our rate over the other's must be so much; `None` = it is only shown.
     pub at_least: Option<f64>,
+    /// Where less is better: ours as a part of the other's, and `at_least` is at most.
+    pub part: bool,
 }
 
 /// What a row's figures are.
@@ -66,11 +87,15 @@ pub enum Unit {
     Millis,
     /// MiB; less is better.
     MiB,
+    /// Bytes a second; more is better.
+    BytesPerSecond,
+    /// System calls; fewer are better.
+    Calls,
 }
 
 impl Unit {
     /// The figure of a sample that counts.
-    fn of(self, s: &Sample) -> f64 {
+    pub fn of(self, s: &Sample) -> f64 {
         match self {
             Self::PerCpuSecond => 1e6 / s.cpu_us.max(1e-3),
             Self::CpuMicros => s.cpu_us,
@@ -87,8 +112,9 @@ impl Unit {
         }
     }
 
-    fn more_is_better(self) -> bool {
-        matches!(self, Self::PerSecond | Self::PerCpuSecond)
+    /// Else less is.
+    pub fn more_is_better(self) -> bool {
+        matches!(self, Self::PerSecond | Self::PerCpuSecond | Self::BytesPerSecond)
     }
 
     /// Short, for a table.
@@ -101,6 +127,8 @@ impl Unit {
             Self::Micros | Self::CpuMicros => format!("{v:.1} µs"),
             Self::Millis => format!("{v:.2} ms"),
             Self::MiB => format!("{v:.2} MiB"),
+            Self::BytesPerSecond => format!("{:.2} GB/s", v / 1e9),
+            Self::Calls => format!("{v:.2}"),
         }
     }
 
@@ -113,6 +141,8 @@ impl Unit {
             Self::CpuMicros => "cpu-us",
             Self::Millis => "ms",
             Self::MiB => "MiB",
+            Self::BytesPerSecond => "bytes/s",
+            Self::Calls => "calls",
         }
     }
 }
@@ -185,8 +215,19 @@ impl Verdict {
     }
 }
 
+/// Where a row is shown: who the others are differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// Beside plain calls, imago, qemu-img.
+    Images,
+    /// Beside the least server, nbdkit, libnbd, qemu-nbd.
+    Nbd,
+}
+
 /// A measured row.
 pub struct Result {
+    /// Where it is shown.
+    pub table: Table,
     /// Its short name.
     pub id: &'static str,
     /// What was done.
@@ -237,8 +278,8 @@ fn lead(unit: Unit, ours: f64, other: f64) -> f64 {
 fn best_qemu(figures: &[Figures], unit: Unit) -> Option<(&Figures, &Figures)> {
     let pairs = figures.iter().filter_map(|q| {
         let ours = match q.who {
-            Who::Qemu(_, On::Disk) => find(figures, Who::OursDisk)?,
-            Who::Qemu(_, On::Tmpfs) | Who::QemuTool => find(figures, Who::Ours)?,
+            Who::Qemu(_, On::Disk) | Who::QemuNbd(_, On::Disk) => find(figures, Who::OursDisk)?,
+            Who::Qemu(..) | Who::QemuNbd(..) | Who::QemuTool => find(figures, Who::Ours)?,
             _ => return None,
         };
         Some((lead(unit, ours.median(unit), q.median(unit)), (ours, q)))
@@ -278,6 +319,26 @@ fn verdict(figures: &[Figures], unit: Unit, target: &Target) -> Option<Verdict> 
             let (ours, other) = best_qemu(figures, unit)?;
             ("× qemu".to_owned(), ours, other)
         }
+        Against::QemuNbd => {
+            let (ours, other) = best_qemu(figures, unit)?;
+            ("× qemu-nbd".to_owned(), ours, other)
+        }
+        Against::Nbdkit => ("× nbdkit".to_owned(), ours, find(figures, Who::Nbdkit)?),
+        Against::Libnbd => ("× libnbd".to_owned(), ours, find(figures, Who::Libnbd)?),
+        Against::Mini => ("× mini".to_owned(), ours, find(figures, Who::Mini)?),
+        Against::NbdPeer => {
+            let by_nbdkit = find(figures, Who::Nbdkit).map(|n| ("× nbdkit", ours, n));
+            let by_qemu = best_qemu(figures, unit).map(|(o, q)| ("× qemu-nbd", o, q));
+            let led = |p: &(_, &Figures, &Figures)| lead(unit, p.1.median(unit), p.2.median(unit));
+            let (name, ours, other) = [by_nbdkit, by_qemu]
+                .into_iter()
+                .flatten()
+                .min_by(|a, b| led(a).total_cmp(&led(b)))?;
+            (name.to_owned(), ours, other)
+        }
+    };
+    let lead = |unit, ours: f64, other: f64| {
+        if target.part { ours / other } else { lead(unit, ours, other) }
     };
     let value = lead(unit, ours.median(unit), other.median(unit));
     let pairs = ours.samples.iter().zip(&other.samples);
@@ -287,14 +348,17 @@ fn verdict(figures: &[Figures], unit: Unit, target: &Target) -> Option<Verdict> 
         ratios.iter().copied().fold(0.0, f64::max),
     );
     let shown = format!("{} {what}", two_digits(value));
-    let need = target.at_least.map(|n| format!("≥ {n}")).unwrap_or_default();
-    Some(Verdict { what, value, spread, need, score: target.at_least.map(|n| value / n), shown })
+    let sign = if target.part { "≤" } else { "≥" };
+    let need = target.at_least.map(|n| format!("{sign} {n}")).unwrap_or_default();
+    let score = target.at_least.map(|n| if target.part { n / value } else { value / n });
+    Some(Verdict { what, value, spread, need, score, shown })
 }
 
 fn short_number(v: f64, unit: Unit) -> String {
     match unit {
         Unit::Micros | Unit::CpuMicros => format!("{v:.0} µs"),
         Unit::Millis => format!("{v} ms"),
+        Unit::Calls => v.to_string(),
         _ => format!("{v} MiB"),
     }
 }

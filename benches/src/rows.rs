@@ -155,12 +155,14 @@ pub const ROWS: &[Spec] = &[
     },
 ];
 
-fn to_reach(against: crate::row::Against, at_least: f64) -> Target {
-    Target { against, at_least: Some(at_least) }
+/// Ours must lead so much.
+pub fn to_reach(against: crate::row::Against, at_least: f64) -> Target {
+    Target { against, at_least: Some(at_least), part: false }
 }
 
-fn to_know(against: crate::row::Against) -> Target {
-    Target { against, at_least: None }
+/// It is only shown.
+pub fn to_know(against: crate::row::Against) -> Target {
+    Target { against, at_least: None, part: false }
 }
 
 fn read_4k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {

@@ -41,7 +41,7 @@ pub fn draw(machine: &Machine, results: &[Result]) -> String {
         "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" width=\"{WIDTH}\" height=\"{height}\" \
          font-family=\"DejaVu Sans, Verdana, sans-serif\" font-size=\"12.5\" fill=\"#1b1f24\">\n\
          <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n\
-         <text x=\"24\" y=\"36\" font-size=\"21\" font-weight=\"bold\">libqblk beside pread, imago and qemu: {met} of {} targets reached</text>\n",
+         <text x=\"24\" y=\"36\" font-size=\"21\" font-weight=\"bold\">libqblk beside its peers: {met} of {} targets reached</text>\n",
         met + short
     );
     let about = machine.to_string();

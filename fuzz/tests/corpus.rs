@@ -31,3 +31,13 @@ fn headers_of_the_corpus_do_no_harm() {
 fn operations_of_the_corpus_do_no_harm() {
     run(qblk_fuzz::qcow2_ops, "qcow2_ops");
 }
+
+#[test]
+fn negotiations_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::nbd::handshake, "nbd_server_handshake");
+}
+
+#[test]
+fn requests_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::nbd::transmission, "nbd_server_transmission");
+}

@@ -254,6 +254,17 @@ pub trait Driver: Send + Sync {
         out.push(Extent::data(offset, count));
         Ok(())
     }
+    /// What one context of an NBD server (`base:allocation`, `qemu:dirty-bitmap:…`) says of a range: runs
+    /// of so many bytes with these flags, from `offset` on, added to `out`.
+    fn status(
+        &self,
+        _context: &[u8],
+        _offset: u64,
+        _count: u64,
+        _out: &mut Vec<(u64, u64)>,
+    ) -> Result<()> {
+        Err(Error::NotSupported("meta contexts"))
+    }
     /// The file behind the driver, if the kernel may copy from it as it is.
     fn file(&self) -> Option<BorrowedFd<'_>> {
         None

@@ -50,3 +50,4 @@ pub const QBLK_HAVE_SERVER_WAIT: u32 = 1;
 pub const QBLK_HAVE_SERVER_STOP: u32 = 1;
 pub const QBLK_HAVE_SERVER_FREE: u32 = 1;
 pub const QBLK_HAVE_NBD_LIST: u32 = 1;
+pub const QBLK_HAVE_BLOCK_STATUS: u32 = 1;

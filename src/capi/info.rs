@@ -247,3 +247,53 @@ pub unsafe extern "C" fn qblk_extents(
         })
     }
 }
+
+/// A run of bytes that a meta context says the same of. 16 bytes for ever.
+#[repr(C)]
+pub struct qblk_status {
+    /// Bytes.
+    pub length: u64,
+    /// What it means is the context's to say: of "base:allocation", 1 is a hole and 2 reads as zeroes;
+    /// of "qemu:allocation-depth" it is the depth; of "qemu:dirty-bitmap:NAME", 1 is dirty.
+    pub flags: u64,
+}
+
+const _: () = assert!(size_of::<qblk_status>() == 16 && align_of::<qblk_status>() == 8);
+
+/// Tell what a meta context of the NBD server behind `dev` says of a range: fills `out` with at most
+/// `max` runs, which begin at `offset` and follow one another.
+///
+/// `context` is "base:allocation", "qemu:allocation-depth", or one that the option "nbd.contexts" asked
+/// for at open. They cover `count` bytes, or fewer; go on from where the last one ends. There are no
+/// flags yet, so `flags` must be 0. `out` may be NULL if `max` is 0.
+///
+/// Returns how many were filled; -EINVAL for a NULL, a flag, a range that leaves the device; -ENOTSUP
+/// if this is no NBD export, or the server does not have the context; codes of reading. Any thread.
+/// Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_block_status(
+    dev: *mut qblk,
+    context: *const c_char,
+    count: u64,
+    offset: u64,
+    flags: u32,
+    out: *mut qblk_status,
+    max: usize,
+) -> i64 {
+    // SAFETY: a handle or NULL, a string or NULL, and memory for `max` runs, as the manual asks.
+    unsafe {
+        guard::on("qblk_block_status", dev, |dev| {
+            known_flags(flags, 0)?;
+            let context = text_arg(context, "the context is NULL")?;
+            if out.is_null() && max > 0 {
+                return Err(Fail::Argument("'out' is NULL"));
+            }
+            let runs = image(dev)?.block_status(context.to_bytes(), offset, count)?;
+            let n = runs.len().min(max);
+            for (i, (length, flags)) in runs.into_iter().take(n).enumerate() {
+                out.add(i).write(qblk_status { length, flags });
+            }
+            Ok(n as i64)
+        })
+    }
+}

@@ -25,16 +25,20 @@ pub unsafe extern "C" fn qblk_open(name: *const c_char, flags: u32, out: *mut *m
 
 /// Open the device `name`, with `options` (NULL: none) and flags (QBLK_OPEN_...).
 ///
-/// `name` is a path, "file:PATH" (needed when a path begins like a URI), or "mem:SIZE" (memory that
-/// begins as zeroes and goes when it is closed). It need not be UTF-8. Without the option "format"
-/// the format is found by probing; a raw image found so refuses a write that would make
+/// `name` is a path, "file:PATH" (needed when a path begins like a URI), "mem:SIZE" (memory that
+/// begins as zeroes and goes when it is closed), an NBD URI ("nbd://HOST:PORT/EXPORT",
+/// "nbd+unix:///EXPORT?socket=PATH", "nbd+vsock://CID:PORT/EXPORT"; "nbds..." with TLS), or
+/// "nbd+exec:///EXPORT" (a server that is started: option "argv"). It need not be UTF-8. Without the
+/// option "format" the format is found by probing; a raw image found so refuses a write that would make
 /// its first sector look like another format.
 ///
 /// Returns 0 and the device in `*out`, to be closed with qblk_close(). On failure `*out` is
 /// NULL, and the code is -EINVAL (a NULL, an unknown flag, an unknown option or one that has no use
 /// here, QBLK_OPEN_UNTRUSTED without a format), the system's (-ENOENT, -EACCES, -EISDIR...),
 /// QBLK_EFORMAT, QBLK_ECORRUPT, QBLK_EUNSUPPORTED, QBLK_ELOCKED or QBLK_EPOLICY (a backing
-/// chain that is a loop, or goes where it may not). Any thread. Since 0.1.
+/// chain that is a loop, or goes where it may not); of an NBD export also -ENOENT (no such export),
+/// -ECONNREFUSED and others of connecting, -EACCES (TLS, or the server's policy), -EROFS (read-only,
+/// opened for writing), QBLK_EPROTO. Any thread. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qblk_open2(
     name: *const c_char,
@@ -58,10 +62,13 @@ fn open(name: &CStr, options: &Options, flags: u32, out: &mut *mut qblk) -> Resu
     Ok(())
 }
 
-/// Open the file or block device behind the descriptor `fd`, as qblk_open2() opens a name.
+/// Open the file or block device behind the descriptor `fd`, as qblk_open2() opens a name; or, if it
+/// is a connected socket, the export of the NBD server at its other end that the option "nbd.export"
+/// names.
 ///
 /// The library works on a duplicate; `fd` stays the caller's and may be closed at once. For
-/// QBLK_OPEN_RDWR it must be open for writing.
+/// QBLK_OPEN_RDWR a file must be open for writing. A socket is one connection, which can not be made
+/// again when it is lost.
 ///
 /// Returns as qblk_open2(); -EBADF if `fd` is none. Any thread. Since 0.1.
 #[unsafe(no_mangle)]

@@ -52,8 +52,9 @@ pub unsafe extern "C" fn qblk_server_new(out: *mut *mut qblk_server) -> c_int {
 /// Keys: "tls" ("off", "on", "required"), "tls-certificate", "tls-key", "tls-ca" (PEM files, or PEM text
 /// that begins with "-----BEGIN"), "tls-certificates" (a directory), "tls-verify-peer" ("on": clients
 /// need a certificate too), "max-connections", "max-connections-per-peer", "handshake-timeout",
-/// "idle-timeout" (seconds), "max-request", "max-in-flight", "max-memory", "threads". docs/options.md
-/// tells their meanings and what holds when they are not set.
+/// "idle-timeout" (seconds), "max-request", "max-in-flight", "max-in-flight-in-all", "max-memory",
+/// "max-memory-per-connection", "max-option", "threads". docs/options.md tells their meanings and what
+/// holds when they are not set.
 ///
 /// Returns 0; -EINVAL for a NULL, an unknown key, a value out of range, or too late. Any thread.
 /// Since 0.1.
@@ -181,7 +182,8 @@ pub unsafe extern "C" fn qblk_server_listen(srv: *mut qblk_server, uri: *const c
 ///
 /// The library works on a duplicate; `fd` stays the caller's. It is made non-blocking.
 ///
-/// Returns 0; -EBADF if `fd` is none. Any thread. Since 0.1.
+/// Returns 0; -EBADF if `fd` is none, and for a server that was stopped; -ENOTSOCK if it is no socket;
+/// -EINVAL if it does not listen; an error of the "tls-..." settings. Any thread. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qblk_server_listen_fd(srv: *mut qblk_server, fd: c_int) -> c_int {
     guard::call("qblk_server_listen_fd", || {
@@ -194,10 +196,11 @@ pub unsafe extern "C" fn qblk_server_listen_fd(srv: *mut qblk_server, fd: c_int)
 /// Serve one client on `fd`, a connected socket, in the background.
 ///
 /// The library works on a duplicate; the caller closes `fd`, or the client is not told when the
-/// server hangs up.
+/// server hangs up. It is made blocking.
 ///
-/// Returns 0; -EBADF if `fd` is none; -EAGAIN when a limit of connections is reached. Any thread.
-/// Since 0.1.
+/// Returns 0; -EBADF if `fd` is none, and for a server that was stopped; -ENOTSOCK if it is no socket;
+/// -EINVAL if it listens; -EAGAIN when a limit of connections is reached; an error of the "tls-..."
+/// settings. Any thread. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qblk_server_serve_fd(srv: *mut qblk_server, fd: c_int) -> c_int {
     guard::call("qblk_server_serve_fd", || {

@@ -118,6 +118,15 @@ impl Driver for Raw {
     fn map(&self, offset: u64, count: u64) -> Result<Run<'_>> {
         Ok(Run { len: count, place: Place::At { dev: &self.file, offset } })
     }
+    fn status(
+        &self,
+        context: &[u8],
+        offset: u64,
+        count: u64,
+        out: &mut Vec<(u64, u64)>,
+    ) -> Result<()> {
+        self.file.driver().status(context, offset, count, out)
+    }
     fn files(&self) -> Vec<Arc<Device>> {
         vec![self.file.clone()]
     }

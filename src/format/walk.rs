@@ -148,7 +148,7 @@ fn holes(
         let before = done;
         for e in &some[..n] {
             let mut e = *e;
-            e.host_offset = e.offset;
+            e.host_offset = if e.has(Extent::HOST) { e.offset } else { 0 };
             e.offset = e.offset - host + offset;
             e.length = e.length.min(found.len - done);
             done += e.length;
@@ -162,8 +162,9 @@ fn holes(
 }
 
 fn push_at_depth(mut e: Extent, depth: u32, out: &mut ExtentList<'_>) {
-    e.depth = depth;
-    if depth > 0 {
+    // A device may have images below of its own, as the server of an export does.
+    e.depth = e.depth.saturating_add(depth);
+    if e.depth > 0 {
         e.flags &= !Extent::ALLOCATED;
     }
     if e.has(Extent::ZERO) {

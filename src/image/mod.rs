@@ -368,6 +368,17 @@ impl Image {
         Ok(list.len())
     }
 
+    /// What a meta context of the NBD server behind the image says of a range: runs of so many bytes
+    /// with these flags, from `offset` on, perhaps not to its end.
+    pub fn block_status(&self, context: &[u8], offset: u64, count: u64) -> Result<Vec<(u64, u64)>> {
+        let call = self.data_call(offset, count)?;
+        let mut out = Vec::new();
+        if count > 0 {
+            call.top.driver().status(context, offset, count, &mut out)?;
+        }
+        Ok(out)
+    }
+
     /// [`Image::extents`] with [`Extent::OWNED`].
     pub(crate) fn extents_owned(
         &self,
@@ -428,11 +439,13 @@ impl Image {
             depth += 1;
             below = b.driver().backing();
         }
+        // Formats take any request; what holds their bytes may like some better.
+        let below = tree.files.first().map_or(caps, |file| file.caps());
         Ok(Info {
             size: dev.size(),
             allocated: dev.driver().allocated(),
-            max_transfer: 0,
-            request_alignment: caps.align.max(1),
+            max_transfer: below.max_transfer,
+            request_alignment: caps.align.max(below.align).max(1),
             optimal_io_size: caps.optimal_io,
             cluster_size: about.cluster_size,
             backing_depth: depth,
@@ -456,6 +469,10 @@ impl Image {
         let call = self.call()?;
         let mut all = vec![("filename", call.name.as_bytes().to_vec())];
         all.extend(call.top.driver().describe().properties);
+        // What holds the bytes of the image may have something to tell, too.
+        if let Some(file) = call.files.first() {
+            all.extend(file.driver().describe().properties);
+        }
         if key == "properties" {
             return Ok(Some(all.iter().map(|p| p.0).collect::<Vec<_>>().join("\n").into_bytes()));
         }

@@ -87,6 +87,10 @@ pub fn connect(
     cancel: Option<&Waker>,
 ) -> Result<OwnedFd> {
     let addresses = match address {
+        Address::Tcp { port: 0, .. } => {
+            let text = format!("{name}: port 0 is for listening only; a server has one above");
+            return Err(Error::invalid(text));
+        }
         Address::Tcp { host, port } => {
             let host = if host.is_empty() { "localhost" } else { host };
             resolve(host, *port, name)?.into_iter().map(SockAddr::ip).collect()

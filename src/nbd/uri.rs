@@ -329,7 +329,8 @@ fn is_host(text: &str) -> bool {
 
 fn tcp(text: &[u8]) -> Said<Address> {
     let (host, port) = host_and_port(text)?;
-    Ok(Address::Tcp { host, port: number(port, DEFAULT_PORT, 1, u16::MAX.into())? })
+    // Port 0 is for listening: any that is free.
+    Ok(Address::Tcp { host, port: number(port, DEFAULT_PORT, 0, u16::MAX.into())? })
 }
 
 fn vsock(text: &[u8]) -> Said<Address> {

@@ -30,7 +30,7 @@ fn a_file_that_is_not_there_or_no_file_is_told_apart() {
         let e = open_error(bad.as_ref(), &Options::new(), RO);
         assert_eq!(e.kind(), ErrorKind::Errno(libc::EINVAL), "{bad:?}: {e}");
     }
-    let e = open_error("nbd://localhost".as_ref(), &Options::new(), RO);
+    let e = open_error("plugin:x.so".as_ref(), &Options::new(), RO);
     assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
     // A FIFO that nobody writes to must not hang the open.
     let fifo = std::ffi::CString::new(dir.join("fifo").to_str().unwrap()).unwrap();

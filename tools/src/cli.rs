@@ -1,14 +1,15 @@
 //! The command line: what may be given, and the help that says so. No command does work here.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::units::{parse_byte, parse_nonzero_size, parse_size};
 
-/// Look into disk images, make them, copy, resize, read, write and measure them.
+/// Look into disk images, make them, copy, resize, read, write, measure and serve them.
 #[derive(Parser)]
 #[command(name = "qblk", version, disable_help_subcommand = true, after_help = AFTER)]
 pub struct Cli {
@@ -39,6 +40,10 @@ pub enum Command {
     Write(WriteArgs),
     /// Measure how fast an image is read or written
     Bench(BenchArgs),
+    /// Serve images by NBD, until a signal or the end of a command
+    Serve(Box<ServeArgs>),
+    /// List what an NBD server exports
+    List(ListArgs),
 }
 
 /// One `KEY=VALUE`. Keys are text; values are bytes, for they may be names of files.
@@ -56,6 +61,26 @@ fn setting() -> impl TypedValueParser<Value = Setting> {
         match std::str::from_utf8(&bytes[..at]) {
             Ok(key) => Ok(Setting { key: key.to_owned(), value: bytes[at + 1..].to_vec() }),
             Err(_) => Err("the key is not text"),
+        }
+    })
+}
+
+/// An image and the name it is to be exported under.
+#[derive(Clone, Debug)]
+pub struct Named {
+    pub name: Vec<u8>,
+    pub image: OsString,
+}
+
+fn named() -> impl TypedValueParser<Value = Named> {
+    OsStringValueParser::new().try_map(|text: OsString| {
+        let bytes = text.as_bytes();
+        match bytes.iter().position(|&b| b == b'=') {
+            Some(at) if at + 1 < bytes.len() => Ok(Named {
+                name: bytes[..at].to_vec(),
+                image: OsStr::from_bytes(&bytes[at + 1..]).to_owned(),
+            }),
+            _ => Err("expected NAME=IMAGE, as in disk=disk.qcow2"),
         }
     })
 }
@@ -164,7 +189,7 @@ pub struct MapArgs {
 pub struct CopyArgs {
     /// The image to copy
     pub source: OsString,
-    /// The image to make, or with --no-create to write into
+    /// The image to make, or with --no-create to write into; an NBD export is always written into
     pub target: OsString,
     /// Format of the source: qcow2 or raw [default: found by probing]
     #[arg(short, long, value_name = "FMT")]
@@ -378,6 +403,91 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
         Ok(seconds) if (0.001..=1e6).contains(&seconds) => Ok(seconds),
         _ => Err("expected seconds from 0.001 to 1000000".into()),
     }
+}
+
+#[derive(Args)]
+pub struct ServeArgs {
+    /// The images
+    #[arg(value_name = "IMAGE", required_unless_present = "exports")]
+    pub images: Vec<OsString>,
+    /// Serve IMAGE under NAME; may be given again
+    #[arg(short, long = "export", value_name = "NAME=IMAGE", value_parser = named())]
+    pub exports: Vec<Named>,
+    /// Name of the one image [default: any name leads to it; of several: their files' names]
+    #[arg(short, long, conflicts_with = "exports")]
+    pub name: Option<OsString>,
+    /// Tell clients that list the exports what the one image is
+    #[arg(long, value_name = "TEXT")]
+    pub description: Option<OsString>,
+    /// Do not let clients write
+    #[arg(short, long)]
+    pub read_only: bool,
+    /// Listen at URI [default: nbd://localhost]; may be given again
+    #[arg(short, long = "uri", value_name = "URI")]
+    pub uris: Vec<OsString>,
+    /// Listen at the Unix socket PATH; may be given again
+    #[arg(short = 'U', long, value_name = "PATH")]
+    pub unix: Vec<OsString>,
+    /// Encryption: off, on (clients may ask for it) or required
+    #[arg(long, value_name = "HOW")]
+    pub tls: Option<OsString>,
+    /// Certificate of the server, a PEM file
+    #[arg(long, value_name = "FILE")]
+    pub tls_certificate: Option<OsString>,
+    /// Its key, a PEM file
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Option<OsString>,
+    /// Authorities that sign clients' certificates, a PEM file
+    #[arg(long, value_name = "FILE")]
+    pub tls_ca: Option<OsString>,
+    /// A directory with all three: server-cert.pem, server-key.pem, ca-cert.pem
+    #[arg(long, value_name = "DIR")]
+    pub tls_certificates: Option<OsString>,
+    /// Whether clients need a certificate: on or off
+    #[arg(long, value_name = "ON")]
+    pub tls_verify_peer: Option<OsString>,
+    /// Another setting of the server, as in max-connections=10; may be given again
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = setting())]
+    pub settings: Vec<Setting>,
+    /// Run CMD with the URI in $uri, and stop when it ends
+    #[arg(long, value_name = "CMD")]
+    pub run: Option<OsString>,
+    /// When stopping, wait so long for requests that are under way
+    #[arg(long, value_name = "SECONDS", value_parser = parse_drain, default_value = "5")]
+    pub drain: Duration,
+    /// Put our process id into FILE once clients can come
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<OsString>,
+    /// At the end, say on standard error what was done
+    #[arg(long)]
+    pub stats: bool,
+    /// Say it on standard output, as JSON
+    #[arg(long, requires = "stats")]
+    pub json: bool,
+    /// Do not say what is served where
+    #[arg(short, long)]
+    pub quiet: bool,
+    #[command(flatten)]
+    pub open: OpenArgs,
+}
+
+fn parse_drain(text: &str) -> Result<Duration, String> {
+    match text.parse() {
+        Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => Err("expected seconds from 0 to 1000000".into()),
+    }
+}
+
+#[derive(Args)]
+pub struct ListArgs {
+    /// The server, as in nbd://localhost
+    pub uri: OsString,
+    /// Option for connecting, as in tls-ca=FILE; may be given again
+    #[arg(short, long = "option", value_name = "KEY=VALUE", value_parser = setting())]
+    pub options: Vec<Setting>,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[cfg(test)]

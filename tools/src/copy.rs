@@ -20,7 +20,7 @@ use serde_json::{Map, json};
 use crate::cli::CopyArgs;
 use crate::failure::{Failure, Result};
 use crate::json;
-use crate::open::{chain, file_id, flags, options, value, with_format};
+use crate::open::{chain, file_id, flags, is_nbd, options, value, with_format};
 use crate::signals;
 use crate::target::{self, HalfMade, backing_settings};
 use crate::units::{human, human_and_exact, percent, shown};
@@ -77,12 +77,18 @@ struct Cursor {
 
 pub fn run(args: &CopyArgs) -> Result<()> {
     signals::catch();
+    refuse_to_make_an_export(args)?;
     let source = open_source(args)?;
     let size = source.size()?;
     refuse_to_harm_the_source(args)?;
-    let format = args.target_format.clone().unwrap_or_else(|| source_format(&source));
-    let format = if args.no_create { args.target_format.clone() } else { Some(format) };
-    let half_made = match args.no_create {
+    let format = match (&args.target_format, is_nbd(&args.target)) {
+        (Some(format), _) => Some(format.clone()),
+        // What an export holds is a disk; probing would trust what is in it.
+        (None, true) => Some("raw".into()),
+        (None, false) if args.no_create => None,
+        (None, false) => Some(source_format(&source)),
+    };
+    let half_made = match is_there(args) {
         true => None,
         false => Some(make_target(args, format.as_deref().unwrap_or("raw"), size)?),
     };
@@ -117,18 +123,34 @@ fn source_format(source: &Image) -> String {
     source.info().map_or("raw", |info| info.format).to_owned()
 }
 
+/// The target is not made, only written to.
+fn is_there(args: &CopyArgs) -> bool {
+    args.no_create || is_nbd(&args.target)
+}
+
+/// An NBD export is made by its server, and so nothing can be said of how.
+fn refuse_to_make_an_export(args: &CopyArgs) -> Result<()> {
+    if is_nbd(&args.target) && args.backing.is_some() {
+        return Err(Failure::usage(format!(
+            "{}: an NBD export is written to as it is, so --backing makes no sense for it",
+            quoted(args.target.as_bytes())
+        )));
+    }
+    Ok(())
+}
+
 /// The target must not be the source, nor anything that the source stands on.
 fn refuse_to_harm_the_source(args: &CopyArgs) -> Result<()> {
-    let Some(id) = file_id(&args.target) else { return Ok(()) };
-    let same = |name: &OsStr| file_id(name) == Some(id);
-    if same(&args.source) {
+    let id = file_id(&args.target);
+    let same = |name: &OsStr| id.is_some() && file_id(name) == id;
+    if same(&args.source) || is_nbd(&args.target) && args.source == args.target {
         return Err(Failure::said(format!(
-            "{}: source and target are the same file",
+            "{}: source and target are the same",
             quoted(args.target.as_bytes())
         )));
     }
     // What an untrusted source names was not opened, and is not looked for.
-    if args.untrusted || args.no_backing {
+    if id.is_none() || args.untrusted || args.no_backing {
         return Ok(());
     }
     let settings = with_format(&args.source_option, args.format.as_deref());
@@ -158,7 +180,7 @@ fn copy_into_target(
     format: Option<&str>,
 ) -> Result<u64> {
     let mut how = Options::new();
-    if args.no_create {
+    if is_there(args) {
         how = options(&args.options);
     }
     if let Some(format) = format {
@@ -181,7 +203,7 @@ fn copy_into_target(
     }
     let info = target.info()?;
     let overlay = value(&args.options, "backing-file").is_some_and(|b| !b.is_empty());
-    let known = if args.no_create || (info.format == "raw" && info.driver != "file") {
+    let known = if is_there(args) || (info.format == "raw" && info.driver != "file") {
         // A block device is not made, only used.
         Target::Anything
     } else if args.backing.is_some() || overlay {
@@ -217,8 +239,9 @@ fn copy_into_target(
 }
 
 fn ended(args: &CopyArgs, signal: i32) -> Failure {
-    let left = file_id(&args.target).is_some()
-        && (args.no_create || std::fs::metadata(&args.target).is_ok_and(|m| !m.is_file()));
+    let left = is_nbd(&args.target)
+        || file_id(&args.target).is_some()
+            && (args.no_create || std::fs::metadata(&args.target).is_ok_and(|m| !m.is_file()));
     let text = left.then(|| format!("{} is only partly written", quoted(args.target.as_bytes())));
     Failure::Signal(signal, text)
 }

@@ -20,6 +20,8 @@ pub enum Failure {
     OutputGone,
     /// A signal asked us to end; there may be something to say about it.
     Signal(i32, Option<String>),
+    /// A command that we ran ended with this status, and has said why itself.
+    Command(u8),
 }
 
 /// The result of a command or a part of it.
@@ -46,7 +48,7 @@ impl Failure {
         match self {
             Self::Library(e) => Some(e.to_string()),
             Self::Said(text) | Self::Usage(text) => Some(text.clone()),
-            Self::OutputGone => None,
+            Self::OutputGone | Self::Command(_) => None,
             Self::Signal(signal, text) => {
                 let name = signals::name(*signal);
                 Some(text.as_ref().map_or(name.to_owned(), |text| format!("{name}: {text}")))
@@ -62,6 +64,7 @@ impl Failure {
             Self::Library(_) | Self::Said(_) => 1,
             Self::OutputGone => 0,
             Self::Signal(signal, _) => 128 + *signal as u8,
+            Self::Command(status) => *status,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! qblk(1): look into disk images, make them, copy, resize, read, write and measure them.
+//! qblk(1): look into disk images, make them, copy, resize, read, write, measure and serve them.
 //!
 //! Exit status: 0 done, 1 it failed, 2 it was called wrongly, 128 + N ended by signal N. Whatever is
 //! wrong is said on standard error, with the file's name, after "qblk: ".
@@ -11,10 +11,14 @@ mod failure;
 mod histogram;
 mod info;
 mod json;
+mod list;
 mod map;
 mod open;
+mod place;
 mod read;
 mod resize;
+mod runner;
+mod serve;
 mod signals;
 mod svg;
 mod tally;
@@ -47,6 +51,8 @@ fn main() -> ExitCode {
         Command::Read(args) => read::run(&args),
         Command::Write(args) => write::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Serve(args) => serve::run(&args),
+        Command::List(args) => list::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -6,6 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use qblk::block::quoted;
+use qblk::nbd::uri::Uri;
 use qblk::{Image, Info, OpenFlags, Options};
 
 use crate::cli::{OpenArgs, Setting};
@@ -76,10 +77,16 @@ fn below(settings: &[Setting]) -> Vec<Setting> {
     settings.iter().filter_map(strip).collect()
 }
 
+/// Whether a name of an image is that of an NBD export, which is somebody else's.
+pub fn is_nbd(name: &OsStr) -> bool {
+    let bytes = name.as_bytes();
+    Uri::is_one(bytes) || bytes.starts_with(b"nbd+exec:")
+}
+
 /// The path that a name of an image stands for, if it is one.
 pub fn path_of(name: &OsStr) -> Option<PathBuf> {
     let bytes = name.as_bytes();
-    if bytes.starts_with(b"mem:") {
+    if bytes.starts_with(b"mem:") || is_nbd(name) {
         return None;
     }
     Some(PathBuf::from(OsStr::from_bytes(bytes.strip_prefix(b"file:").unwrap_or(bytes))))

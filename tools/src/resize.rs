@@ -34,7 +34,10 @@ pub fn run(args: &ResizeArgs) -> Result<()> {
     if let Some(how) = &args.preallocation {
         options.set("preallocation", Some(how.as_bytes()));
     }
-    image.resize(new, &options, args.shrink)?;
+    image.resize(new, &options, args.shrink).map_err(|e| match e {
+        qblk::Error::NotSupported(what) => Failure::said(format!("{}: {what}", name())),
+        e => e.into(),
+    })?;
     image.flush()?;
     image.close()?;
     if args.told.json {

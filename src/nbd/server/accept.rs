@@ -59,6 +59,10 @@ pub fn begin(inner: &Arc<Inner>, fd: OwnedFd, peer: Peer) -> io::Result<()> {
     let name = shown(&peer, &fd);
     let (id, link) = {
         let mut state = inner.state.lock();
+        // Whoever stops the server has the lock later, and sees the connection, or had it before.
+        if inner.is_stopping() {
+            return Err(io::Error::other("the server is stopped"));
+        }
         let settings = inner.settings();
         let same = state.links.values().filter(|l| l.peer == peer).count();
         if state.links.len() >= settings.max_connections || same >= settings.max_per_peer {

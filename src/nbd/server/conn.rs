@@ -30,8 +30,6 @@ pub(super) const OUTPUT: usize = 256 << 10;
 /// Most data of one request that the pool has, bytes. Larger requests are done in pieces by the
 /// connection's own thread: what that costs is shared by all of the bytes.
 pub(super) const JOB: u64 = 2 << 20;
-/// Data of requests in the pool, of one connection, bytes.
-const BYTES: usize = 8 << 20;
 /// A payload of a refused request that is read and forgotten rather than hung up on, bytes.
 const SKIP: u64 = 256 << 20;
 
@@ -204,7 +202,7 @@ impl Conn {
             if self.has_left() || !self.done.lock().is_empty() {
                 let finished = {
                     let mut s = self.sending.lock();
-                    self.is_cut() || self.finish(&mut s, true).is_ok()
+                    self.finish(&mut s, true).is_ok()
                 };
                 if !finished || self.send_done(true).is_err() {
                     self.cut();
@@ -262,6 +260,8 @@ impl Own {
         self.flush()?;
         self.conn.await_pool(0);
         self.conn.send_done(true)?;
+        // The last replies of the pool may not have fitted the socket.
+        self.conn.finish(&mut self.conn.sending.lock(), true)?;
         self.conn.linger();
         Ok(())
     }
@@ -310,31 +310,39 @@ impl Own {
         {
             return Ok(true);
         }
-        let idle = self.conn.server.settings().idle_timeout;
-        // Large memory is not kept for a client that is silent.
-        if self.high.max(self.input.high()) > 128 << 10 && self.conn.in_pool.load(Relaxed) == 0 {
-            let quiet = std::time::Duration::from_secs(1);
-            if !self.input.is_ready(&self.conn.fd, quiet.min(idle.unwrap_or(quiet))) {
-                if self.len == 0 {
-                    self.out.release();
-                    self.high = 0;
-                }
-                self.input.release();
-            }
-        }
+        let quiet = Duration::from_secs(1);
+        let quiet = quiet.min(self.conn.server.settings().idle_timeout.unwrap_or(quiet));
         loop {
             let waits = self.conn.in_pool.load(SeqCst) > 0;
-            if self.conn.waker.get().is_some() && (waits || self.conn.has_left()) {
+            // Large memory is not kept for a client that is silent.
+            if !waits && self.high.max(self.input.high()) > 128 << 10 {
+                if self.conn.tls.is_none()
+                    && let Some(more) = self.input.receive_now(&self.conn.fd)?
+                {
+                    return Ok(more);
+                }
+                if !self.input.is_ready(&self.conn.fd, quiet) {
+                    if self.len == 0 {
+                        self.out.release();
+                        self.high = 0;
+                    }
+                    self.input.release();
+                }
+            }
+            if let Some(waker) = self.conn.waker.get()
+                && (waits || self.conn.has_left())
+            {
                 // Replies of the pool that the socket did not take are for this thread to finish.
-                let Some(waker) = self.conn.waker.get() else { continue };
-                if self.conn.has_left() {
+                // Nobody else looks again for a reply that came while `has_left` had the lock.
+                if self.conn.has_left() || !self.conn.done.lock().is_empty() {
                     let mut s = self.conn.sending.lock();
                     self.conn.finish(&mut s, true)?;
                     drop(s);
                     self.conn.send_done(true)?;
                     continue;
                 }
-                if !super::input::wait(Some(&self.conn.fd), waker, None) {
+                // When the pool is done nobody says so: a client that is idle then is one like others.
+                if !super::input::wait(Some(&self.conn.fd), waker, Some(quiet)) {
                     waker.reset();
                     continue;
                 }
@@ -363,7 +371,7 @@ impl Own {
             cmd::WRITE => self.write(r),
             cmd::BLOCK_STATUS if has_payload => self.status_of_some(r),
             cmd::BLOCK_STATUS if self.cached => match conn.status(r, None) {
-                Ok(out) => self.put_long(&out),
+                Ok(out) => self.put(&out),
                 Err(e) => self.fail(r, &e),
             },
             cmd::FLUSH if conn.export.read_only => self.ok(r),
@@ -380,19 +388,18 @@ impl Own {
         let ids: Vec<u32> = ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
         let ask = Request { length, ..*r };
         let known = ids.iter().all(|id| self.conn.contexts.iter().any(|c| *c as u32 == *id));
-        let status = match known && length > 0 && !ids.is_empty() {
+        let size = self.conn.export.with(|i| i.size()).unwrap_or(0);
+        let inside = length > 0 && r.offset.checked_add(length).is_some_and(|end| end <= size);
+        let status = match known && inside {
             true => self.conn.status(&ask, Some(&ids)),
-            false => Err(Error::invalid("contexts that were not negotiated, or nothing asked for")),
+            false => {
+                Err(Error::invalid("contexts that were not negotiated, or a range that is none"))
+            }
         };
         match status {
-            Ok(out) => self.put_long(&out),
+            Ok(out) => self.put(&out),
             Err(e) => self.fail(r, &e),
         }
-    }
-
-    /// As `put`, of bytes that may be more than the output has room for.
-    fn put_long(&mut self, bytes: &[u8]) -> Result<(), Cut> {
-        bytes.chunks(OUTPUT / 2).try_for_each(|piece| self.put(piece))
     }
 
     /// Whether a request means something: else an error and its text.
@@ -452,7 +459,9 @@ impl Own {
         match r.offset.checked_add(r.length) {
             Some(end) if end <= size => Ok(()),
             _ => {
-                let errno = if changes { libc::ENOSPC } else { libc::EINVAL };
+                // The specification counts a trim with the reads here.
+                let writes = matches!(r.kind, cmd::WRITE | cmd::WRITE_ZEROES);
+                let errno = if writes { libc::ENOSPC } else { libc::EINVAL };
                 let text = format!(
                     "{} bytes at offset {} leave the export, which has {size}",
                     r.length, r.offset
@@ -557,7 +566,8 @@ impl Own {
         }
         let room = |n: usize| {
             n < settings.max_in_flight
-                && conn.bytes.load(Relaxed) + budget <= BYTES
+                && conn.bytes.load(Relaxed) + budget <= settings.max_memory_each
+                && conn.server.in_pool.load(Relaxed) < settings.max_in_all
                 && conn.server.memory.load(Relaxed) + budget <= settings.max_memory
         };
         loop {
@@ -573,6 +583,7 @@ impl Own {
             }
         }
         conn.in_pool.fetch_add(1, SeqCst);
+        conn.server.in_pool.fetch_add(1, Relaxed);
         conn.bytes.fetch_add(budget, Relaxed);
         conn.server.memory.fetch_add(budget, Relaxed);
         conn.server.pool.submit(&conn, Job { request, payload, budget }, settings.threads);

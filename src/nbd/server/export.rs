@@ -3,10 +3,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
+use std::time::Duration;
 
 use super::super::proto::flag;
 use crate::block::{Can, Error, Result};
 use crate::image::{Image, Info, state};
+
+/// How often it is looked whether the last user has gone, 5 ms apart.
+const LETTING_GO: u32 = 100;
 
 /// A device under a name.
 pub struct Export {
@@ -58,6 +62,23 @@ impl Export {
         })
     }
 
+    /// Nobody is to use it any more: flush the device, and close this context of it.
+    pub(super) fn let_go(mut export: Arc<Self>) -> Result<()> {
+        // A thread of the pool may be about to let go, too.
+        for _ in 0..LETTING_GO {
+            export = match Arc::try_unwrap(export) {
+                // What is broken must not write: its metadata may be half changed.
+                Ok(e) if e.broken.load(Relaxed) => return Ok(()),
+                Ok(e) => return e.image.close(),
+                Err(shared) => shared,
+            };
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let text = "a request to the device does not end, and the device is left to it";
+        let name = format!("NBD export {}", crate::block::quoted(&export.name));
+        Err(Error::net(&name.into(), text, libc::ETIMEDOUT))
+    }
+
     /// Size in bytes and transmission flags, as of now.
     pub fn facts(&self) -> Result<(Info, u16)> {
         let info = self.with(Image::info)?;
@@ -83,5 +104,24 @@ impl Export {
 
     pub(super) fn running_ended(&self) {
         self.running.fetch_sub(1, Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{OpenFlags, Options};
+
+    #[test]
+    fn a_panic_ends_its_request_and_nothing_else() {
+        let image = Image::open("mem:1M".as_ref(), &Options::new(), OpenFlags::RDWR).unwrap();
+        let broken = Arc::new(AtomicBool::new(false));
+        let export = Export::new(b"x".to_vec(), Vec::new(), image, broken.clone(), false).unwrap();
+        assert_eq!(export.with(Image::size).unwrap(), 1 << 20);
+        let panicked = export.with(|_| -> Result<()> { panic!("on purpose") });
+        assert!(matches!(panicked, Err(Error::Internal(_))), "{panicked:?}");
+        // What it left behind is not to be trusted, by the handles of the device neither.
+        assert!(broken.load(Relaxed) && export.with(Image::size).is_err());
+        Export::let_go(Arc::new(export)).unwrap();
     }
 }

@@ -16,9 +16,7 @@ use crate::log::{Level, log};
 use crate::nbd::net::Stream;
 use crate::nbd::proto::*;
 
-/// Longest payload of an option, bytes.
-const MAX_PAYLOAD: u32 = 64 << 10;
-/// A longer one is read and forgotten up to this many bytes.
+/// A longer payload than is allowed is read and forgotten up to this many bytes.
 const MAX_SKIP: u32 = 1 << 20;
 /// Options of one client.
 const MAX_OPTIONS: usize = 256;
@@ -96,13 +94,14 @@ impl Talk<'_> {
             let text = format!("option {option} without fixed newstyle");
             return Err(Error::proto(self.stream.peer(), text));
         }
-        if length > MAX_PAYLOAD {
+        let most = self.server.settings().max_option;
+        if length > most {
             if length > MAX_SKIP || option == opt::EXPORT_NAME {
-                let text = format!("option {option} with {length} bytes, {MAX_PAYLOAD} at most");
+                let text = format!("option {option} with {length} bytes, {most} at most");
                 return Err(Error::proto(self.stream.peer(), text));
             }
             self.stream.skip(length.into())?;
-            let text = format!("{length} bytes, {MAX_PAYLOAD} at most");
+            let text = format!("{length} bytes, {most} at most");
             return self.refuse(option, rep::ERR_TOO_BIG, &text);
         }
         let must_tls = self.must_tls();

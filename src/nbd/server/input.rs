@@ -94,11 +94,24 @@ impl Input {
         }
     }
 
+    /// Receive what there is without waiting; `None` if there is nothing. For plain sockets.
+    pub fn receive_now(&mut self, fd: &OwnedFd) -> Result<Option<bool>, Cut> {
+        self.make_room();
+        let n = match recv(fd, &mut self.memory[self.end..], libc::MSG_DONTWAIT) {
+            Ok(n) => n,
+            Err(Cut::Idle) => return Ok(None),
+            Err(e) => return Err(e),
+        };
+        self.end += n;
+        self.high = self.high.max(self.end);
+        Ok(Some(n > 0))
+    }
+
     /// Receive what there is, waiting for at least one byte; `false` at the end. There must be room.
     pub fn receive(&mut self, fd: &OwnedFd, tls: Option<&Session>) -> Result<bool, Cut> {
         self.make_room();
         let n = match tls {
-            None => recv(fd, &mut self.memory[self.end..])?,
+            None => recv(fd, &mut self.memory[self.end..], 0)?,
             Some(tls) => self.receive_sealed(fd, tls)?,
         };
         self.end += n;
@@ -117,7 +130,7 @@ impl Input {
             if self.cipher.is_empty() {
                 self.cipher.resize(CIPHER, 0);
             }
-            let n = recv(fd, &mut self.cipher)?;
+            let n = recv(fd, &mut self.cipher, 0)?;
             if n == 0 {
                 return Ok(0);
             }
@@ -136,13 +149,13 @@ fn ready(fd: &OwnedFd, time: Duration) -> bool {
 /// Receive and forget something, if it comes before `time` has passed; whether more may come.
 pub fn discard(fd: &OwnedFd, time: Duration) -> bool {
     let mut some = [0; 4096];
-    ready(fd, time) && recv(fd, &mut some).is_ok_and(|n| n > 0)
+    ready(fd, time) && recv(fd, &mut some, 0).is_ok_and(|n| n > 0)
 }
 
-fn recv(fd: &OwnedFd, into: &mut [u8]) -> Result<usize, Cut> {
+fn recv(fd: &OwnedFd, into: &mut [u8], flags: i32) -> Result<usize, Cut> {
     loop {
         // SAFETY: the memory is ours and has that many bytes.
-        let n = unsafe { libc::recv(fd.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), 0) };
+        let n = unsafe { libc::recv(fd.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), flags) };
         match n {
             0.. => return Ok(n as usize),
             _ => match errno() {

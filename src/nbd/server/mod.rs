@@ -60,7 +60,9 @@ pub struct Inner {
     settings: OnceLock<(Settings, Option<ServerTls>)>,
     stopping: AtomicBool,
     pool: Arc<Pool>,
-    /// Bytes of requests in the pool.
+    /// Requests in the pool, of all connections.
+    in_pool: AtomicUsize,
+    /// Bytes that these count for.
     memory: AtomicUsize,
     stats: Stats,
     /// Wakes the accepting thread.
@@ -130,6 +132,7 @@ impl Server {
             settings: OnceLock::new(),
             stopping: AtomicBool::new(false),
             pool: Arc::default(),
+            in_pool: AtomicUsize::new(0),
             memory: AtomicUsize::new(0),
             stats: Stats::default(),
             waker: Waker::new()?,
@@ -199,8 +202,7 @@ impl Server {
             self.0.changed.wait_for(&mut state, Duration::from_millis(100));
         }
         drop(state);
-        // Nothing that was acknowledged is to be left in memory only.
-        if export.read_only { Ok(()) } else { export.with(|i| i.flush()) }
+        Export::let_go(export)
     }
 
     /// Listen at a URI, from now on.
@@ -322,7 +324,7 @@ impl Server {
             let pause = Duration::from_millis(50).min(end.saturating_duration_since(now));
             inner.changed.wait_for(&mut state, pause.max(Duration::from_millis(5)));
         }
-        let exports: Vec<_> = state.exports.values().cloned().collect();
+        let exports = std::mem::take(&mut state.exports);
         let mut threads: Vec<_> = std::mem::take(&mut state.threads).into_iter().collect();
         threads.retain(|(id, _)| !state.links.contains_key(id));
         let acceptor = state.acceptor.take().filter(|_| !state.accepting);
@@ -330,8 +332,8 @@ impl Server {
         threads.into_iter().map(|t| t.1).chain(acceptor).for_each(join);
         inner.pool.end(!hung);
         let mut result = Ok(());
-        for export in exports.iter().filter(|e| !e.read_only) {
-            result = result.and(export.with(|i| i.flush()));
+        for export in exports.into_values() {
+            result = result.and(Export::let_go(export));
         }
         inner.state.lock().stopped = true;
         inner.changed.notify_all();

@@ -30,7 +30,6 @@ struct State {
     /// Connections that have jobs, each with its jobs, in the order of their turns.
     ready: VecDeque<(Arc<Conn>, VecDeque<Job>)>,
     threads: usize,
-    idle: usize,
     /// No more jobs will come.
     ended: bool,
     handles: Vec<JoinHandle<()>>,
@@ -44,10 +43,8 @@ impl Pool {
             Some((_, jobs)) => jobs.push_back(job),
             None => state.ready.push_back((conn.clone(), VecDeque::from([job]))),
         }
-        if state.idle > 0 {
-            drop(state);
-            self.work.notify_one();
-        } else if state.threads < most {
+        // A thread that was woken already, for another job, does not count: that one may take long.
+        if !self.work.notify_one() && state.threads < most {
             state.threads += 1;
             drop(state);
             let pool = self.clone();
@@ -95,7 +92,7 @@ impl Pool {
                 conn.export.running_ended();
                 // Jobs of an export that had its share may go on now.
                 state = self.state.lock();
-                if state.idle > 0 && !state.ready.is_empty() {
+                if !state.ready.is_empty() {
                     self.work.notify_one();
                 }
                 continue;
@@ -104,9 +101,7 @@ impl Pool {
                 state.threads -= 1;
                 return;
             }
-            state.idle += 1;
             let timed_out = self.work.wait_for(&mut state, PATIENCE).timed_out();
-            state.idle -= 1;
             if timed_out && state.ready.is_empty() {
                 state.threads -= 1;
                 return;

@@ -45,9 +45,7 @@ pub fn error_text(out: &mut Vec<u8>, mode: Mode, to: &Request, errno: i32, text:
 /// The error number that a failure is to a client.
 fn errno(kind: u16, e: &Error) -> i32 {
     match e {
-        Error::Range { .. } if matches!(kind, cmd::WRITE | cmd::WRITE_ZEROES | cmd::TRIM) => {
-            libc::ENOSPC
-        }
+        Error::Range { .. } if matches!(kind, cmd::WRITE | cmd::WRITE_ZEROES) => libc::ENOSPC,
         e => match e.kind() {
             ErrorKind::Errno(e) => e,
             ErrorKind::Policy | ErrorKind::NeedKey | ErrorKind::BadKey => libc::EPERM,

@@ -125,6 +125,7 @@ impl Conn {
         self.done.lock().push_back(reply);
         if self.send_done(false).is_err() {
             self.cut();
+            self.wake();
         }
     }
 
@@ -133,7 +134,7 @@ impl Conn {
         // Who adds to `done` while another sends relies on that one to look again.
         while !self.done.lock().is_empty() {
             let Some(mut s) = self.sending.try_lock() else { return Ok(()) };
-            if s.middle {
+            if s.middle && !self.is_cut() {
                 return Ok(());
             }
             if !self.finish(&mut s, wait)? {
@@ -165,6 +166,10 @@ impl Conn {
 
     /// Send what was left; whether it is gone.
     pub(super) fn finish(&self, s: &mut Sending, wait: bool) -> Result<bool, Cut> {
+        if self.is_cut() {
+            // Nobody takes it any more, nor the end of a reply that was begun.
+            *s = Sending::default();
+        }
         while s.taken < s.left.len() {
             match self.write_some(&[IoSlice::new(&s.left[s.taken..])], wait, false)? {
                 Some(n) => s.taken += n,
@@ -277,6 +282,7 @@ impl Conn {
     /// Count a request of the pool as over.
     fn release(&self, budget: usize) {
         self.server.memory.fetch_sub(budget, Relaxed);
+        self.server.in_pool.fetch_sub(1, Relaxed);
         self.bytes.fetch_sub(budget, Relaxed);
         self.in_pool.fetch_sub(1, SeqCst);
         if self.waiting.load(SeqCst) {

@@ -38,8 +38,14 @@ pub struct Settings {
     pub max_request: u32,
     /// `max-in-flight`: requests of one connection that wait for a disk or a peer.
     pub max_in_flight: usize,
+    /// `max-in-flight-in-all`: such requests of all connections together.
+    pub max_in_all: usize,
     /// `max-memory`: bytes of data of such requests, of all connections together.
     pub max_memory: usize,
+    /// `max-memory-per-connection`: the same, of one connection.
+    pub max_memory_each: usize,
+    /// `max-option`: bytes of payload of an option during negotiation.
+    pub max_option: u32,
     /// `threads`: for what has to wait, shared by all connections.
     pub threads: usize,
 }
@@ -55,7 +61,10 @@ impl Default for Settings {
             idle_timeout: None,
             max_request: 32 << 20,
             max_in_flight: 64,
+            max_in_all: 1024,
             max_memory: 64 << 20,
+            max_memory_each: 8 << 20,
+            max_option: 64 << 10,
             threads: 16,
         }
     }
@@ -75,7 +84,10 @@ const KEYS: &[(&str, &str)] = &[
     ("idle-timeout", "seconds up to 31536000; 0 = none"),
     ("max-request", "a size from 64k to 64M"),
     ("max-in-flight", "a number from 1 to 4096"),
+    ("max-in-flight-in-all", "a number from 1 to 65536"),
     ("max-memory", "a size from 1M to 64G"),
+    ("max-memory-per-connection", "a size from 64k to 4G"),
+    ("max-option", "a size from 8k to 1M"),
     ("threads", "a number from 1 to 256"),
 ];
 
@@ -147,6 +159,9 @@ impl Settings {
             }
             "max-request" => self.max_request = size(64 << 10, 64 << 20)? as u32,
             "max-in-flight" => self.max_in_flight = number(4096)?,
+            "max-in-flight-in-all" => self.max_in_all = number(65536)?,
+            "max-memory-per-connection" => self.max_memory_each = size(64 << 10, 4 << 30)?,
+            "max-option" => self.max_option = size(8 << 10, 1 << 20)? as u32,
             "max-memory" => self.max_memory = size(1 << 20, 64 << 30)?,
             "threads" => self.threads = number(256)?,
             _ => return None,

@@ -6,6 +6,8 @@ use crate::nbd::proto::{Mode, Request, alloc, chunk, chunk_header, cmd_flag};
 
 /// Most descriptors in a reply, of each context.
 const DESCRIPTORS: usize = 4096;
+// A reply goes into the output whole: pieces would let one of the pool come between.
+const _: () = assert!(2 * (32 + 8 + 16 * DESCRIPTORS) <= super::conn::OUTPUT);
 /// Extents that are looked up at a time.
 const EXTENTS: usize = 64;
 /// Bytes of the disk that are looked at for one reply, though all of them be alike: tables have to be

@@ -15,17 +15,16 @@ fn every_option_key_is_in_options_md() {
     let keys: Vec<_> = table.split("(\"").skip(1).filter_map(|s| s.split('"').next()).collect();
     assert!(keys.len() >= 26, "{keys:?}");
     for key in keys {
-        assert!(
-            text.contains(&format!("| `{key}`")) || text.contains(&format!(", `{key}` †")),
-            "{key}"
-        );
+        // In the first column of a table, perhaps with others.
+        let column = |line: &str| line.split('|').nth(1).map(str::to_owned).unwrap_or_default();
+        assert!(text.lines().any(|line| column(line).contains(&format!("`{key}`"))), "{key}");
     }
 }
 
 #[test]
 fn every_flag_is_in_the_man_page() {
     let (dir, page) = (Dir::new(), file("docs/qblk.1"));
-    for command in ["info", "create", "map", "copy", "resize", "read", "write", "bench"] {
+    for command in crate::usage::COMMANDS {
         let section = page.split(&format!(".Ss qblk {command}\n")).nth(1).expect(command);
         let section = section.split("\n.Ss qblk ").next().unwrap();
         let general = page.split(".Ss Opening an image").nth(1).unwrap();
@@ -41,7 +40,7 @@ fn every_flag_is_in_the_man_page() {
             assert!(listed(section) || listed(general) || listed(shared), "{command} -{name}");
             seen += 1;
         }
-        assert!(seen > 5, "{help}");
+        assert!(seen > 2, "{help}");
     }
 }
 

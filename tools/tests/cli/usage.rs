@@ -3,7 +3,8 @@ use std::process::Stdio;
 
 use crate::support::*;
 
-const COMMANDS: [&str; 8] = ["info", "create", "map", "copy", "resize", "read", "write", "bench"];
+pub const COMMANDS: [&str; 10] =
+    ["info", "create", "map", "copy", "resize", "read", "write", "bench", "serve", "list"];
 
 #[test]
 fn help_and_version_are_answers() {
