@@ -151,7 +151,10 @@ impl Driver for Luks {
             return Err(Error::invalid("preallocation=metadata: a LUKS image has no metadata"));
         }
         let old = self.size.load(Acquire);
-        if size >= old {
+        if size == old {
+            return Ok(());
+        }
+        if size > old {
             // All of it is written, so it is allocated whatever was asked for.
             return self.grow(old, size);
         }
