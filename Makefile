@@ -3,7 +3,8 @@
 #   make demo             build, then run a C program that uses a disk image through the library
 #   make check            all tests; installs what they need that is missing
 #   make                  the library (build/) and the tool qblk
-#   make install          to PREFIX (/usr/local), below DESTDIR; LIBDIR, INCLUDEDIR, BINDIR, MANDIR
+#   make install          to PREFIX (/usr/local), below DESTDIR; LIBDIR, INCLUDEDIR, BINDIR, MANDIR,
+#                         PLUGINDIR (LIBDIR/qblk)
 #   make uninstall        the same paths
 #   make header           write include/qblk.h anew from src/capi/
 #   make bench            measure, beside the peers
@@ -41,19 +42,24 @@ NATIVE_LIBS := -lgcc_s -lutil -lrt -lpthread -lm -ldl -lc
 # The C driver adds libgcc_s or libgcc_eh itself; naming -lgcc_s here breaks `cc -static`.
 LIBS_PRIVATE := -lutil -lrt -lpthread -ldl -lm
 
+# The lock manager that ships.
+LEASE   := libqblk-lockmgr-lease.so
+PLUGINDIR ?= $(LIBDIR)/qblk
+
 SOURCES := $(shell find src -name '*.rs') Cargo.toml $(wildcard Cargo.lock) build.rs
 TOOL_SOURCES := $(shell find tools -name '*.rs' -o -name Cargo.toml)
 CAPI := $(wildcard src/capi/*.rs)
 MAN1 := $(wildcard docs/*.1)
 MAN3 := $(wildcard docs/*.3)
 
-.PHONY: all lib tool demo check check-deps check-rust check-capi check-header header bench lint fuzz \
+.PHONY: all lib tool lockmgr demo check check-deps check-rust check-capi check-header header bench lint fuzz \
         stage install uninstall clean
 .DELETE_ON_ERROR:
 
-all: lib tool
+all: lib tool lockmgr
 lib: $(OUT)/$(REAL) $(OUT)/libqblk.a
 tool: $(TOOL)
+lockmgr: $(OUT)/$(LEASE)
 
 # In recipes and not as prerequisites: `sudo make install` needs none of them once all is built.
 NEED_CARGO = @command -v $(CARGO) >/dev/null || { echo "Rust is missing: install it with rustup, or as root: apt-get install cargo (1.88 or later)."; exit 1; }
@@ -93,6 +99,12 @@ $(OUT)/$(REAL): $(OUT)/qblk.o qblk.map
 	    -Wl,-O1 -Wl,--build-id=sha1 $(LDFLAGS) $(NATIVE_LIBS)
 	ln -sf $(REAL) $(OUT)/$(SONAME)
 	ln -sf $(SONAME) $(OUT)/libqblk.so
+
+$(OUT)/$(LEASE): $(wildcard lockmgr-lease/*.[ch]) include/qblk-lockmgr.h
+	$(NEED_CC)
+	@mkdir -p $(OUT)
+	$(CC) -std=c11 -O2 -Wall -Wextra -Wpedantic -Werror -shared -fPIC -fvisibility=hidden $(CFLAGS) \
+	    -o $@ $(filter %.c,$^) -Wl,-z,relro,-z,now,-z,noexecstack,-z,defs $(LDFLAGS)
 
 # Installs the pinned version where it is missing.
 CBINDGEN_RUN := CBINDGEN='$(CBINDGEN)' CARGO='$(CARGO)' sh capi-tests/cbindgen.sh $(CBINDGEN_VERSION)
@@ -151,8 +163,9 @@ fuzz:
 # The .pc file is written here and not in `all`: only now are the paths known.
 install: all
 	$(INSTALL) -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR) $(DESTDIR)$(BINDIR) \
-	    $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man3
-	$(INSTALL) -m 644 include/qblk.h $(DESTDIR)$(INCLUDEDIR)/
+	    $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man3 $(DESTDIR)$(PLUGINDIR)
+	$(INSTALL) -m 644 include/qblk.h include/qblk-lockmgr.h $(DESTDIR)$(INCLUDEDIR)/
+	$(INSTALL) -m 755 $(OUT)/$(LEASE) $(DESTDIR)$(PLUGINDIR)/
 	$(INSTALL) -m 755 $(OUT)/$(REAL) $(DESTDIR)$(LIBDIR)/
 	ln -sf $(REAL) $(DESTDIR)$(LIBDIR)/$(SONAME)
 	ln -sf $(SONAME) $(DESTDIR)$(LIBDIR)/libqblk.so
@@ -167,7 +180,8 @@ install: all
 uninstall:
 	rm -f $(DESTDIR)$(INCLUDEDIR)/qblk.h $(DESTDIR)$(LIBDIR)/pkgconfig/qblk.pc $(DESTDIR)$(BINDIR)/qblk \
 	    $(DESTDIR)$(LIBDIR)/$(REAL) $(DESTDIR)$(LIBDIR)/$(SONAME) $(DESTDIR)$(LIBDIR)/libqblk.so \
-	    $(DESTDIR)$(LIBDIR)/libqblk.a
+	    $(DESTDIR)$(LIBDIR)/libqblk.a $(DESTDIR)$(INCLUDEDIR)/qblk-lockmgr.h $(DESTDIR)$(PLUGINDIR)/$(LEASE)
+	-rmdir $(DESTDIR)$(PLUGINDIR) 2>/dev/null
 	for page in $(notdir $(MAN1)); do rm -f $(DESTDIR)$(MANDIR)/man1/$$page; done
 	for page in $(notdir $(MAN3)); do rm -f $(DESTDIR)$(MANDIR)/man3/$$page; done
 

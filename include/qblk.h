@@ -109,7 +109,7 @@ extern "C" {
 #define QBLK_OPEN_UNTRUSTED 8
 
 /**
- * qblk_open(): take no part in locking beyond what a cautious reader needs. Read-only opens only.
+ * qblk_open(): read whatever others do meanwhile; what is read may change. Read-only opens only.
  */
 #define QBLK_OPEN_SHARED 16
 
@@ -179,7 +179,7 @@ extern "C" {
 #define QBLK_STATE_PROBED 64
 
 /**
- * qblk_info.state: it is locked.
+ * qblk_info.state: it is locked, by this handle or (QBLK_OPEN_INFO_ONLY) by anybody.
  */
 #define QBLK_STATE_LOCKED 128
 
@@ -373,6 +373,12 @@ extern "C" {
 
 #define QBLK_HAVE_NBD_LIST 1
 
+#define QBLK_HAVE_LOCK_MANAGER_LOAD 1
+
+#define QBLK_HAVE_OPTIONS_SET_LOCK_MANAGER 1
+
+#define QBLK_HAVE_LOCK_MANAGER_FREE 1
+
 #define QBLK_HAVE_BLOCK_STATUS 1
 
 /**
@@ -382,6 +388,12 @@ extern "C" {
  * qblk_close() must be the last call on it.
  */
 typedef struct qblk qblk;
+
+/**
+ * A lock manager that was loaded: a shared object that decides who may have an image open. What one
+ * has to be is told in qblk-lockmgr.h.
+ */
+typedef struct qblk_lock_manager qblk_lock_manager;
 
 /**
  * key=value settings for a call. docs/options.md lists the keys.
@@ -1081,6 +1093,40 @@ int64_t qblk_nbd_list(const char *uri,
                       const struct qblk_options *options,
                       qblk_nbd_list_fn fn,
                       void *opaque);
+
+/**
+ * Load the lock manager `path`, a shared object, for qblk_options_set_lock_manager().
+ *
+ * `path` is as for dlopen(). The keys and values of `options` (NULL: none) are the manager's, for all
+ * leases that it gives. (A manager can also be named at open, by the options "lock-manager" and
+ * "lock-manager.KEY", or for the whole site by the environment: QBLK_LOCK_MANAGER.)
+ *
+ * Returns 0 and the manager in `*out`, to be freed with qblk_lock_manager_free(). On failure `*out`
+ * is NULL: -EINVAL for a NULL or an empty path, -ENOENT, -ELIBACC if it cannot be loaded,
+ * -ELIBBAD if it lacks a function that every lock manager has. Any thread. Since 0.1.
+ */
+int qblk_lock_manager_load(const char *path,
+                           const struct qblk_options *options,
+                           struct qblk_lock_manager **out);
+
+/**
+ * Use `mgr` for what is opened or created with these options; NULL: none, not even the site's.
+ *
+ * The options "lock-owner", "lock-owner-uuid" and "lock-wait" say for whom, and how long to wait. The
+ * manager must not be freed before the last open (or reopen) with these options; what is open then
+ * keeps it.
+ *
+ * Returns 0; -EINVAL if `o` is NULL. Any thread. Since 0.1.
+ */
+int qblk_options_set_lock_manager(struct qblk_options *o,
+                                  struct qblk_lock_manager *mgr);
+
+/**
+ * Free a lock manager; NULL does nothing. Devices that it has leased keep it until they are closed.
+ *
+ * Cannot fail. Any thread, also in a child of fork, as the last call on it. Since 0.1.
+ */
+void qblk_lock_manager_free(struct qblk_lock_manager *mgr);
 
 QBLK_STATIC_ASSERT(sizeof(qblk_info) == QBLK_INFO_SIZE, "qblk_info is 256 bytes, for ever");
 QBLK_STATIC_ASSERT(offsetof(qblk_info, size) == 0, "fields do not move");

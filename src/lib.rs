@@ -16,6 +16,7 @@ pub mod crypto;
 pub mod file;
 pub mod format;
 pub mod image;
+pub mod lockmgr;
 pub mod log;
 pub mod nbd;
 

@@ -273,7 +273,7 @@ fn every_state_that_a_power_cut_can_leave_is_sound_and_holds_what_was_flushed() 
             refcount_order: if v3 { r.below(7) as u32 } else { 4 },
             lazy: false,
             zstd: false,
-            encrypt: (r.below(4) == 0).then(locking),
+            encrypt: (r.below(8) == 0).then(locking),
             backing: None,
             prealloc: Prealloc::Off,
         };

@@ -9,6 +9,7 @@
 mod contenders;
 mod images;
 mod load;
+mod locking;
 mod machine;
 mod nbd;
 mod oracle;

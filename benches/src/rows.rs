@@ -80,6 +80,12 @@ pub const ROWS: &[Spec] = &[
         build: open_chain,
     },
     Spec {
+        id: "lock",
+        title: "what locks add to opening a file",
+        needs: &[(Empty, Tmpfs)],
+        build: lock_one,
+    },
+    Spec {
         id: "chain-bottom",
         title: "4 KiB random read, chain of 8, data below",
         needs: &[(Bottom, Tmpfs)],
@@ -409,6 +415,9 @@ fn open_one<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     let limit = move || process::visits(plan, images.size, &|buf, at| Plain::visit(&path, buf, at));
     row.contenders.push(Contender { who: Who::Limit, run: Box::new(limit) });
     Ok(row)
+}
+fn lock_one<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    Ok(crate::locking::row(plan, images.path(Empty, Tmpfs)))
 }
 fn open_chain<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     Ok(visits(images, plan, Bottom, 100.0))

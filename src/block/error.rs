@@ -79,6 +79,16 @@ pub enum Error {
         /// By whom, how.
         what: String,
     },
+    /// A lock manager failed, or cannot be loaded.
+    #[error("lock manager {name}: {what}: {}", errno_text(*errno))]
+    Manager {
+        /// By which it is loaded.
+        name: Name,
+        /// What was being done, or what is wrong with it.
+        what: String,
+        /// The number that says so, positive.
+        errno: i32,
+    },
     /// An NBD peer broke the protocol.
     #[error("{peer}: the peer broke the NBD protocol: {what}")]
     Proto {
@@ -219,9 +229,10 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         use ErrorKind as K;
         match self {
-            Self::Os { errno, .. } | Self::Io { errno, .. } | Self::Net { errno, .. } => {
-                K::Errno(*errno)
-            }
+            Self::Os { errno, .. }
+            | Self::Io { errno, .. }
+            | Self::Net { errno, .. }
+            | Self::Manager { errno, .. } => K::Errno(*errno),
             Self::Invalid(_) | Self::Range { .. } => K::Errno(libc::EINVAL),
             Self::ReadOnly(_) => K::Errno(libc::EROFS),
             Self::NotSupported(_) => K::Errno(libc::ENOTSUP),

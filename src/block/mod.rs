@@ -6,6 +6,7 @@
 mod device;
 mod error;
 mod extent;
+mod fence;
 mod inflight;
 mod iov;
 mod name;
@@ -17,6 +18,7 @@ use std::sync::Arc;
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
+pub use fence::Fence;
 pub use inflight::{Guard, InFlight, Own};
 pub use iov::{Dst, FromMem, Iov, OneIov, Src, ToMem, ZEROES, zero_iovecs};
 pub use name::{Name, quoted};

@@ -36,6 +36,8 @@ mod images;
 pub use images::*;
 mod server;
 pub use server::*;
+mod lockmgr;
+pub use lockmgr::*;
 mod have;
 pub use have::*;
 
@@ -68,7 +70,7 @@ pub const QBLK_OPEN_INFO_ONLY: u32 = 4;
 /// qblk_open(): the image is hostile. The option "format" must be given, nothing that the image
 /// names is opened, limits are tight.
 pub const QBLK_OPEN_UNTRUSTED: u32 = 8;
-/// qblk_open(): take no part in locking beyond what a cautious reader needs. Read-only opens only.
+/// qblk_open(): read whatever others do meanwhile; what is read may change. Read-only opens only.
 pub const QBLK_OPEN_SHARED: u32 = 16;
 /// qblk_open(): no locks at all.
 pub const QBLK_OPEN_NO_LOCK: u32 = 32;
@@ -99,7 +101,7 @@ pub const QBLK_STATE_HAS_BACKING: u32 = 16;
 pub const QBLK_STATE_HAS_DATA_FILE: u32 = 32;
 /// qblk_info.state: the format was found by probing.
 pub const QBLK_STATE_PROBED: u32 = 64;
-/// qblk_info.state: it is locked.
+/// qblk_info.state: it is locked, by this handle or (QBLK_OPEN_INFO_ONLY) by anybody.
 pub const QBLK_STATE_LOCKED: u32 = 128;
 /// qblk_info.state: the medium turns.
 pub const QBLK_STATE_ROTATIONAL: u32 = 256;

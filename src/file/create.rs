@@ -4,22 +4,19 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use super::lock::{self, FileLock, Locking, Policy};
 use super::{How, Source, check_type, checked, open_path, os, os_io, sys};
 use crate::block::{Driver, Error, Name, Result};
 
-/// The permissions whose use QEMU and its like lock: byte 100 + n says that somebody uses it, byte
-/// 200 + n that somebody wants nobody else to.
-const PERMISSIONS: [&str; 4] = ["consistent read", "write", "write unchanged", "resize"];
-const USED: u64 = 100;
-const UNSHARED: u64 = 200;
 /// As many as the kernel follows.
 const MAX_SYMLINKS: usize = 40;
 
 /// A file that is being made. Unless [`Creating::keep`] is called, dropping it removes the file
 /// (or, if it was there before, leaves it empty; a block device is left as it is).
 pub struct Creating {
-    file: File,
+    file: Arc<File>,
     name: Name,
     /// Where the file is to be removed from, if it is new.
     made: Option<PathBuf>,
@@ -27,6 +24,8 @@ pub struct Creating {
     kept: bool,
     /// A forked child must not undo what its parent is doing.
     process: u32,
+    /// Held until the file is as it should be, or is gone.
+    lock: Option<FileLock>,
 }
 
 /// Make the file `name`, empty, or open the block device of that name. Symbolic links are followed.
@@ -35,10 +34,20 @@ pub struct Creating {
 /// [`Error::Locked`] if somebody uses the file, which is then as it was; as for
 /// [`open`](super::open) if it is neither a file nor a block device.
 pub fn create(name: &Name, exclusive: bool) -> Result<Creating> {
+    create_locked(name, exclusive, Locking { policy: Policy::Auto, ..Locking::OFF })
+}
+
+/// [`create`], with a lock as `how` says. Even without one, a file that is in use is not overwritten.
+pub(crate) fn create_locked(name: &Name, exclusive: bool, how: Locking) -> Result<Creating> {
     let mut creating = make(name, exclusive)?;
+    let lock = lock::creating(&creating.file, name, how);
+    if matches!(lock, Err(Error::Locked { .. })) && creating.made.is_some() {
+        // Somebody has it already: it is theirs now.
+        creating.kept = true;
+    }
+    creating.lock = lock?.filter(|_| how.policy != Policy::Off);
     if creating.made.is_none() {
         let meta = creating.file.metadata().map_err(|e| os_io("fstat", name, &e))?;
-        creating.check_unused()?;
         if !meta.file_type().is_block_device() {
             creating.emptied = true;
             sys::ftruncate(&creating.file, 0).map_err(|e| os("ftruncate", name, e))?;
@@ -48,13 +57,14 @@ pub fn create(name: &Name, exclusive: bool) -> Result<Creating> {
 }
 
 fn make(name: &Name, exclusive: bool) -> Result<Creating> {
-    let creating = |file, made| Creating {
-        file,
+    let creating = |file: File, made| Creating {
+        file: Arc::new(file),
         name: name.clone(),
         made,
         emptied: false,
         kept: false,
         process: std::process::id(),
+        lock: None,
     };
     let mut path = name.as_path().to_owned();
     for _ in 0..=MAX_SYMLINKS {
@@ -94,30 +104,12 @@ impl Creating {
     pub fn open(&self) -> Result<Box<dyn Driver>> {
         let file = self.file.try_clone().map_err(|e| os_io("dup", &self.name, &e))?;
         let how = How { write: true, ..How::default() };
-        Ok(Box::new(Source::plain(file).driver(&self.name, how)?))
+        Ok(Box::new(Source::plain(file).unlocked(&self.name, how)?))
     }
 
     /// The file is as it should be.
     pub fn keep(mut self) {
         self.kept = true;
-    }
-
-    /// Whether nobody uses the file.
-    fn check_unused(&self) -> Result<()> {
-        for (base, what) in [(USED, "used"), (UNSHARED, "claimed")] {
-            let count = PERMISSIONS.len() as u64;
-            let Some((byte, pid)) = sys::locked_by_other(&self.file, base, count) else { continue };
-            let permission = PERMISSIONS.get((byte.saturating_sub(base)) as usize).unwrap_or(&"?");
-            let who = pid.map_or(String::new(), |pid| format!(" by process {pid}"));
-            return Err(Error::Locked {
-                file: self.name.clone(),
-                what: format!(
-                    "permission \"{permission}\" is {what}{who} (lock on byte {byte}); it is not \
-                     overwritten, close its other user first"
-                ),
-            });
-        }
-        Ok(())
     }
 
     fn undo(&self) {

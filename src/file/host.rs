@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -18,7 +19,9 @@ use parking_lot::{Mutex, RwLock};
 use super::flush::Flusher;
 use super::map::Mapping;
 use super::sys::{self, Errno};
-use crate::block::{Caps, Driver, Dst, Error, ExtentList, Name, Prealloc, ReqFlags, Result, Src};
+use crate::block::{
+    Caps, Driver, Dst, Error, ExtentList, Fence, Name, Prealloc, ReqFlags, Result, Src,
+};
 
 /// Pieces of memory in one system call. The kernel takes 1024 (`IOV_MAX`); this many are cheap to
 /// have on the stack. It also cuts a call to just under 2 GiB by itself, and says so.
@@ -30,7 +33,7 @@ pub enum Seek {
     /// The driver's file: its position is nobody's.
     Main,
     /// Another opening of the same file, since the position of the first is shared with its owner.
-    Own(File),
+    Own(Arc<File>),
     /// Nothing.
     Never,
 }
@@ -58,7 +61,7 @@ pub(super) struct DataRun {
 
 /// A file, a block device, or memory that behaves like one.
 pub struct Host {
-    pub(super) file: File,
+    pub(super) file: Arc<File>,
     /// With direct I/O: the same file through the page cache, for parts of a block.
     pub(super) edge: Option<File>,
     pub(super) seek: Seek,
@@ -86,6 +89,9 @@ pub struct Host {
     pub(super) data_run: Mutex<DataRun>,
     /// What reads are served from.
     pub(super) map: Option<Mapping>,
+    /// Closed while the image's lease is not good. Whole calls are refused above; this is for what
+    /// is written behind them (tables that make room in a cache).
+    pub(super) fence: Option<Arc<Fence>>,
 }
 
 /// Where a request stopped, and why.
@@ -104,6 +110,18 @@ impl Host {
         errno: Errno,
     ) -> Error {
         Error::Io { op, file: self.name.clone(), offset, count, errno }
+    }
+
+    /// Refuse to change anything while the fence is closed.
+    #[inline]
+    pub(super) fn may_write(&self) -> Result<()> {
+        match &self.fence {
+            Some(fence) if fence.is_closed() => Err(Error::Locked {
+                file: self.name.clone(),
+                what: "its lease was lost: nothing is written".into(),
+            }),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn os_error(&self, op: &'static str, errno: Errno) -> Error {
@@ -228,6 +246,7 @@ impl Host {
     #[inline]
     fn put(&self, file: &File, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()> {
         let end = self.end_to_write("write", offset, buf.len() as u64)?;
+        self.may_write()?;
         let _longer = (end > self.len.load(Relaxed)).then(|| self.growing.read());
         if flags.has(ReqFlags::FUA) && self.put_through(file, buf, offset)? {
             self.len.fetch_max(end, Release);
@@ -383,6 +402,7 @@ impl Driver for Host {
         let ours = Driver::file(self).filter(|_| !self.cannot.copy.load(Relaxed));
         let (Some(to), Some(from)) = (ours, from.file()) else { return Err(CANNOT) };
         let end = self.end_to_write("copy", offset, count)?;
+        self.may_write()?;
         let _longer = (end > self.len.load(Relaxed)).then(|| self.growing.read());
         self.flusher.dirty();
         let result = sys::copy(from, at, to, offset, count);

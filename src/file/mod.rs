@@ -16,7 +16,9 @@
 mod create;
 mod direct;
 mod flush;
+mod holders;
 mod host;
+pub(crate) mod lock;
 mod map;
 mod space;
 mod sys;
@@ -28,6 +30,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 
 use parking_lot::RwLock;
 
@@ -36,7 +39,10 @@ use crate::log::{Level, log};
 use host::{Host, Seek};
 use map::Mapping;
 
+pub(crate) use create::create_locked;
 pub use create::{Creating, create};
+pub use holders::{Holder, holders};
+pub(crate) use lock::{FileLock, Locking, Locks, Permissions, Policy};
 
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, Default)]
@@ -55,6 +61,18 @@ pub struct How {
 /// anything else that is neither a regular file nor a block device. A file system that has no
 /// direct I/O serves `how.direct` through its cache, and the log says so.
 pub fn open(name: &Name, how: How) -> Result<Box<dyn Driver>> {
+    open_locked(name, how, Locking::OFF, &mut Locks::default())
+}
+
+/// [`open`], with a lock, which is one of `locks` from then on.
+///
+/// Errors: also [`Error::Locked`].
+pub(crate) fn open_locked(
+    name: &Name,
+    how: How,
+    lock: Locking,
+    locks: &mut Locks,
+) -> Result<Box<dyn Driver>> {
     let path = name.as_path();
     // Opening a FIFO or a device can already do something, so look first. If this fails so will
     // the open, which has the better error.
@@ -62,7 +80,7 @@ pub fn open(name: &Name, how: How) -> Result<Box<dyn Driver>> {
         check_type(name, meta.file_type())?;
     }
     let source = Source::fresh(name, how, &|flags| open_path(path, how.write, flags))?;
-    Ok(Box::new(source.driver(name, how)?))
+    Ok(Box::new(source.driver(name, how, lock, locks)?))
 }
 
 /// Use an open descriptor, which is the driver's from now on. What it shares with the caller's (its
@@ -70,6 +88,20 @@ pub fn open(name: &Name, how: How) -> Result<Box<dyn Driver>> {
 ///
 /// Errors: as [`open`]; [`Error::ReadOnly`] if `how.write` and the descriptor is not for writing.
 pub fn from_fd(fd: OwnedFd, name: &Name, how: How) -> Result<Box<dyn Driver>> {
+    from_fd_locked(fd, name, how, Locking::OFF, &mut Locks::default())
+}
+
+/// [`from_fd`], with a lock, which is one of `locks` from then on. It is on a description of our own
+/// if one can be had: the caller's would keep it when we are done.
+///
+/// Errors: also [`Error::Locked`].
+pub(crate) fn from_fd_locked(
+    fd: OwnedFd,
+    name: &Name,
+    how: How,
+    lock: Locking,
+    locks: &mut Locks,
+) -> Result<Box<dyn Driver>> {
     let file = File::from(fd);
     let flags = sys::status_flags(&file).map_err(|e| os("fcntl", name, e))?;
     if flags & libc::O_PATH != 0 || flags & libc::O_ACCMODE == libc::O_WRONLY {
@@ -84,7 +116,7 @@ pub fn from_fd(fd: OwnedFd, name: &Name, how: How) -> Result<Box<dyn Driver>> {
     let appends = how.write && flags & libc::O_APPEND != 0;
     if how.direct != is_direct || appends {
         match Source::fresh(name, how, &|flags| reopen(&file, how.write, flags)) {
-            Ok(source) => return Ok(Box::new(source.driver(name, how)?)),
+            Ok(source) => return Ok(Box::new(source.driver(name, how, lock, locks)?)),
             Err(_) if appends => {
                 return Err(Error::invalid(format!(
                     "{name}: the descriptor is open with O_APPEND and cannot be opened anew"
@@ -94,10 +126,11 @@ pub fn from_fd(fd: OwnedFd, name: &Name, how: How) -> Result<Box<dyn Driver>> {
             Err(e) => log(Level::Info, format_args!("{name}: used as it was opened: {e}")),
         }
     }
-    let seek = reopen(&file, false, 0).map_or(Seek::Never, Seek::Own);
+    let seek = reopen(&file, false, 0).map_or(Seek::Never, |f| Seek::Own(f.into()));
     let align = is_direct.then(|| direct::alignment(&file, is_block(&file)).unwrap_or(direct::ANY));
     let edge = align.and_then(|_| reopen(&file, how.write, 0).ok());
-    Ok(Box::new(Source { file, align, edge, seek }.driver(name, how)?))
+    let source = Source { file: file.into(), align, edge, seek };
+    Ok(Box::new(source.driver(name, how, lock, locks)?))
 }
 
 /// A descriptor of `size` bytes of memory, none of which cost anything until they are written.
@@ -126,14 +159,15 @@ pub fn from_memory(fd: OwnedFd) -> Result<Box<dyn Driver>> {
     let file = File::from(fd);
     let size = file.metadata().map_err(|e| os_io("fstat", &Name::from("mem:"), &e))?.len();
     let how = How { write: true, ..How::default() };
-    let mut host = Source::plain(file).driver(&Name::from(format!("mem:{size}")), how)?;
+    let name = Name::from(format!("mem:{size}"));
+    let mut host = Source::plain(file).unlocked(&name, how)?;
     host.kind = "mem";
     Ok(Box::new(host))
 }
 
 /// What a driver is made of.
 struct Source {
-    file: File,
+    file: Arc<File>,
     /// Of requests and of memory, with direct I/O.
     align: Option<(u32, u32)>,
     edge: Option<File>,
@@ -143,7 +177,7 @@ struct Source {
 impl Source {
     /// A file that nobody else has the description of.
     fn plain(file: File) -> Self {
-        Self { file, align: None, edge: None, seek: Seek::Main }
+        Self { file: Arc::new(file), align: None, edge: None, seek: Seek::Main }
     }
 
     /// Open with `open`, which is given flags to add, in the way that `how` asks for.
@@ -168,8 +202,14 @@ impl Source {
         Ok(Self::plain(buffered()?))
     }
 
-    fn driver(self, name: &Name, how: How) -> Result<Host> {
+    fn unlocked(self, name: &Name, how: How) -> Result<Host> {
+        self.driver(name, how, Locking::OFF, &mut Locks::default())
+    }
+
+    fn driver(self, name: &Name, how: How, lock: Locking, locks: &mut Locks) -> Result<Host> {
         let Self { file, align, edge, seek } = self;
+        // Before anything is asked that whoever has the file may be about to change.
+        locks.take(if let Seek::Own(file) = &seek { file } else { &file }, name, lock)?;
         let meta = file.metadata().map_err(|e| os_io("fstat", name, &e))?;
         let is_block = meta.file_type().is_block_device();
         let (len, optimal) = if is_block {
@@ -223,6 +263,7 @@ impl Source {
             holes: Default::default(),
             data_run: Default::default(),
             map,
+            fence: locks.fence().filter(|_| how.write),
         })
     }
 }

@@ -41,6 +41,7 @@ impl Host {
 
     pub(super) fn zero_range(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         let end = self.end_to_write("zero", offset, count)?;
+        self.may_write()?;
         self.flusher.dirty();
         self.holes.fetch_add(1, AcqRel);
         let result = if self.is_block {
@@ -129,6 +130,7 @@ impl Host {
         if from >= to {
             return Ok(());
         }
+        self.may_write()?;
         self.flusher.dirty();
         self.holes.fetch_add(1, AcqRel);
         let result = self.try_mode(PUNCH, &self.cannot.punch, from, to - from);
@@ -211,6 +213,7 @@ impl Host {
         if self.caps.read_only {
             return Err(Error::ReadOnly(self.name.clone()));
         }
+        self.may_write()?;
         if self.is_block {
             return match size == self.size() {
                 true => Ok(()),

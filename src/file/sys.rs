@@ -186,22 +186,56 @@ pub fn will_need(file: &File, offset: u64, count: u64) {
     }
 }
 
+/// Lock bytes for the open file (`F_RDLCK`), or unlock them (`F_UNLCK`). Never waits.
+pub fn lock_bytes(file: &File, kind: c_int, start: u64, count: u64) -> Result<(), Errno> {
+    let mut lock = byte_range(kind, start, count);
+    // SAFETY: `lock` is ours.
+    retry(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &mut lock) }).map(drop)
+}
+
 /// Whether somebody else has one of these bytes locked (`fcntl` locks of either sort): which byte,
-/// and the process, where the system names it. `None` too where locks cannot be asked for.
-pub fn locked_by_other(file: &File, start: u64, count: u64) -> Option<(u64, Option<i32>)> {
+/// and the process, where the system names it.
+pub fn locked_by_other(
+    file: &File,
+    start: u64,
+    count: u64,
+) -> Result<Option<(u64, Option<i32>)>, Errno> {
+    in_the_way(file, libc::F_WRLCK, start, count)
+}
+
+/// The same for bytes that somebody else has locked for himself alone.
+pub fn write_locked_by_other(
+    file: &File,
+    start: u64,
+    count: u64,
+) -> Result<Option<(u64, Option<i32>)>, Errno> {
+    in_the_way(file, libc::F_RDLCK, start, count)
+}
+
+fn in_the_way(
+    file: &File,
+    kind: c_int,
+    start: u64,
+    count: u64,
+) -> Result<Option<(u64, Option<i32>)>, Errno> {
+    let mut lock = byte_range(kind, start, count);
+    // SAFETY: `lock` is ours.
+    retry(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) })?;
+    if lock.l_type == libc::F_UNLCK as libc::c_short {
+        return Ok(None);
+    }
+    let pid = (lock.l_pid > 0).then_some(lock.l_pid);
+    Ok(Some((lock.l_start.max(start as off_t) as u64, pid)))
+}
+
+fn byte_range(kind: c_int, start: u64, count: u64) -> libc::flock {
     // SAFETY: a `flock` of zeroes is a valid one.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
-    lock.l_type = libc::F_WRLCK as _;
+    lock.l_type = kind as _;
     lock.l_whence = libc::SEEK_SET as _;
     lock.l_start = start as off_t;
     lock.l_len = count as off_t;
-    // SAFETY: `lock` is ours.
-    retry(|| unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut lock) }).ok()?;
-    if lock.l_type == libc::F_UNLCK as libc::c_short {
-        return None;
-    }
-    let pid = (lock.l_pid > 0).then_some(lock.l_pid);
-    Some((lock.l_start.max(start as off_t) as u64, pid))
+    lock
 }
 
 /// How far this process may let a file grow (`RLIMIT_FSIZE`). The system ends a process that goes

@@ -73,6 +73,9 @@ pub enum Opened {
     Luks(Box<luks::Luks>),
 }
 
+/// The formats that there are, for messages.
+pub const EXPECTED: &str = "expected qcow2, luks or raw";
+
 /// The format of that name.
 pub fn by_name(name: &str) -> Option<Kind> {
     match name {

@@ -8,26 +8,18 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::how::{Implicit, check, implicit};
+use super::managed;
 use super::remote::{self, Remote};
-use super::{Again, OpenFlags, Options, Tree, Use, key};
+use super::{Again, OpenFlags, Options, Tree, key};
 use crate::block::*;
-use crate::file;
+use crate::file::{self, Locking, Locks};
 pub use crate::format::Probe;
 use crate::format::{self, BackingRef, Params};
+use crate::lockmgr::{READ_ONLY, Resource, SHARED};
 
 /// Images in a chain, at most.
 const MAX_DEPTH: usize = 200;
-
-/// The formats that there are.
-pub(super) const KNOWN: &str = "expected qcow2, luks or raw";
-
-/// Which files that an image names are opened.
-#[derive(Clone, Copy, PartialEq)]
-enum Implicit {
-    Deny,
-    Local,
-    Any,
-}
 
 /// What a name that the caller or an image gave means.
 pub(super) enum Source<'a> {
@@ -48,6 +40,12 @@ struct Opening<'a> {
     /// Files of the chain so far: device and inode numbers.
     seen: Vec<(u64, u64)>,
     implicit: Implicit,
+    /// On the files of the chain so far.
+    locks: Locks,
+    /// How the image above was locked, where the options say nothing.
+    locking: Locking,
+    /// The files of the chain so far, as a lock manager is told of them.
+    parts: Vec<Resource>,
 }
 
 /// Read a name. Unknown schemes are paths.
@@ -100,7 +98,7 @@ pub(super) fn open(
     calls: &Arc<InFlight>,
 ) -> Result<Tree> {
     let source = parse_name(name)?;
-    check(options, flags, matches!(source, Source::Remote(_)))?;
+    check(options, flags, matches!(source, Source::Remote(_)), Locking::default())?;
     let again = match source {
         Source::Remote(remote) => Again::Remote(remote),
         Source::Memory(size) => Again::Memory(file::memory(size)?),
@@ -108,7 +106,7 @@ pub(super) fn open(
             std::path::absolute(Path::new(path)).unwrap_or_else(|_| PathBuf::from(path)),
         ),
     };
-    open_source(name.to_owned().into(), again, options, flags, calls)
+    open_source(name.to_owned().into(), again, options, flags, calls, None)
 }
 
 /// Use `fd` and open what the image behind it stands on.
@@ -125,7 +123,7 @@ pub(super) fn open_fd(
     })?)
     .metadata()
     .is_ok_and(|m| m.file_type().is_socket());
-    check(options, flags, is_socket)?;
+    check(options, flags, is_socket, Locking::default())?;
     // The file's real name: what its backing file is relative to, and what messages show.
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let name = match std::fs::read_link(&link) {
@@ -134,10 +132,10 @@ pub(super) fn open_fd(
     };
     if is_socket {
         let driver = remote::open_socket(fd, &name, options, flags)?;
-        let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
+        let mut opening = Opening::new(calls, implicit(options)?, Locks::default());
         return opening.tree(driver, name, Again::Never, options, flags);
     }
-    open_source(name, Again::Descriptor(fd), options, flags, calls)
+    open_source(name, Again::Descriptor(fd), options, flags, calls, None)
 }
 
 /// Open anew what `old` has open, in another way.
@@ -157,7 +155,7 @@ pub(super) fn reopen(
             return Err(Error::policy(&old.name, text));
         }
     };
-    open_source(old.name.clone(), again, options, flags, calls)
+    open_source(old.name.clone(), again, options, flags, calls, Some(old))
 }
 
 fn duplicate(fd: &OwnedFd, name: &Name) -> Result<OwnedFd> {
@@ -169,18 +167,73 @@ fn duplicate(fd: &OwnedFd, name: &Name) -> Result<OwnedFd> {
     fd.try_clone().map_err(failed)
 }
 
+/// How often it is tried again when a chain has changed while it was being leased.
+const CHANGES: u32 = 5;
+
+/// Open, by leave of a lock manager if there is one. `old` is the chain that is to be replaced.
 fn open_source(
     name: Name,
     again: Again,
     options: &Options,
     flags: OpenFlags,
     calls: &Arc<InFlight>,
+    old: Option<&Tree>,
 ) -> Result<Tree> {
-    let how = check(options, flags, matches!(again, Again::Remote(_)))?;
-    let mut opening = Opening { calls, seen: Vec::new(), implicit: implicit(options)? };
-    let driver = match &again {
+    let locks = || old.map_or_else(Locks::default, |old| Locks::replacing(&old.locks));
+    let local = matches!(again, Again::Path(_) | Again::Descriptor(_));
+    check(options, flags, matches!(again, Again::Remote(_)), Locking::default())?;
+    let request = if local { managed::request(options, flags)? } else { None };
+    let Some(request) = request else {
+        return open_now(name, &again, options, flags, calls, locks()).map(|t| t.by(again));
+    };
+    let keep = old.and_then(|old| old.lease.as_ref());
+    let keep = keep.filter(|lease| !lease.is_lost() && request.is_of(lease));
+    for _ in 0..CHANGES {
+        let look =
+            OpenFlags(flags.0 & !(OpenFlags::RDWR | OpenFlags::DIRECT | OpenFlags::SHARED).0);
+        let survey = Arc::new(InFlight::default());
+        let look = look | OpenFlags::NO_LOCK;
+        let found = open_now(name.clone(), &again, options, look, &survey, Locks::default())?;
+        let wanted = found.resources(flags);
+        drop(found);
+        let mut locks = locks();
+        let (lease, change) = match keep {
+            Some(lease) => (lease.clone(), Some(lease.extend(&wanted)?)),
+            None => {
+                let fence = Arc::new(Fence::default());
+                let (request, calls) = (request.clone(), calls.clone());
+                (request.acquire(&name, wanted.clone(), fence, calls)?, None)
+            }
+        };
+        locks.set_fence(lease.fence().clone());
+        let tree = open_now(name.clone(), &again, options, flags, calls, locks)?;
+        if tree.resources(flags) == wanted {
+            if let Some(change) = change {
+                change.settle(&wanted);
+            }
+            return Ok(Tree { lease: Some(lease), ..tree.by(again) });
+        }
+    }
+    Err(Error::Locked { file: name, what: "its chain changes while it is being leased".into() })
+}
+
+fn open_now(
+    name: Name,
+    again: &Again,
+    options: &Options,
+    flags: OpenFlags,
+    calls: &Arc<InFlight>,
+    locks: Locks,
+) -> Result<Tree> {
+    let how = check(options, flags, matches!(again, Again::Remote(_)), Locking::default())?;
+    let mut opening = Opening::new(calls, implicit(options)?, locks);
+    opening.locking = how.lock;
+    let locks = &mut opening.locks;
+    let driver = match again {
         Again::Memory(fd) => file::from_memory(duplicate(fd, &name)?)?,
-        Again::Descriptor(fd) => file::from_fd(duplicate(fd, &name)?, &name, how)?,
+        Again::Descriptor(fd) => {
+            file::from_fd_locked(duplicate(fd, &name)?, &name, how.file, how.lock, locks)?
+        }
         Again::Remote(remote) => remote.open(&name, options, flags)?,
         Again::Never => return Err(Error::Internal("opened again by nothing".into())),
         Again::Path(path) => {
@@ -191,74 +244,57 @@ fn open_source(
                 }
                 _ => Name::from(path.clone()),
             };
-            file::open(&shown, how)?
+            file::open_locked(&shown, how.file, how.lock, locks)?
         }
     };
-    opening.tree(driver, name, again, options, flags)
+    opening.tree(driver, name, Again::Never, options, flags)
 }
 
 /// Refuse `target` as a new image on top of `below` if it is `below` or in its chain.
 pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Result<()> {
     let calls = Arc::new(InFlight::default());
-    let mut opening = Opening { calls: &calls, seen: Vec::new(), implicit: Implicit::Local };
+    let mut opening = Opening::new(&calls, Implicit::Local, Locks::default());
     let Ok(meta) = std::fs::metadata(target.as_path()) else { return Ok(()) };
     opening.seen.push((meta.dev(), meta.ino()));
     let below = Source::Path(below);
-    match opening.below(target, below, options, OpenFlags::default(), false) {
+    match opening.below(target, below, options, OpenFlags::NO_LOCK, false) {
         Err(e @ Error::Policy { .. }) => Err(e),
         // What can not be opened here may yet be a good backing file elsewhere.
         _ => Ok(()),
     }
 }
 
-/// What can be refused before anything is opened.
-fn check(options: &Options, flags: OpenFlags, remote: bool) -> Result<file::How> {
-    options.check(Use::Open)?;
-    if flags.0 & !OpenFlags::ALL.0 != 0 {
-        return Err(Error::invalid(format!(
-            "unknown open flags {:#x}",
-            flags.0 & !OpenFlags::ALL.0
-        )));
+impl Tree {
+    /// With how it is opened again.
+    fn by(self, again: Again) -> Self {
+        Self { again, ..self }
     }
-    let write = flags.has(OpenFlags::RDWR);
-    if write && flags.has(OpenFlags::SHARED) {
-        return Err(Error::invalid("QBLK_OPEN_SHARED is for read-only opens"));
-    }
-    if flags.has(OpenFlags::UNTRUSTED) && options.get("format").is_none() {
-        return Err(Error::invalid("QBLK_OPEN_UNTRUSTED needs the option 'format'"));
-    }
-    for key in remote::KEYS {
-        if !remote && options.get(key).is_some() {
-            return Err(Error::invalid(format!("option '{key}' has no use here (not an NBD URI)")));
+
+    /// What a lock manager is asked for, if the chain is (to be) opened with `flags`.
+    fn resources(&self, flags: OpenFlags) -> Vec<Resource> {
+        let mut parts = self.parts.clone();
+        for (i, part) in parts.iter_mut().enumerate() {
+            // Only the uppermost is written.
+            let write = i == 0 && flags.has(OpenFlags::RDWR);
+            part.flags = if write { 0 } else { READ_ONLY };
+            part.flags |= if flags.has(OpenFlags::SHARED) { SHARED } else { 0 };
         }
+        managed::in_order(parts)
     }
-    for key in ["data-file", "lock-wait"] {
-        if options.get(key).is_some() {
-            return Err(Error::unsupported(&Name::from("option"), format!("option '{key}'")));
-        }
-    }
-    if options.one_of("lock", &["off", "auto", "on"])? == Some(2) {
-        return Err(Error::unsupported(&Name::from("option"), "lock=on"));
-    }
-    let mmap = options.one_of("io", &["auto", "mmap"])? == Some(1);
-    // A description is read through a plain read-only descriptor, whatever else is asked.
-    let info = flags.has(OpenFlags::INFO_ONLY);
-    Ok(file::How {
-        write: write && !info,
-        direct: flags.has(OpenFlags::DIRECT) && !info,
-        mmap: mmap && !info,
-    })
 }
 
-fn implicit(options: &Options) -> Result<Implicit> {
-    Ok(match options.one_of("implicit-open", &["deny", "local", "any"])? {
-        Some(0) => Implicit::Deny,
-        Some(2) => Implicit::Any,
-        _ => Implicit::Local,
-    })
-}
+impl<'a> Opening<'a> {
+    fn new(calls: &'a Arc<InFlight>, implicit: Implicit, locks: Locks) -> Self {
+        Self {
+            calls,
+            seen: Vec::new(),
+            implicit,
+            locks,
+            locking: Locking::default(),
+            parts: Vec::new(),
+        }
+    }
 
-impl Opening<'_> {
     /// The whole chain on top of `driver`, opened by the caller.
     fn tree(
         &mut self,
@@ -272,7 +308,21 @@ impl Opening<'_> {
         let kind = driver.kind();
         let (top, probed) = self.image(driver, options, flags, false)?;
         let files = top.driver().files();
-        Ok(Tree { top, files, name, options: options.clone(), flags, probed, driver: kind, again })
+        let in_use = self.locks.in_use();
+        Ok(Tree {
+            top,
+            files,
+            name,
+            options: options.clone(),
+            flags,
+            probed,
+            driver: kind,
+            again,
+            locks: std::mem::take(&mut self.locks).settle(),
+            in_use,
+            lease: None,
+            parts: std::mem::take(&mut self.parts),
+        })
     }
 
     /// Remember a file of the chain; refuse one that is there already.
@@ -302,7 +352,7 @@ impl Opening<'_> {
         let asked = match options.text("format")? {
             None => None,
             Some(name) => Some(format::by_name(name).ok_or_else(|| {
-                Error::invalid(format!("format {}: {KNOWN}", quoted(name.as_bytes())))
+                Error::invalid(format!("format {}: {}", quoted(name.as_bytes()), format::EXPECTED))
             })?),
         };
         let probed = asked.is_none();
@@ -320,6 +370,10 @@ impl Opening<'_> {
                 }
             },
         };
+        if kind != format::Kind::Raw {
+            self.locks.tighten(file.driver().identity(), self.locking)?;
+        }
+        managed::note(&mut self.parts, &file, &format!("{kind:?}").to_lowercase());
         let info_only = flags.has(OpenFlags::INFO_ONLY);
         let key = if info_only { None } else { key::read(options)? };
         let has_key = key.is_some();
@@ -334,10 +388,7 @@ impl Opening<'_> {
         };
         let mut opened = format::open(kind, file, params)?;
         if has_key && !opened.is_encrypted() {
-            return Err(Error::invalid(format!(
-                "{}: options 'key' and 'key-file' have no use here (it is not encrypted)",
-                opened.name()
-            )));
+            return Err(key::no_use(opened.name()));
         }
         if info_only {
             return Ok((Device::new(opened.into_driver()?), probed));
@@ -475,13 +526,17 @@ impl Opening<'_> {
                 format!("its chain is deeper than {MAX_DEPTH} images"),
             ));
         }
-        let keep = OpenFlags::DIRECT.0 | OpenFlags::UNTRUSTED.0 | OpenFlags::NO_LOCK.0;
-        let mut flags = OpenFlags(flags.0 & keep);
+        let keep =
+            OpenFlags::DIRECT | OpenFlags::UNTRUSTED | OpenFlags::NO_LOCK | OpenFlags::SHARED;
+        let mut flags = OpenFlags(flags.0 & keep.0);
         // The caller chose this one; whether to trust what it names is asked again there.
         if options.get("format").is_none() {
             flags.0 &= !OpenFlags::UNTRUSTED.0;
         }
-        let how = check(options, flags, matches!(source, Source::Remote(_)))?;
+        let mut how = check(options, flags, matches!(source, Source::Remote(_)), self.locking)?;
+        // Others may read it too, and nobody may write what an overlay relies on.
+        how.lock.wanted = how.lock.wanted.below();
+        self.locking = how.lock;
         if options.get("implicit-open").is_some() {
             self.implicit = implicit(options)?;
         }
@@ -496,7 +551,8 @@ impl Opening<'_> {
             }
             Source::Path(path) => {
                 let path = Name::from(path.to_owned());
-                file::open(&path, how).map_err(|e| backing_error(e, above))?
+                file::open_locked(&path, how.file, how.lock, &mut self.locks)
+                    .map_err(|e| backing_error(e, above))?
             }
         };
         self.note(driver.identity(), driver.name(), above)?;
@@ -514,6 +570,10 @@ fn backing_error(e: Error, above: &Name) -> Error {
                 above.as_path().display()
             );
             Error::Os { op: "open", file: Name::from(name), errno }
+        }
+        Error::Locked { file, what } => {
+            let what = format!("{what} (backing file of {})", above.as_path().display());
+            Error::Locked { file, what }
         }
         e => e,
     }

@@ -5,18 +5,19 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::chain::{self, Source};
+use super::how;
 use super::key;
 use super::{OpenFlags, Options, Use};
 use crate::block::*;
 use crate::crypto::Secret;
-use crate::file;
+use crate::file::{self, Locking};
 use crate::format::{self, Kind, luks, qcow2};
 
 /// Make the image `name` of `size` bytes. Leaves no half file behind when it fails.
 pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Result<()> {
     options.check(Use::Create)?;
     let Some(kind) = format::by_name(format) else {
-        let known = chain::KNOWN;
+        let known = format::EXPECTED;
         return Err(Error::invalid(format!("format {}: {known}", quoted(format.as_bytes()))));
     };
     let path = match chain::parse_name(name)? {
@@ -34,6 +35,8 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
         });
     }
     let exclusive = options.switch("exclusive")?.unwrap_or(false);
+    let lock = how::locking(options, OpenFlags::RDWR, Locking::default())?;
+    let _lease = super::managed::lease_one(&path, format, options)?;
     match kind {
         Kind::Raw => {
             options.refuse("format raw", &[QCOW2_ONLY, LUKS_ONLY, &["key", "key-file"]])?;
@@ -41,7 +44,7 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
             if prealloc == Prealloc::Metadata {
                 return Err(Error::invalid("preallocation=metadata: a raw image has no metadata"));
             }
-            let file = file::create(&path, exclusive)?;
+            let file = file::create_locked(&path, exclusive, lock)?;
             let driver = file.open()?;
             if driver.kind() != "file" {
                 // A block device is as it is: it has to be large enough, that is all.
@@ -72,7 +75,7 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
                 file: path.clone(),
                 what: format!("{size} bytes and a header are more than a file can have"),
             })?;
-            let file = file::create(&path, exclusive)?;
+            let file = file::create_locked(&path, exclusive, lock)?;
             let driver = file.open()?;
             if driver.kind() != "file" {
                 if driver.size() < all {
@@ -89,7 +92,7 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
         }
         Kind::Qcow2 => {
             let geometry = qcow2_options(&path, size, options)?;
-            let file = file::create(&path, exclusive)?;
+            let file = file::create_locked(&path, exclusive, lock)?;
             let device = Device::new(file.open()?);
             qcow2::create(&device, size, &geometry)?;
             if geometry.prealloc != Prealloc::Off {

@@ -10,6 +10,12 @@ use crate::crypto::{self, Secret};
 /// Longest passphrase, bytes. (cryptsetup has the same limit for key files.)
 const MAX_LEN: usize = 8 << 20;
 
+/// A key for an image that has no lock.
+pub(super) fn no_use(name: &Name) -> Error {
+    let what = "options 'key' and 'key-file' have no use here (it is not encrypted)";
+    Error::invalid(format!("{name}: {what}"))
+}
+
 /// The passphrase that the options give, if they do. A file's bytes are taken as they are, a newline
 /// at its end too, as QEMU does.
 pub(super) fn read(options: &Options) -> Result<Option<Secret>> {

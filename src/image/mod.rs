@@ -9,20 +9,24 @@
 
 mod chain;
 mod create;
+mod how;
 mod key;
+mod life;
+mod managed;
 mod options;
 mod remote;
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering::*};
 
 use parking_lot::Mutex;
 
 use crate::block::*;
+use crate::file::FileLock;
+use crate::lockmgr::Lease;
 pub use chain::Probe;
 pub use create::create;
 pub use options::{Options, Use, parse_seconds, parse_size};
@@ -79,7 +83,7 @@ pub mod state {
     pub const HAS_DATA_FILE: u32 = 32;
     /// The format was found by probing.
     pub const PROBED: u32 = 64;
-    /// It is locked.
+    /// It is locked: by this handle, or (on one that is open for its description) by anybody.
     pub const LOCKED: u32 = 128;
     /// The medium turns.
     pub const ROTATIONAL: u32 = 256;
@@ -139,6 +143,25 @@ pub(crate) struct Tree {
     pub(crate) driver: &'static str,
     /// How the top image's source is opened again.
     again: Again,
+    /// On the files of the chain. Behind what uses them, and so given back after that is gone.
+    locks: Vec<Arc<FileLock>>,
+    /// Its files, as a lock manager is told of them.
+    parts: Vec<crate::lockmgr::Resource>,
+    /// What a lock manager has given, for the whole chain.
+    lease: Option<Arc<Lease>>,
+    /// Of a description, which takes no lock: somebody has locked the file.
+    in_use: bool,
+}
+
+impl Tree {
+    /// Refuse to write what is not leased any more.
+    #[inline]
+    fn may_write(&self) -> Result<()> {
+        match &self.lease {
+            Some(lease) if lease.fence().is_closed() => Err(lease.error()),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// How a source is opened again.
@@ -298,6 +321,7 @@ impl Image {
         if !self.write.load(Relaxed) || !call.flags.has(OpenFlags::RDWR) {
             return Err(Error::ReadOnly(call.name.clone()));
         }
+        call.may_write()?;
         Ok(call)
     }
 
@@ -336,6 +360,7 @@ impl Image {
     /// Make all that was written survive a power cut.
     pub fn flush(&self) -> Result<()> {
         let call = self.data_call(0, 0)?;
+        call.may_write()?;
         let _own = call.guard.own();
         call.top.flush()
     }
@@ -428,6 +453,7 @@ impl Image {
             (!write, state::READ_ONLY),
             (tree.probed, state::PROBED),
             (caps.rotational, state::ROTATIONAL),
+            (tree.in_use || !tree.locks.is_empty() || tree.lease.is_some(), state::LOCKED),
         ] {
             state |= if on { bit } else { 0 };
         }
@@ -469,6 +495,13 @@ impl Image {
         let call = self.call()?;
         let mut all = vec![("filename", call.name.as_bytes().to_vec())];
         all.extend(call.top.driver().describe().properties);
+        if let Some(lease) = &call.lease {
+            all.push(("lock-manager", lease.manager().as_bytes().to_vec()));
+            if key == "lock-lease" {
+                return lease.inquire().map(Some);
+            }
+            all.push(("lock-lease", Vec::new()));
+        }
         // What holds the bytes of the image may have something to tell, too.
         if let Some(file) = call.files.first() {
             all.extend(file.driver().describe().properties);
@@ -497,6 +530,7 @@ impl Image {
         if !self.write.load(Relaxed) {
             return Err(Error::ReadOnly(tree.name.clone()));
         }
+        tree.may_write()?;
         if size < tree.top.size() && !shrink {
             return Err(Error::invalid(format!(
                 "{}: {size} bytes are fewer than the present {}: QBLK_RESIZE_SHRINK must be given",
@@ -505,109 +539,6 @@ impl Image {
             )));
         }
         tree.top.driver().resize(size, prealloc, shrink)
-    }
-
-    /// Open the source anew with other flags (and options, or the same as before), beneath all of
-    /// its contexts. Calls wait meanwhile; if it fails, all stays as it was.
-    pub fn reopen(&self, options: Option<&Options>, flags: OpenFlags) -> Result<()> {
-        let _admin = self.shared.admin.lock();
-        let old = self.shared.tree.load(SeqCst);
-        if old.is_null() {
-            return Err(Error::BadHandle("the device is closed".into()));
-        }
-        self.shared.tree.store(ptr::null_mut(), SeqCst);
-        self.shared.calls.wait();
-        // SAFETY: we took it out, and no call uses it any more.
-        let old = unsafe { Box::from_raw(old) };
-        let new = (|| {
-            // What the old one still holds in memory must be in the file before the new one reads
-            // it. One that refuses writes holds nothing that it could still give.
-            match close_tree(&old) {
-                Ok(()) | Err(Error::Failed { .. }) => {}
-                Err(e) => return Err(e),
-            }
-            let options = options.unwrap_or(&old.options);
-            chain::reopen(&old, options, flags, &self.shared.calls)
-        })();
-        let (tree, result) = match new {
-            Ok(new) => {
-                self.write.store(flags.has(OpenFlags::RDWR), Relaxed);
-                (Box::new(new), Ok(()))
-            }
-            Err(e) => (old, Err(e)),
-        };
-        self.shared.tree.store(Box::into_raw(tree), SeqCst);
-        result
-    }
-
-    /// Flush, and close the source if this is its last context. The handle answers nothing more.
-    pub fn close(self) -> Result<()> {
-        // Closing the last context flushes, in its own way where a peer may be dead.
-        let last = Arc::strong_count(&self.shared) == 1;
-        let result = if last { Ok(()) } else { self.flush_for_close() };
-        // Of two contexts that are closed at once exactly one is the last.
-        match Arc::into_inner(self.shared) {
-            Some(shared) => {
-                let closed = shared.close();
-                result.and(closed)
-            }
-            None => result,
-        }
-    }
-
-    fn flush_for_close(&self) -> Result<()> {
-        let call = self.call()?;
-        if call.flags.has(OpenFlags::INFO_ONLY) || !call.flags.has(OpenFlags::RDWR) {
-            return Ok(());
-        }
-        let _own = call.guard.own();
-        call.top.flush()
-    }
-
-    /// Flush and close now, whoever still has the handle: its calls answer `EBADF` from then on.
-    /// For the end of the program.
-    pub(crate) fn shut(&self) -> Result<()> {
-        // Whoever ends the program from within a call must not wait for that call here.
-        let patience = std::time::Duration::from_secs(1);
-        let Some(_admin) = self.shared.admin.try_lock_for(patience) else { return Ok(()) };
-        self.shared.closed.store(true, SeqCst);
-        let tree = self.shared.tree.swap(ptr::null_mut(), SeqCst);
-        if tree.is_null() {
-            return Ok(());
-        }
-        // A call that hangs must not keep the program from ending: what is under way is not waited
-        // for beyond a moment, and then its tree is left to it.
-        let mark = self.shared.calls.mark();
-        for _ in 0..200 {
-            if self.shared.calls.passed(mark) {
-                // SAFETY: we took it out, and no call uses it any more.
-                let tree = unsafe { Box::from_raw(tree) };
-                return close_tree(&tree);
-            }
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-        // SAFETY: never freed.
-        unsafe { &*tree }.top.flush()
-    }
-}
-
-impl Shared {
-    fn close(mut self) -> Result<()> {
-        let tree = std::mem::replace(self.tree.get_mut(), ptr::null_mut());
-        if tree.is_null() {
-            return Ok(());
-        }
-        // SAFETY: made by Box::into_raw; this was the last context.
-        let tree = unsafe { Box::from_raw(tree) };
-        close_tree(&tree)
-    }
-}
-
-fn close_tree(tree: &Tree) -> Result<()> {
-    if tree.flags.has(OpenFlags::RDWR) && !tree.flags.has(OpenFlags::INFO_ONLY) {
-        tree.top.driver().close()
-    } else {
-        Ok(())
     }
 }
 

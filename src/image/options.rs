@@ -64,8 +64,14 @@ const KEYS: &[(&str, u8)] = &[
     ("key", OPEN | CREATE),
     ("key-file", OPEN | CREATE),
     ("lazy-refcounts", CREATE),
-    ("lock", OPEN),
-    ("lock-wait", OPEN),
+    ("lock", OPEN | CREATE),
+    ("lock-adopt", OPEN),
+    ("lock-exclusive", OPEN),
+    ("lock-manager", OPEN | CREATE),
+    ("lock-manager-timeout", OPEN | CREATE),
+    ("lock-owner", OPEN | CREATE),
+    ("lock-owner-uuid", OPEN | CREATE),
+    ("lock-wait", OPEN | CREATE),
     ("nbd.activation", OPEN),
     ("nbd.connect-timeout", OPEN),
     ("nbd.connections", OPEN),
@@ -133,6 +139,10 @@ impl Options {
             {
                 key = rest;
             }
+            // What it means is the manager's to know.
+            if bit & (OPEN | CREATE) != 0 && full.starts_with("lock-manager.") {
+                continue;
+            }
             match KEYS.iter().find(|(k, _)| *k == key) {
                 Some((_, uses)) if uses & bit != 0 => {}
                 Some(_) => {
@@ -176,6 +186,14 @@ impl Options {
                 .filter_map(|(k, v)| Some((k.strip_prefix("backing.")?.to_owned(), v.clone())))
                 .collect(),
         )
+    }
+
+    /// The settings whose keys begin with `prefix`, by what follows it.
+    pub(crate) fn with_prefix<'a>(
+        &'a self,
+        prefix: &'a str,
+    ) -> impl Iterator<Item = (&'a str, &'a [u8])> {
+        self.0.iter().filter_map(move |(k, v)| Some((k.strip_prefix(prefix)?, v.as_slice())))
     }
 
     /// The value of `key`.

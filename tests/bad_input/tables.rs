@@ -124,6 +124,7 @@ fn what_lies_past_the_end_of_the_file_is_reported() {
     let e = image.read_at(&mut [0; 10], CLUSTER).unwrap_err();
     assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
     assert!(e.to_string().contains("compressed cluster"), "{e}");
+    drop(image);
 
     let (path, l1, _) = written(&dir, "1.1");
     poke(&path, l1, &(COPIED | far).to_be_bytes());

@@ -12,7 +12,7 @@ use qblk::Image;
 use super::client::Client;
 use super::common::*;
 use super::hangups::add_packed;
-use super::scene::{AT_ONCE, Scene, alone};
+use super::scene::{AT_ONCE, Scene, alone, counts, until};
 use super::wire::*;
 
 /// A server of zeroes that answers no request before it is told to.
@@ -147,6 +147,8 @@ fn stopping_with_a_device_that_hangs() {
         c.say(&[write, vec![1; 512]].concat());
         let read = c.request(cmd::READ, 0, 0, 512).0;
         c.say(&read);
+        // They have reached the device.
+        until(AT_ONCE, counts, |c| c.pool == 2).unwrap();
         let begun = Instant::now();
         // It did not answer: that is what we are told, and in time.
         let result = scene.server.stop(Duration::from_millis(200));

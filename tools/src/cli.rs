@@ -40,6 +40,8 @@ pub enum Command {
     Write(WriteArgs),
     /// Measure how fast an image is read or written
     Bench(BenchArgs),
+    /// Say who has an image locked
+    Lock(crate::lock::LockArgs),
     /// Serve images by NBD, until a signal or the end of a command
     Serve(Box<ServeArgs>),
     /// List what an NBD server exports

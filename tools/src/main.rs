@@ -12,6 +12,7 @@ mod histogram;
 mod info;
 mod json;
 mod list;
+mod lock;
 mod map;
 mod open;
 mod place;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         Command::Read(args) => read::run(&args),
         Command::Write(args) => write::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Lock(args) => lock::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::List(args) => list::run(&args),
     };

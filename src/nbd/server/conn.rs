@@ -315,7 +315,7 @@ impl Own {
         loop {
             let waits = self.conn.in_pool.load(SeqCst) > 0;
             // Large memory is not kept for a client that is silent.
-            if !waits && self.high.max(self.input.high()) > 128 << 10 {
+            if !waits && self.high.max(self.input.high()) > 128 << 10 && !self.conn.has_left() {
                 if self.conn.tls.is_none()
                     && let Some(more) = self.input.receive_now(&self.conn.fd)?
                 {

@@ -5,29 +5,40 @@
 //! `done`; whoever holds the sending lock sends what is there, so that nobody waits for the lock
 //! either. What does not fit the socket then is left to the connection's own thread.
 
+use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::Ordering::*;
 
 use super::conn::{Conn, Cut};
 use super::job::Reply;
+use crate::nbd::tls::Session;
 
 /// Replies gathered into one system call.
 const GATHER: usize = 64;
 /// Plain text that is encrypted at a time, bytes: what waits in memory for a slow client.
 const SEAL: usize = 256 << 10;
 
-/// What the sending lock guards.
+/// What the sending lock guards: what is under way, in this order.
 #[derive(Default)]
 pub struct Sending {
     /// Records made of what is being sent; empty without TLS.
     cipher: Vec<u8>,
-    /// Bytes on their way that the socket did not take yet.
-    left: Vec<u8>,
-    /// How many of them it has taken.
+    /// How many bytes of them the socket has taken.
+    cipher_taken: usize,
+    /// Replies of the pool that the socket did not take yet, or not whole. They count for the limits
+    /// of requests and memory as long as they are here.
+    rest: VecDeque<Reply>,
+    /// Bytes of the first of them that are done with.
     taken: usize,
     /// The connection's own thread is in the middle of a reply: nothing may come between.
     middle: bool,
+}
+
+impl Sending {
+    fn is_empty(&self) -> bool {
+        self.rest.is_empty() && self.cipher_taken == self.cipher.len()
+    }
 }
 
 impl Conn {
@@ -37,7 +48,7 @@ impl Conn {
         {
             let mut s = self.sending.lock();
             self.finish(&mut s, true)?;
-            self.push(&mut s, &mut [IoSlice::new(bytes)], true, more)?;
+            self.push(&mut s, bytes, more)?;
             s.middle = more;
         }
         if more { Ok(()) } else { self.send_done(true) }
@@ -55,7 +66,7 @@ impl Conn {
     ) -> Result<(), Cut> {
         let mut s = self.sending.lock();
         self.finish(&mut s, true)?;
-        self.push(&mut s, &mut [IoSlice::new(head)], true, true)?;
+        self.push(&mut s, head, true)?;
         while count > 0 {
             let mut at = offset as libc::off_t;
             let most = count.min(1 << 30) as usize;
@@ -106,7 +117,7 @@ impl Conn {
             };
             match n {
                 1.. => {
-                    self.push(s, &mut [IoSlice::new(&piece[..n as usize])], true, true)?;
+                    self.push(s, &piece[..n as usize], true)?;
                     offset += n as u64;
                     count -= n as u64;
                 }
@@ -137,26 +148,9 @@ impl Conn {
             if s.middle && !self.is_cut() {
                 return Ok(());
             }
+            s.rest.append(&mut self.done.lock());
             if !self.finish(&mut s, wait)? {
                 drop(s);
-                self.wake();
-                return Ok(());
-            }
-            let batch: Vec<Reply> = {
-                let mut done = self.done.lock();
-                let n = done.len().min(GATHER);
-                done.drain(..n).collect()
-            };
-            let mut slices: Vec<IoSlice<'_>> =
-                batch.iter().map(|r| IoSlice::new(r.bytes())).collect();
-            let sent =
-                if self.is_cut() { Ok(true) } else { self.push(&mut s, &mut slices, wait, false) };
-            drop(slices);
-            drop(s);
-            for reply in batch {
-                self.release(reply.budget);
-            }
-            if !sent? {
                 self.wake();
                 return Ok(());
             }
@@ -166,74 +160,79 @@ impl Conn {
 
     /// Send what was left; whether it is gone.
     pub(super) fn finish(&self, s: &mut Sending, wait: bool) -> Result<bool, Cut> {
-        if self.is_cut() {
-            // Nobody takes it any more, nor the end of a reply that was begun.
-            *s = Sending::default();
-        }
-        while s.taken < s.left.len() {
-            match self.write_some(&[IoSlice::new(&s.left[s.taken..])], wait, false)? {
-                Some(n) => s.taken += n,
-                None => return Ok(false),
+        loop {
+            if self.is_cut() {
+                // Nobody takes it any more, nor the end of a reply that was begun.
+                s.rest.drain(..).for_each(|reply| self.release(&reply));
+                *s = Sending::default();
             }
-        }
-        if s.taken > 0 {
-            s.taken = 0;
-            s.left.clear();
-            s.left.shrink_to(4096);
-        }
-        Ok(true)
-    }
-
-    /// Send all of `pieces`, or leave what the socket does not take in `left`: whether all went.
-    fn push(
-        &self,
-        s: &mut Sending,
-        mut pieces: &mut [IoSlice<'_>],
-        wait: bool,
-        more: bool,
-    ) -> Result<bool, Cut> {
-        if let Some(tls) = &self.tls {
-            return self.push_sealed(s, tls, pieces, wait);
-        }
-        IoSlice::advance_slices(&mut pieces, 0);
-        while !pieces.is_empty() {
-            match self.write_some(pieces, wait, more)? {
-                Some(n) => IoSlice::advance_slices(&mut pieces, n),
+            while s.cipher_taken < s.cipher.len() {
+                let piece = [IoSlice::new(&s.cipher[s.cipher_taken..])];
+                match self.write_some(&piece, wait, false)? {
+                    Some(n) => s.cipher_taken += n,
+                    None => return Ok(false),
+                }
+            }
+            if s.cipher_taken > 0 {
+                s.cipher_taken = 0;
+                s.cipher.clear();
+                s.cipher.shrink_to(32 << 10);
+            }
+            if s.rest.is_empty() {
+                return Ok(true);
+            }
+            match &self.tls {
+                Some(tls) => {
+                    let first = s.rest.front().map_or(&[][..], Reply::bytes);
+                    let n = (first.len() - s.taken).min(SEAL);
+                    seal(tls, &first[s.taken..s.taken + n], &mut s.cipher)?;
+                    self.went(s, n);
+                }
                 None => {
-                    pieces.iter().for_each(|p| s.left.extend_from_slice(p));
-                    return Ok(false);
+                    let mut slices = [IoSlice::new(&[]); GATHER];
+                    let mut skip = s.taken;
+                    let count = s.rest.len().min(GATHER);
+                    for (slice, reply) in slices.iter_mut().zip(&s.rest) {
+                        *slice = IoSlice::new(&reply.bytes()[std::mem::take(&mut skip)..]);
+                    }
+                    match self.write_some(&slices[..count], wait, false)? {
+                        Some(n) => self.went(s, n),
+                        None => return Ok(false),
+                    }
                 }
             }
         }
-        Ok(true)
     }
 
-    fn push_sealed(
-        &self,
-        s: &mut Sending,
-        tls: &super::super::tls::Session,
-        pieces: &[IoSlice<'_>],
-        wait: bool,
-    ) -> Result<bool, Cut> {
-        let mut all = true;
-        for piece in pieces.iter().flat_map(|p| p.chunks(SEAL)) {
-            s.cipher.clear();
-            tls.seal(&[IoSlice::new(piece)], &mut s.cipher)
-                .map_err(|e| Cut::Failed(e.to_string()))?;
-            let mut at = 0;
-            while all && at < s.cipher.len() {
-                match self.write_some(&[IoSlice::new(&s.cipher[at..])], wait, false)? {
-                    Some(n) => at += n,
-                    None => all = false,
-                }
-            }
-            if !all {
-                s.left.extend_from_slice(&s.cipher[at..]);
+    /// So many bytes of `rest` are done with.
+    fn went(&self, s: &mut Sending, n: usize) {
+        s.taken += n;
+        while let Some(first) = s.rest.front()
+            && s.taken >= first.bytes().len()
+        {
+            s.taken -= first.bytes().len();
+            if let Some(reply) = s.rest.pop_front() {
+                self.release(&reply);
             }
         }
-        s.cipher.clear();
-        s.cipher.shrink_to(32 << 10);
-        Ok(all)
+    }
+
+    /// Send all of `bytes`, when nothing else is left, however long the client takes.
+    fn push(&self, s: &mut Sending, mut bytes: &[u8], more: bool) -> Result<(), Cut> {
+        if let Some(tls) = &self.tls {
+            for piece in bytes.chunks(SEAL) {
+                seal(tls, piece, &mut s.cipher)?;
+                self.finish(s, true)?;
+            }
+            return Ok(());
+        }
+        while !bytes.is_empty() {
+            match self.write_some(&[IoSlice::new(bytes)], true, more)? {
+                Some(n) => bytes = &bytes[n..],
+                None => return Err(Cut::Closed),
+            }
+        }
+        Ok(())
     }
 
     /// One system call: how many bytes went, `None` if none did and waiting is not allowed.
@@ -266,10 +265,9 @@ impl Conn {
         }
     }
 
-    /// Whether bytes are left that the socket did not take.
+    /// Whether something is left that the socket did not take.
     pub(super) fn has_left(&self) -> bool {
-        let s = self.sending.lock();
-        s.taken < s.left.len()
+        !self.sending.lock().is_empty()
     }
 
     /// Wake the connection's own thread from waiting.
@@ -280,15 +278,19 @@ impl Conn {
     }
 
     /// Count a request of the pool as over.
-    fn release(&self, budget: usize) {
-        self.server.memory.fetch_sub(budget, Relaxed);
+    fn release(&self, reply: &Reply) {
+        self.server.memory.fetch_sub(reply.budget, Relaxed);
         self.server.in_pool.fetch_sub(1, Relaxed);
-        self.bytes.fetch_sub(budget, Relaxed);
+        self.bytes.fetch_sub(reply.budget, Relaxed);
         self.in_pool.fetch_sub(1, SeqCst);
         if self.waiting.load(SeqCst) {
             self.wake();
         }
     }
+}
+
+fn seal(tls: &Session, plain: &[u8], out: &mut Vec<u8>) -> Result<(), Cut> {
+    tls.seal(&[IoSlice::new(plain)], out).map_err(|e| Cut::Failed(e.to_string()))
 }
 
 pub(super) fn errno() -> i32 {

@@ -7,6 +7,7 @@ mod create;
 mod data;
 mod docs;
 mod info;
+mod lock;
 mod map;
 mod nbd;
 mod remote;

@@ -60,18 +60,23 @@ fn every_form_of_newstyle_reads() {
 fn block_sizes_and_flags_become_limits() {
     let offer = Offer {
         blocks: Some((512, 65536, 1 << 30)),
-        flags: flag::HAS_FLAGS | flag::READ_ONLY | flag::ROTATIONAL,
+        flags: flag::HAS_FLAGS | flag::ROTATIONAL,
         ..Offer::default()
     };
     opened(offer, drop, |d| {
         let caps = d.caps();
         assert_eq!((caps.align, caps.optimal_io, caps.max_transfer), (512, 65536, 32 << 20));
-        assert!(caps.read_only && caps.rotational);
+        assert!(caps.rotational);
         assert!(!caps.flush && !caps.fua && !caps.trim && !caps.zero && !caps.cache);
     });
     opened(Offer { flags: flag::SEND_TRIM, ..Offer::default() }, drop, |d| {
         assert!(!d.caps().trim, "flags without HAS_FLAGS mean nothing");
     });
+    let read_only = Offer { flags: flag::HAS_FLAGS | flag::READ_ONLY, ..Offer::default() };
+    let e = refused(move |mut p| {
+        p.negotiate(&read_only);
+    });
+    assert_eq!(e.kind(), ErrorKind::Errno(libc::EROFS), "opened for writing: {e}");
 }
 
 #[test]

@@ -1,0 +1,121 @@
+//! The end of an open chain, and its replacement by another.
+
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::*;
+
+use super::{Image, OpenFlags, Options, Shared, Tree, chain};
+use crate::block::{Error, Result};
+
+impl Image {
+    /// Open the source anew with other flags (and options, or the same as before), beneath all of
+    /// its contexts. Calls wait meanwhile; if it fails, all stays as it was.
+    pub fn reopen(&self, options: Option<&Options>, flags: OpenFlags) -> Result<()> {
+        let _admin = self.shared.admin.lock();
+        let old = self.shared.tree.load(SeqCst);
+        if old.is_null() {
+            return Err(Error::BadHandle("the device is closed".into()));
+        }
+        self.shared.tree.store(ptr::null_mut(), SeqCst);
+        self.shared.calls.wait();
+        // SAFETY: we took it out, and no call uses it any more.
+        let old = unsafe { Box::from_raw(old) };
+        let new = (|| {
+            // What the old one still holds in memory must be in the file before the new one reads
+            // it. One that refuses writes holds nothing that it could still give.
+            match close_tree(&old) {
+                Ok(()) | Err(Error::Failed { .. }) => {}
+                // Neither does one that has lost its lease.
+                Err(Error::Locked { .. }) if old.lease.as_ref().is_some_and(|l| l.is_lost()) => {}
+                Err(e) => return Err(e),
+            }
+            let options = options.unwrap_or(&old.options);
+            // It takes the locks over from the old one, and gives them back if it comes to nothing.
+            chain::reopen(&old, options, flags, &self.shared.calls)
+        })();
+        let (tree, result) = match new {
+            Ok(new) => {
+                self.write.store(flags.has(OpenFlags::RDWR), Relaxed);
+                (Box::new(new), Ok(()))
+            }
+            Err(e) => (old, Err(e)),
+        };
+        self.shared.tree.store(Box::into_raw(tree), SeqCst);
+        result
+    }
+
+    /// Flush, and close the source if this is its last context. The handle answers nothing more.
+    pub fn close(self) -> Result<()> {
+        // Closing the last context flushes, in its own way where a peer may be dead.
+        let last = Arc::strong_count(&self.shared) == 1;
+        let result = if last { Ok(()) } else { self.flush_for_close() };
+        // Of two contexts that are closed at once exactly one is the last.
+        match Arc::into_inner(self.shared) {
+            Some(shared) => {
+                let closed = shared.close();
+                result.and(closed)
+            }
+            None => result,
+        }
+    }
+
+    fn flush_for_close(&self) -> Result<()> {
+        let call = self.call()?;
+        if call.flags.has(OpenFlags::INFO_ONLY) || !call.flags.has(OpenFlags::RDWR) {
+            return Ok(());
+        }
+        call.may_write()?;
+        let _own = call.guard.own();
+        call.top.flush()
+    }
+
+    /// Flush and close now, whoever still has the handle: its calls answer `EBADF` from then on.
+    /// For the end of the program.
+    pub(crate) fn shut(&self) -> Result<()> {
+        // Whoever ends the program from within a call must not wait for that call here.
+        let patience = std::time::Duration::from_secs(1);
+        let Some(_admin) = self.shared.admin.try_lock_for(patience) else { return Ok(()) };
+        self.shared.closed.store(true, SeqCst);
+        let tree = self.shared.tree.swap(ptr::null_mut(), SeqCst);
+        if tree.is_null() {
+            return Ok(());
+        }
+        // A call that hangs must not keep the program from ending: what is under way is not waited
+        // for beyond a moment, and then its tree is left to it.
+        let mark = self.shared.calls.mark();
+        for _ in 0..200 {
+            if self.shared.calls.passed(mark) {
+                // SAFETY: we took it out, and no call uses it any more.
+                let tree = unsafe { Box::from_raw(tree) };
+                return close_tree(&tree);
+            }
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        // SAFETY: never freed.
+        let tree = unsafe { &*tree };
+        tree.may_write()?;
+        tree.top.flush()
+    }
+}
+
+impl Shared {
+    fn close(mut self) -> Result<()> {
+        let tree = std::mem::replace(self.tree.get_mut(), ptr::null_mut());
+        if tree.is_null() {
+            return Ok(());
+        }
+        // SAFETY: made by Box::into_raw; this was the last context.
+        let tree = unsafe { Box::from_raw(tree) };
+        close_tree(&tree)
+    }
+}
+
+fn close_tree(tree: &Tree) -> Result<()> {
+    if tree.flags.has(OpenFlags::RDWR) && !tree.flags.has(OpenFlags::INFO_ONLY) {
+        // What is not in the file yet is lost; writing it might harm what is another's now.
+        tree.may_write()?;
+        tree.top.driver().close()
+    } else {
+        Ok(())
+    }
+}
