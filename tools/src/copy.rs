@@ -285,9 +285,21 @@ impl Work<'_> {
                     self.copy_pieces();
                 });
             }
-            while running.load(Acquire) > 0 {
-                std::thread::park_timeout(Duration::from_millis(50));
-                progress.show(self.done.load(Relaxed));
+            let mut seen = None;
+            loop {
+                let over = running.load(Acquire) == 0;
+                if !over {
+                    std::thread::park_timeout(Duration::from_millis(50));
+                }
+                let done = self.done.load(Relaxed);
+                // A copy may be over before anyone has looked.
+                if seen != Some(done) {
+                    progress.show(done);
+                }
+                seen = Some(done);
+                if over {
+                    break;
+                }
                 if signals::asked_to_end().is_some() {
                     self.stop.store(true, Relaxed);
                 }
