@@ -38,6 +38,9 @@ pub(super) const NAMES: [&str; 5] =
 /// How many of them are used today.
 const COUNT: u8 = 4;
 
+/// From the first byte of the protocol to the last.
+const SPAN: u64 = UNSHARED + COUNT as u64 - USED;
+
 const READ: u8 = 1;
 const WRITE: u8 = 2;
 const RESIZE: u8 = 8;
@@ -188,7 +191,10 @@ impl FileLock {
     /// Have the locks `keep` only.
     fn reduce(&self, keep: Permissions) {
         let mut held = self.held.lock();
-        self.unlock(held.without(keep));
+        match keep.is_none() {
+            true => self.unlock_all(),
+            false => self.unlock(held.without(keep)),
+        }
         *held =
             Permissions { used: held.used & keep.used, unshared: held.unshared & keep.unshared };
     }
@@ -200,12 +206,21 @@ impl FileLock {
         }
     }
 
+    /// One call instead of one for each run of bytes; nothing else of ours is between them.
+    fn unlock_all(&self) {
+        let _ = sys::lock_bytes(&self.file, libc::F_UNLCK, USED, SPAN);
+    }
+
     fn held(&self) -> Permissions {
         *self.held.lock()
     }
 
     /// What keeps us from `wanted`. Our own description's locks are never in our way.
     fn conflict(&self, wanted: Permissions) -> std::result::Result<Option<Conflict>, Errno> {
+        // As a rule nobody else is there at all, and one look will do.
+        if sys::locked_by_other(&self.file, USED, SPAN)?.is_none() {
+            return Ok(None);
+        }
         for (start, count) in wanted.tested() {
             if let Some((byte, pid)) = sys::locked_by_other(&self.file, start, count)? {
                 return Ok(Some(Conflict { byte, pid }));
@@ -219,7 +234,7 @@ impl Drop for FileLock {
     fn drop(&mut self) {
         // Closing would do, were it not for children that have the description too.
         if self.process == std::process::id() {
-            self.unlock(self.held());
+            self.unlock_all();
         }
     }
 }

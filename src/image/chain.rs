@@ -1,6 +1,7 @@
 //! Opening by name: what a name means, what format a file has, and which files an image may bring
 //! with it (the open policy of docs/abi.md).
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -16,7 +17,7 @@ use crate::block::*;
 use crate::file::{self, Locking, Locks};
 pub use crate::format::Probe;
 use crate::format::{self, BackingRef, Params};
-use crate::lockmgr::{READ_ONLY, Resource, SHARED};
+use crate::lockmgr::Resource;
 
 /// Images in a chain, at most.
 const MAX_DEPTH: usize = 200;
@@ -46,6 +47,18 @@ struct Opening<'a> {
     locking: Locking,
     /// The files of the chain so far, as a lock manager is told of them.
     parts: Vec<Resource>,
+}
+
+/// A file of a chain that is open, and how the image in it is to be.
+struct Part {
+    /// Until it is.
+    driver: Cell<Option<Box<dyn Driver>>>,
+    options: Options,
+    flags: OpenFlags,
+    /// Its overlay does not record its format: it may name no files of its own.
+    guessing: bool,
+    /// An image has named it.
+    named: bool,
 }
 
 /// Read a name. Unknown schemes are paths.
@@ -106,7 +119,7 @@ pub(super) fn open(
             std::path::absolute(Path::new(path)).unwrap_or_else(|_| PathBuf::from(path)),
         ),
     };
-    open_source(name.to_owned().into(), again, options, flags, calls, None)
+    managed::open(name.to_owned().into(), again, options, flags, calls, None)
 }
 
 /// Use `fd` and open what the image behind it stands on.
@@ -135,7 +148,7 @@ pub(super) fn open_fd(
         let mut opening = Opening::new(calls, implicit(options)?, Locks::default());
         return opening.tree(driver, name, Again::Never, options, flags);
     }
-    open_source(name, Again::Descriptor(fd), options, flags, calls, None)
+    managed::open(name, Again::Descriptor(fd), options, flags, calls, None)
 }
 
 /// Open anew what `old` has open, in another way.
@@ -155,7 +168,7 @@ pub(super) fn reopen(
             return Err(Error::policy(&old.name, text));
         }
     };
-    open_source(old.name.clone(), again, options, flags, calls, Some(old))
+    managed::open(old.name.clone(), again, options, flags, calls, Some(old))
 }
 
 fn duplicate(fd: &OwnedFd, name: &Name) -> Result<OwnedFd> {
@@ -167,57 +180,8 @@ fn duplicate(fd: &OwnedFd, name: &Name) -> Result<OwnedFd> {
     fd.try_clone().map_err(failed)
 }
 
-/// How often it is tried again when a chain has changed while it was being leased.
-const CHANGES: u32 = 5;
-
-/// Open, by leave of a lock manager if there is one. `old` is the chain that is to be replaced.
-fn open_source(
-    name: Name,
-    again: Again,
-    options: &Options,
-    flags: OpenFlags,
-    calls: &Arc<InFlight>,
-    old: Option<&Tree>,
-) -> Result<Tree> {
-    let locks = || old.map_or_else(Locks::default, |old| Locks::replacing(&old.locks));
-    let local = matches!(again, Again::Path(_) | Again::Descriptor(_));
-    check(options, flags, matches!(again, Again::Remote(_)), Locking::default())?;
-    let request = if local { managed::request(options, flags)? } else { None };
-    let Some(request) = request else {
-        return open_now(name, &again, options, flags, calls, locks()).map(|t| t.by(again));
-    };
-    let keep = old.and_then(|old| old.lease.as_ref());
-    let keep = keep.filter(|lease| !lease.is_lost() && request.is_of(lease));
-    for _ in 0..CHANGES {
-        let look =
-            OpenFlags(flags.0 & !(OpenFlags::RDWR | OpenFlags::DIRECT | OpenFlags::SHARED).0);
-        let survey = Arc::new(InFlight::default());
-        let look = look | OpenFlags::NO_LOCK;
-        let found = open_now(name.clone(), &again, options, look, &survey, Locks::default())?;
-        let wanted = found.resources(flags);
-        drop(found);
-        let mut locks = locks();
-        let (lease, change) = match keep {
-            Some(lease) => (lease.clone(), Some(lease.extend(&wanted)?)),
-            None => {
-                let fence = Arc::new(Fence::default());
-                let (request, calls) = (request.clone(), calls.clone());
-                (request.acquire(&name, wanted.clone(), fence, calls)?, None)
-            }
-        };
-        locks.set_fence(lease.fence().clone());
-        let tree = open_now(name.clone(), &again, options, flags, calls, locks)?;
-        if tree.resources(flags) == wanted {
-            if let Some(change) = change {
-                change.settle(&wanted);
-            }
-            return Ok(Tree { lease: Some(lease), ..tree.by(again) });
-        }
-    }
-    Err(Error::Locked { file: name, what: "its chain changes while it is being leased".into() })
-}
-
-fn open_now(
+/// Open a chain, without asking a lock manager.
+pub(super) fn open_now(
     name: Name,
     again: &Again,
     options: &Options,
@@ -257,29 +221,11 @@ pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Re
     let Ok(meta) = std::fs::metadata(target.as_path()) else { return Ok(()) };
     opening.seen.push((meta.dev(), meta.ino()));
     let below = Source::Path(below);
-    match opening.below(target, below, options, OpenFlags::NO_LOCK, false) {
+    let found = opening.below(target, below, options, OpenFlags::NO_LOCK, false, false);
+    match found.and_then(|below| opening.image(below)) {
         Err(e @ Error::Policy { .. }) => Err(e),
         // What can not be opened here may yet be a good backing file elsewhere.
         _ => Ok(()),
-    }
-}
-
-impl Tree {
-    /// With how it is opened again.
-    fn by(self, again: Again) -> Self {
-        Self { again, ..self }
-    }
-
-    /// What a lock manager is asked for, if the chain is (to be) opened with `flags`.
-    fn resources(&self, flags: OpenFlags) -> Vec<Resource> {
-        let mut parts = self.parts.clone();
-        for (i, part) in parts.iter_mut().enumerate() {
-            // Only the uppermost is written.
-            let write = i == 0 && flags.has(OpenFlags::RDWR);
-            part.flags = if write { 0 } else { READ_ONLY };
-            part.flags |= if flags.has(OpenFlags::SHARED) { SHARED } else { 0 };
-        }
-        managed::in_order(parts)
     }
 }
 
@@ -306,7 +252,9 @@ impl<'a> Opening<'a> {
     ) -> Result<Tree> {
         self.note(driver.identity(), driver.name(), &name)?;
         let kind = driver.kind();
-        let (top, probed) = self.image(driver, options, flags, false)?;
+        let (driver, own) = (Some(driver).into(), options.clone());
+        let part = Part { driver, options: own, flags, guessing: false, named: false };
+        let (top, probed) = self.image(Box::new(part))?;
         let files = top.driver().files();
         let in_use = self.locks.in_use();
         Ok(Tree {
@@ -339,16 +287,36 @@ impl<'a> Opening<'a> {
         Ok(())
     }
 
-    /// Open the image in `file` and, below it, what it stands on. `guessing` is set for a backing
-    /// image whose format its overlay does not record: such an image may name no files of its own.
-    fn image(
-        &mut self,
-        file: Box<dyn Driver>,
-        options: &Options,
-        flags: OpenFlags,
-        guessing: bool,
-    ) -> Result<(Device, bool)> {
-        let file = Device::new(file);
+    /// Open the image in a file and, below it, what it stands on.
+    ///
+    /// It calls itself for the image below, as deep as chains may be: what it has on the stack is little,
+    /// and what takes more room is done in functions that return before that.
+    fn image(&mut self, this: Box<Part>) -> Result<(Device, bool)> {
+        let (mut opened, probed) = self.one(&this)?;
+        let next = match this.flags.has(OpenFlags::INFO_ONLY) {
+            true => None,
+            false => self.backing(&opened, &this)?,
+        };
+        if let Some(next) = next {
+            let (named, above) = (next.named, opened.name().clone());
+            match self.image(next) {
+                Ok((device, _)) => {
+                    opened.attach(device, this.options.get("backing-file").is_none());
+                }
+                Err(e) if named => return Err(none_of_its_kind(e, &above)),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok((Device::new(opened.into_driver()?), probed))
+    }
+
+    /// Open the image in a file, alone. Also whether its format was found by probing.
+    #[inline(never)]
+    fn one(&mut self, this: &Part) -> Result<(Box<format::Opened>, bool)> {
+        let (options, flags) = (&this.options, this.flags);
+        let driver = this.driver.take();
+        let driver = driver.ok_or_else(|| Error::Internal("opened twice".into()))?;
+        let file = Device::new(driver);
         let asked = match options.text("format")? {
             None => None,
             Some(name) => Some(format::by_name(name).ok_or_else(|| {
@@ -386,30 +354,18 @@ impl<'a> Opening<'a> {
             key,
             calls: self.calls.clone(),
         };
-        let mut opened = format::open(kind, file, params)?;
+        let opened = format::open(kind, file, params)?;
         if has_key && !opened.is_encrypted() {
             return Err(key::no_use(opened.name()));
         }
-        if info_only {
-            return Ok((Device::new(opened.into_driver()?), probed));
-        }
-        let name = opened.name().clone();
-        let backing = self.backing(&name, opened.backing(), options, flags, guessing)?;
-        if let Some(device) = backing {
-            opened.attach(device, options.get("backing-file").is_none());
-        }
-        Ok((Device::new(opened.into_driver()?), probed))
+        Ok((Box::new(opened), probed))
     }
 
-    /// Open what the image `name` stands on, if anything.
-    fn backing(
-        &mut self,
-        name: &Name,
-        recorded: Option<&BackingRef>,
-        options: &Options,
-        flags: OpenFlags,
-        guessing: bool,
-    ) -> Result<Option<Device>> {
+    /// Open the file of what an image stands on, if anything.
+    #[inline(never)]
+    fn backing(&mut self, opened: &format::Opened, this: &Part) -> Result<Option<Box<Part>>> {
+        let (name, recorded) = (&opened.name().clone(), opened.backing());
+        let (options, flags, guessing) = (&this.options, this.flags, this.guessing);
         if flags.has(OpenFlags::NO_BACKING) {
             return Ok(None);
         }
@@ -424,7 +380,7 @@ impl<'a> Opening<'a> {
             if chosen.is_empty() {
                 return Ok(None);
             }
-            return self.below(name, parse_name(chosen)?, &below, flags, false).map(Some);
+            return self.below(name, parse_name(chosen)?, &below, flags, false, false).map(Some);
         }
         let Some(recorded) = recorded else {
             return Ok(None);
@@ -466,13 +422,8 @@ impl<'a> Opening<'a> {
             below.set("format", Some(fmt));
         }
         let guess = below.get("format").is_none();
-        match self.below(name, source, &below, flags, guess) {
-            // What is there, but neither a regular file nor a block device.
-            Err(Error::Invalid(what)) => {
-                Err(Error::policy(name, format!("names a backing file that is none: {what}")))
-            }
-            other => other.map(Some),
-        }
+        let below = self.below(name, source, &below, flags, guess, true);
+        below.map(Some).map_err(|e| none_of_its_kind(e, name))
     }
 
     /// What leads to the backing file that an image names, if the policy lets it be opened.
@@ -518,8 +469,9 @@ impl<'a> Opening<'a> {
         source: Source<'_>,
         options: &Options,
         flags: OpenFlags,
-        guess: bool,
-    ) -> Result<Device> {
+        guessing: bool,
+        named: bool,
+    ) -> Result<Box<Part>> {
         if self.seen.len() >= MAX_DEPTH {
             return Err(Error::policy(
                 above,
@@ -556,7 +508,18 @@ impl<'a> Opening<'a> {
             }
         };
         self.note(driver.identity(), driver.name(), above)?;
-        Ok(self.image(driver, options, flags, guess)?.0)
+        let (driver, options) = (Some(driver).into(), options.clone());
+        Ok(Box::new(Part { driver, options, flags, guessing, named }))
+    }
+}
+
+/// What an image names is there, but neither a regular file nor a block device.
+fn none_of_its_kind(e: Error, name: &Name) -> Error {
+    match e {
+        Error::Invalid(what) => {
+            Error::policy(name, format!("names a backing file that is none: {what}"))
+        }
+        e => e,
     }
 }
 

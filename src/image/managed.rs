@@ -8,9 +8,11 @@ use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
-use super::{OpenFlags, Options};
+use super::how::check;
+use super::{Again, OpenFlags, Options, Tree, chain};
 use crate::block::{Device, Error, Fence, InFlight, Name, Result, quoted};
-use crate::lockmgr::{self, Lease, Manager, Owner, Request, Resource};
+use crate::file::{Locking, Locks};
+use crate::lockmgr::{self, Lease, Manager, Owner, READ_ONLY, Request, Resource, SHARED};
 
 /// The manager where the options name none: PATH, or PATH,KEY=VALUE...
 const SITE: &str = "QBLK_LOCK_MANAGER";
@@ -113,6 +115,76 @@ pub(super) fn in_order(mut parts: Vec<Resource>) -> Vec<Resource> {
     parts.sort();
     parts.dedup_by(|a, b| a.path == b.path);
     parts
+}
+
+/// How often it is tried again when a chain has changed while it was being leased.
+const CHANGES: u32 = 5;
+
+/// Open, by leave of a lock manager if there is one. `old` is the chain that is to be replaced.
+pub(super) fn open(
+    name: Name,
+    again: Again,
+    options: &Options,
+    flags: OpenFlags,
+    calls: &Arc<InFlight>,
+    old: Option<&Tree>,
+) -> Result<Tree> {
+    let locks = || old.map_or_else(Locks::default, |old| Locks::replacing(&old.locks));
+    let local = matches!(again, Again::Path(_) | Again::Descriptor(_));
+    check(options, flags, matches!(again, Again::Remote(_)), Locking::default())?;
+    let asked = if local { request(options, flags)? } else { None };
+    let Some(request) = asked else {
+        return chain::open_now(name, &again, options, flags, calls, locks()).map(|t| t.by(again));
+    };
+    let keep = old.and_then(|old| old.lease.as_ref());
+    let keep = keep.filter(|lease| !lease.is_lost() && request.is_of(lease));
+    for _ in 0..CHANGES {
+        let look =
+            OpenFlags(flags.0 & !(OpenFlags::RDWR | OpenFlags::DIRECT | OpenFlags::SHARED).0);
+        let survey = Arc::new(InFlight::default());
+        let look = look | OpenFlags::NO_LOCK;
+        let found =
+            chain::open_now(name.clone(), &again, options, look, &survey, Locks::default())?;
+        let wanted = found.resources(flags);
+        drop(found);
+        let mut locks = locks();
+        let (lease, change) = match keep {
+            Some(lease) => (lease.clone(), Some(lease.extend(&wanted)?)),
+            None => {
+                let fence = Arc::new(Fence::default());
+                let (request, calls) = (request.clone(), calls.clone());
+                (request.acquire(&name, wanted.clone(), fence, calls)?, None)
+            }
+        };
+        locks.set_fence(lease.fence().clone());
+        let tree = chain::open_now(name.clone(), &again, options, flags, calls, locks)?;
+        if tree.resources(flags) == wanted {
+            if let Some(change) = change {
+                change.settle(&wanted);
+            }
+            return Ok(Tree { lease: Some(lease), ..tree.by(again) });
+        }
+    }
+    Err(Error::Locked { file: name, what: "its chain changes while it is being leased".into() })
+}
+
+impl Tree {
+    /// With how it is opened again.
+    fn by(self, again: Again) -> Self {
+        Self { again, ..self }
+    }
+
+    /// What a lock manager is asked for, if the chain is (to be) opened with `flags`.
+    fn resources(&self, flags: OpenFlags) -> Vec<Resource> {
+        let mut parts = self.parts.clone();
+        for (i, part) in parts.iter_mut().enumerate() {
+            // Only the uppermost is written.
+            let write = i == 0 && flags.has(OpenFlags::RDWR);
+            part.flags = if write { 0 } else { READ_ONLY };
+            part.flags |= if flags.has(OpenFlags::SHARED) { SHARED } else { 0 };
+        }
+        in_order(parts)
+    }
 }
 
 /// A lease of one file while something is done with all of it.

@@ -293,7 +293,7 @@ impl Work<'_> {
                 }
                 let done = self.done.load(Relaxed);
                 // A copy may be over before anyone has looked.
-                if seen != Some(done) {
+                if !over || seen != Some(done) {
                     progress.show(done);
                 }
                 seen = Some(done);

@@ -438,12 +438,12 @@ impl Driver for Nbd {
                 Lost::Untold(_) => true,
                 Lost::No => durable.is_dirty(),
             };
-        let flushed = match flushes {
+        // The connections stay: who opens the source anew may fail and come back. The goodbye is said
+        // when the driver is dropped.
+        match flushes {
             true => self.flush_within(Deadline::after(Some(limit)), Patience::None),
             false => Ok(()),
-        };
-        self.pool.close();
-        flushed
+        }
     }
 
     fn describe(&self) -> Description {
@@ -477,7 +477,7 @@ impl Driver for Nbd {
 impl Drop for Nbd {
     fn drop(&mut self) {
         if std::process::id() == self.pid {
-            self.pool.end();
+            self.pool.close();
             return;
         }
         // In a forked child everything is the parent's, its threads do not exist here and its locks

@@ -339,22 +339,6 @@ impl Pool {
         self.waiters.fetch_sub(1, SeqCst);
     }
 
-    /// End without goodbye: the connections are just closed.
-    pub(super) fn end(&self) {
-        self.closing.store(true, SeqCst);
-        self.cancel.wake();
-        // Under the lock: one who has just looked at `closing` must be asleep to be woken.
-        let thread = self.state.lock().thread.take();
-        self.changed.notify_all();
-        if let Some(thread) = thread {
-            // It has nothing to wait for but a reply to its probe, which is not to come.
-            for lane in &self.lanes {
-                lane.cut();
-            }
-            let _ = thread.join();
-        }
-    }
-
     /// Say goodbye on all connections and end the reconnecting thread. Waits a little for calls that
     /// are under way; those that come later are told that the device is closed.
     pub(super) fn close(&self) {
@@ -363,16 +347,20 @@ impl Pool {
         }
         let limit = self.source.settings.timeout.unwrap_or(CLOSE).min(CLOSE);
         let deadline = Deadline::after(Some(limit));
+        self.cancel.wake();
         let mut state = self.state.lock();
+        let thread = state.thread.take();
+        if thread.as_ref().is_some_and(|t| !t.is_finished()) {
+            // It may wait for a reply to its probe, which need not come any more.
+            self.lanes.iter().for_each(Lane::cut);
+        }
         while self.lanes.iter().any(|l| l.is_up() && l.in_flight() > 0) && !deadline.passed() {
             self.wait_changed(&mut state, deadline.left().unwrap_or_default());
         }
-        let thread = state.thread.take();
         drop(state);
         for lane in &self.lanes {
             lane.goodbye(self, deadline);
         }
-        self.cancel.wake();
         self.changed.notify_all();
         if let Some(thread) = thread {
             // It has nothing left to wait for.

@@ -432,6 +432,7 @@ fn large_requests_are_cut_to_what_the_server_takes() {
     assert!(buf[..100] == expected[..100] && buf[100..1100] == [5; 1000]);
     assert!(buf[1100..] == expected[1100..300_001]);
     dev.driver().close().unwrap();
+    drop(dev);
     assert!(server.join().unwrap(), "no goodbye");
 }
 
