@@ -161,7 +161,7 @@ fn contents_of_plugins_are_read_to_the_byte() {
         assert_eq!(read_range(&image, size - 2, 2), [1, 1]);
         assert_eq!(read_range(&image, size - 5000, 1000)[904..], [1; 96]);
         let mut some = [Extent::default(); 4];
-        let n = image.extents(0, size, &mut some).unwrap();
+        let n = image.extents(0, 1 << 40, &mut some).unwrap();
         assert!(n >= 1 && some[0].has(Extent::ZERO) && some[0].length >= 1 << 31, "{some:?}");
         let n = image.extents(size - (1 << 20), 1 << 20, &mut some).unwrap();
         assert!(some[..n].iter().any(|e| e.has(Extent::DATA)), "{some:?}");
@@ -368,6 +368,6 @@ fn a_server_is_started_and_ended_with_the_device() {
     // One that there is not, and one that fails.
     let e = uri_error("nbd+exec:", &[("argv", "/nowhere/nbdkit -s null")], RO);
     assert_eq!(e.kind(), ErrorKind::Errno(libc::ENOENT), "{e}");
-    let e = uri_error("nbd+exec:", &[("argv", "nbdkit --log=null -s nonsense")], RO);
+    let e = uri_error("nbd+exec:", &[("argv", "sh -c 'exit 3'")], RO);
     assert!(matches!(e.kind(), ErrorKind::Errno(_)), "{e}");
 }

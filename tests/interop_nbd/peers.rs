@@ -226,6 +226,17 @@ impl Drop for Daemon {
         if std::thread::panicking() && self.log.is_some() {
             eprintln!("a server of this test said: {}", self.told());
         }
+        // Asked first: nbdkit has files in /tmp that it removes.
+        let end = Instant::now() + Duration::from_secs(1);
+        for signal in [libc::SIGTERM, libc::SIGCONT] {
+            if matches!(self.child.try_wait(), Ok(None)) {
+                // SAFETY: our child, which nobody has waited for.
+                unsafe { libc::kill(self.child.id() as i32, signal) };
+            }
+        }
+        while matches!(self.child.try_wait(), Ok(None)) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(2));
+        }
         self.kill();
     }
 }
