@@ -30,10 +30,6 @@ int main(int argc, char **argv)
     refused("extended", "extended L2", 0);
     CHECK_SH("qemu-img create -q -f qcow2 -o data_file=bytes.raw external 1M");
     refused("external", "data file", QBLK_STATE_HAS_DATA_FILE);
-    CHECK_SH("qemu-img create -q -f qcow2 --object secret,id=s,data=x "
-             "-o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 luks 1M");
-    refused("luks", "encrypt", QBLK_STATE_ENCRYPTED);
-
     /* An incompatible feature that nobody knows: bit 20 of the eight bytes at 72. */
     OK(qblk_create("future", "qcow2", 1 << 20, NULL));
     patch("future", 77, "\x10", 1);

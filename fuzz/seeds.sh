@@ -5,7 +5,7 @@ set -eu
 
 out=${1:?usage: fuzz/seeds.sh DIRECTORY}
 command -v qemu-img >/dev/null || { echo "install qemu-utils (apt-get install qemu-utils)" >&2; exit 1; }
-mkdir -p "$out/qcow2_header" "$out/qcow2_ops"
+mkdir -p "$out/luks_header" "$out/qcow2_header" "$out/qcow2_ops"
 out=$(cd "$out" && pwd)
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT INT TERM
@@ -80,6 +80,16 @@ qemu-img bitmap --add -f qcow2 "$image" b
 cp "$image" "$out/qcow2_header/bitmap"
 make -o extended_l2=on,cluster_size=16k
 head -c 16384 "$image" > "$out/qcow2_header/extended-l2"
+# Headers of LUKS with the key they open with (fuzz/src/lib.rs), and the old AES.
+for opts in aes-128,cipher-mode=cbc,ivgen-alg=essiv aes-256,cipher-mode=xts cast5-128,cipher-mode=cbc; do
+    qemu-img create -q -f luks --object "secret,id=s,data=open sesame" \
+        -o "key-secret=s,iter-time=10,hash-alg=sha1,cipher-alg=$opts" "$image" 2k
+    head -c 592 "$image" > "$out/luks_header/${opts%%,*}"
+done
+make -o cluster_size=512
+put "write -P 1 3000 2000"
+patch 32 '\000\000\000\001'
+keep aes 010 013
 # What a header may lie about: sizes, table places, features.
 make -o cluster_size=512
 put "write -P 1 0 4k"

@@ -568,8 +568,8 @@ const char *qblk_version_string(void);
 /**
  * Whether the library that is loaded can do `feature`: 1 or 0.
  *
- * Features are named "format:qcow2", "format:raw", "compress:zlib", "compress:zstd", "io:mmap",
- * "mem", "file". What it does not know, and NULL, is 0.
+ * Features are named "format:qcow2", "format:raw", "format:luks", "encrypt:luks", "compress:zlib",
+ * "compress:zstd", "io:mmap", "mem", "file". What it does not know, and NULL, is 0.
  *
  * Cannot fail. Any thread. Since 0.1.
  */

@@ -12,6 +12,7 @@
 
 pub mod block;
 pub mod capi;
+pub mod crypto;
 pub mod file;
 pub mod format;
 pub mod image;

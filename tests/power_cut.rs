@@ -15,7 +15,8 @@ use common::*;
 use qblk::block::{
     Caps, Device, Driver, Dst, Error, InFlight, Name, Prealloc, ReqFlags, Result, Src,
 };
-use qblk::format::{Params, qcow2};
+use qblk::crypto::Secret;
+use qblk::format::{Params, luks, qcow2};
 use qblk::image::Options;
 use qblk::{Image, OpenFlags};
 
@@ -148,6 +149,7 @@ fn workload(r: &mut Rng, geometry: &qcow2::Geometry, size: u64) -> (Vec<Op>, Vec
         probed: false,
         l2_cache: Some([0, 1 << 20][r.below(2) as usize]),
         untrusted: false,
+        key: geometry.encrypt.as_ref().map(|_| key()),
         calls: calls.clone(),
     };
     let image = Device::new(Box::new(qcow2::Qcow2::open(device(), params).unwrap()));
@@ -235,6 +237,26 @@ fn cut(r: &mut Rng, ops: &[Op]) -> Vec<u8> {
     content
 }
 
+fn key() -> Secret {
+    Secret::new(b"key".to_vec())
+}
+
+fn locking() -> luks::Locking {
+    luks::Locking::new(&luks::Names::default(), 1, key()).unwrap()
+}
+
+fn check(path: &std::path::Path, encrypted: bool) -> std::process::Output {
+    if !encrypted {
+        return run("qemu-img", &[&"check", &"-f", &"qcow2", &path]);
+    }
+    let opts = format!(
+        "driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.driver=file,file.filename={}",
+        path.display()
+    );
+    let secret = "secret,id=s,data=key";
+    run("qemu-img", &[&"check", &"--object", &secret, &"--image-opts", &opts])
+}
+
 #[test]
 fn every_state_that_a_power_cut_can_leave_is_sound_and_holds_what_was_flushed() {
     let seed = seed("power_cut");
@@ -251,6 +273,7 @@ fn every_state_that_a_power_cut_can_leave_is_sound_and_holds_what_was_flushed() 
             refcount_order: if v3 { r.below(7) as u32 } else { 4 },
             lazy: false,
             zstd: false,
+            encrypt: (r.below(8) == 0).then(locking),
             backing: None,
             prealloc: Prealloc::Off,
         };
@@ -261,11 +284,14 @@ fn every_state_that_a_power_cut_can_leave_is_sound_and_holds_what_was_flushed() 
             let content = cut(&mut r, &ops[..moment.ops]);
             std::fs::write(&path, &content).unwrap();
             let about = format!("seed {seed}, {geometry:?}, size {size}, after {}", moment.ops);
-            let check = run("qemu-img", &[&"check", &"-f", &"qcow2", &path]);
+            let check = check(&path, geometry.encrypt.is_some());
             // 0 is sound, 3 has leaks only.
             let sound = matches!(check.status.code(), Some(0 | 3));
             assert!(sound, "{about}: {}", String::from_utf8_lossy(&check.stdout));
-            let options = Options::new().with("format", "qcow2");
+            let mut options = Options::new().with("format", "qcow2");
+            if geometry.encrypt.is_some() {
+                options.set("key", Some(&key()));
+            }
             let image = Image::open(path.as_os_str(), &options, OpenFlags(0)).unwrap();
             let mut bytes = vec![0; size as usize];
             image.read_at(&mut bytes, 0).unwrap_or_else(|e| panic!("{about}: {e}"));

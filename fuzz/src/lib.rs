@@ -1,6 +1,7 @@
 //! What the fuzz targets do with their input. A target fails by panicking, by taking too long, or by
 //! taking too much memory; what the library answers is not judged here, the inputs are hostile.
 //!
+//! * [`luks_header`]: the input is a file. It is described, and opened with a key.
 //! * [`qcow2_header`]: the input is a file. It is described, probed and opened.
 //! * [`qcow2_ops`]: the input is a script of operations and an image that they are done to.
 //! * [`nbd::handshake`]: the input is what a client says to the NBD server, from its first byte on.
@@ -54,6 +55,40 @@ fn describe(image: &Image) {
     }
 }
 
+/// A file that may be a LUKS image. Trying a key takes as long as the header says, within a limit of
+/// seconds: numbers of iterations are made small here, unless they are so large that the limit is met.
+pub fn luks_header(data: &[u8]) {
+    let mut data = data.to_vec();
+    for at in std::iter::once(164).chain((0..8).map(|slot| 212 + 48 * slot)) {
+        if let Some([high, rest @ .., _]) = data.get_mut(at..at + 4)
+            && *high < 0x80
+        {
+            *high = 0;
+            rest.fill(0);
+        }
+    }
+    let luks = Options::new().with("format", "luks");
+    let key = luks.clone().with("key", "open sesame");
+    for (options, flags) in [
+        (&luks, OpenFlags::INFO_ONLY),
+        (&key, OpenFlags::UNTRUSTED),
+        (&key, OpenFlags::RDWR),
+        (&Options::new(), OpenFlags::INFO_ONLY),
+    ] {
+        let Some(image) = open(&data, options, flags) else { continue };
+        describe(&image);
+        let size = image.size().unwrap_or(0);
+        let mut buf = [0; 4096];
+        for at in [0, size / 2, size.saturating_sub(4096)] {
+            let n = (size - at).min(4096) as usize;
+            let _ = image.read_at(&mut buf[..n], at);
+            let _ = image.write_at(&buf[..n], at, ReqFlags::NONE);
+        }
+        let _ = image.extents(0, size, &mut [Extent::default(); 8]);
+        let _ = image.close();
+    }
+}
+
 /// A file that may be a qcow2 image.
 pub fn qcow2_header(data: &[u8]) {
     let qcow2 = Options::new().with("format", "qcow2");
@@ -99,6 +134,10 @@ pub fn qcow2_ops(data: &[u8]) {
     }
     if how & 4 != 0 {
         options = options.with("cache.l2-size", "1");
+    }
+    // Of use where the header asks for the old AES; any key opens that.
+    if how & 8 != 0 {
+        options = options.with("key", "open sesame");
     }
     let Some(image) = open(bytes, &options, flags) else { return };
     let mut buf = vec![how; MAX_CALL as usize];

@@ -18,6 +18,11 @@ fn run(target: fn(&[u8]), corpus: &str) {
 }
 
 #[test]
+fn luks_headers_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::luks_header, "luks_header");
+}
+
+#[test]
 fn headers_of_the_corpus_do_no_harm() {
     run(qblk_fuzz::qcow2_header, "qcow2_header");
 }

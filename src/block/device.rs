@@ -118,7 +118,13 @@ impl Device {
     /// is not done so.
     #[inline]
     pub fn read_now(&self, buf: Dst<'_>, offset: u64) -> Result<bool> {
-        if self.plain { self.driver.read_now(buf, offset) } else { Ok(false) }
+        let align = u64::from(self.caps.align.max(1));
+        let fits = || {
+            self.caps.max_transfer == 0
+                && offset.is_multiple_of(align)
+                && buf.is_aligned(self.mem_align(), align as usize)
+        };
+        if self.plain || fits() { self.driver.read_now(buf, offset) } else { Ok(false) }
     }
 
     /// Read into one slice.

@@ -107,6 +107,12 @@ pub enum Error {
         /// The system's error number, positive.
         errno: i32,
     },
+    /// It is encrypted, and no key was given.
+    #[error("{0}: encrypted; the option 'key' or 'key-file' must give its passphrase")]
+    NeedKey(Name),
+    /// The key that was given is not one of its keys.
+    #[error("{0}: the passphrase that was given opens none of its key slots")]
+    BadKey(Name),
     /// The open policy forbids it.
     #[error("{file}: {what}")]
     Policy {
@@ -161,6 +167,10 @@ pub enum ErrorKind {
     Unsupported,
     /// `QBLK_ELOCKED`.
     Locked,
+    /// `QBLK_ENEEDKEY`.
+    NeedKey,
+    /// `QBLK_EBADKEY`.
+    BadKey,
     /// `QBLK_EPROTO`.
     Proto,
     /// `QBLK_EPOLICY`.
@@ -234,6 +244,8 @@ impl Error {
             Self::Format { .. } => K::Format,
             Self::Unsupported { .. } => K::Unsupported,
             Self::Locked { .. } => K::Locked,
+            Self::NeedKey(_) => K::NeedKey,
+            Self::BadKey(_) => K::BadKey,
             Self::Proto { .. } => K::Proto,
             Self::Policy { .. } => K::Policy,
             Self::Internal(_) => K::Internal,

@@ -176,6 +176,13 @@ pub enum Place<'a> {
         /// Where they begin, bytes.
         offset: u64,
     },
+    /// Encrypted; read through the driver, which asks for no more than its [`Caps`] say.
+    Encrypted {
+        /// The device that holds the encrypted bytes.
+        dev: &'a Device,
+        /// Where they begin, bytes.
+        offset: u64,
+    },
     /// Not in this image: at the same offset of the one below.
     Below(&'a Device),
 }

@@ -50,6 +50,8 @@ impl Fail {
             ErrorKind::Unsupported => QBLK_EUNSUPPORTED,
             ErrorKind::Locked => QBLK_ELOCKED,
             ErrorKind::Proto => QBLK_EPROTO,
+            ErrorKind::NeedKey => QBLK_ENEEDKEY,
+            ErrorKind::BadKey => QBLK_EBADKEY,
             ErrorKind::Policy => QBLK_EPOLICY,
             ErrorKind::Internal => QBLK_EINTERNAL,
         }

@@ -41,6 +41,9 @@ const FEATURES: &[&str] = &[
     "compress:zlib",
     "compress:zstd",
     "file",
+    "encrypt:aes",
+    "encrypt:luks",
+    "format:luks",
     "format:qcow2",
     "format:raw",
     "io:mmap",
@@ -69,8 +72,8 @@ pub extern "C" fn qblk_version_string() -> *const c_char {
 
 /// Whether the library that is loaded can do `feature`: 1 or 0.
 ///
-/// Features are named "format:qcow2", "format:raw", "compress:zlib", "compress:zstd", "io:mmap",
-/// "mem", "file". What it does not know, and NULL, is 0.
+/// Features are named "format:qcow2", "format:raw", "format:luks", "encrypt:luks", "compress:zlib",
+/// "compress:zstd", "io:mmap", "mem", "file". What it does not know, and NULL, is 0.
 ///
 /// Cannot fail. Any thread. Since 0.1.
 #[unsafe(no_mangle)]

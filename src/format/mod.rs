@@ -4,6 +4,8 @@
 //! a driver that carries bytes itself; extents, copy-on-write and (later) zero-copy sending are built
 //! on the same walk.
 
+mod crypt;
+pub mod luks;
 pub mod qcow2;
 pub mod raw;
 mod walk;
@@ -11,6 +13,7 @@ mod walk;
 use std::sync::Arc;
 
 use crate::block::*;
+use crate::crypto::Secret;
 pub use walk::{Found, extents, locate, read};
 
 /// A format that can be opened.
@@ -20,6 +23,8 @@ pub enum Kind {
     Raw,
     /// QEMU's.
     Qcow2,
+    /// Encrypted, version 1.
+    Luks,
 }
 
 /// What probing found.
@@ -43,6 +48,8 @@ pub struct Params {
     pub l2_cache: Option<u64>,
     /// The image is hostile: limits are tight.
     pub untrusted: bool,
+    /// The passphrase, if it is encrypted.
+    pub key: Option<Secret>,
     /// The calls under way on the chain.
     pub calls: Arc<InFlight>,
 }
@@ -62,13 +69,19 @@ pub enum Opened {
     Raw(raw::Raw),
     /// qcow2.
     Qcow2(Box<qcow2::Qcow2>),
+    /// LUKS.
+    Luks(Box<luks::Luks>),
 }
+
+/// The formats that there are, for messages.
+pub const EXPECTED: &str = "expected qcow2, luks or raw";
 
 /// The format of that name.
 pub fn by_name(name: &str) -> Option<Kind> {
     match name {
         "raw" => Some(Kind::Raw),
         "qcow2" => Some(Kind::Qcow2),
+        "luks" => Some(Kind::Luks),
         _ => None,
     }
 }
@@ -94,7 +107,6 @@ pub fn recognise(head: &[u8; PROBE_LEN]) -> Probe {
         (0, b"conectix", "vpc"),
         (0x40, &[0x7f, 0x10, 0xda, 0xbe], "vdi"),
         (0, b"QED\0", "qed"),
-        (0, b"LUKS\xba\xbe", "luks"),
         (0, b"WithoutFreeSpace", "parallels"),
         (0, b"WithouFreSpacExt", "parallels"),
         (0, b"Bochs Virtual HD Image", "bochs"),
@@ -108,6 +120,9 @@ pub fn recognise(head: &[u8; PROBE_LEN]) -> Probe {
             _ => Probe::Known(Kind::Qcow2),
         };
     }
+    if head.starts_with(&luks::MAGIC) {
+        return Probe::Known(Kind::Luks);
+    }
     FOREIGN
         .iter()
         .find(|(at, magic, _)| head[*at..].starts_with(magic))
@@ -119,6 +134,7 @@ pub fn open(kind: Kind, file: Device, params: Params) -> Result<Opened> {
     Ok(match kind {
         Kind::Raw => Opened::Raw(raw::Raw::new(file, &params)),
         Kind::Qcow2 => Opened::Qcow2(Box::new(qcow2::Qcow2::open(file, params)?)),
+        Kind::Luks => Opened::Luks(Box::new(luks::Luks::open(file, params)?)),
     })
 }
 
@@ -128,22 +144,32 @@ impl Opened {
         match self {
             Self::Raw(r) => Driver::name(r),
             Self::Qcow2(q) => Driver::name(&**q),
+            Self::Luks(l) => Driver::name(&**l),
         }
     }
 
     /// What the image says it is backed by.
     pub fn backing(&self) -> Option<&BackingRef> {
         match self {
-            Self::Raw(_) => None,
+            Self::Raw(_) | Self::Luks(_) => None,
             Self::Qcow2(q) => q.backing_ref(),
         }
     }
 
-    /// Put the image that it stands on beneath it. A raw image stands on nothing.
+    /// Whether its data is encrypted, so that a key is of use.
+    pub fn is_encrypted(&self) -> bool {
+        match self {
+            Self::Raw(_) => false,
+            Self::Qcow2(q) => q.is_encrypted(),
+            Self::Luks(_) => true,
+        }
+    }
+
+    /// Put the image that it stands on beneath it. Only qcow2 stands on others.
     /// `named`: it is the one that the image names.
     pub fn attach(&mut self, below: Device, named: bool) {
         match self {
-            Self::Raw(_) => {}
+            Self::Raw(_) | Self::Luks(_) => {}
             Self::Qcow2(q) => q.attach(below, named),
         }
     }
@@ -152,6 +178,7 @@ impl Opened {
     pub fn into_driver(self) -> Result<Box<dyn Driver>> {
         Ok(match self {
             Self::Raw(r) => Box::new(r),
+            Self::Luks(l) => l,
             Self::Qcow2(q) => {
                 q.clear_autoclear()?;
                 q

@@ -44,6 +44,7 @@ impl Raw {
         let name = match recognise(&head) {
             Probe::Known(Kind::Raw) => return work(),
             Probe::Foreign(name) => name,
+            Probe::Known(Kind::Luks) => "luks",
             Probe::Known(_) => "qcow2",
         };
         Err(Error::policy(

@@ -32,18 +32,36 @@ pub fn locate(driver: &dyn Driver, offset: u64, count: u64) -> Result<Found<'_>>
     Ok(Found { len: run.len, place: run.place, owner, depth })
 }
 
-/// Read `buf` from a format at `offset`, from wherever in its chain the bytes are.
+/// Read `buf` from a format at `offset`, from wherever in its chain the bytes are. What of them the
+/// format itself has encrypted must be whole sectors.
 #[inline]
-pub fn read(driver: &dyn Driver, mut buf: Dst<'_>, mut offset: u64) -> Result<()> {
+pub fn read(driver: &dyn Driver, buf: Dst<'_>, offset: u64) -> Result<()> {
+    read_runs(driver, None, buf, offset)
+}
+
+/// [`read`], any range.
+#[inline]
+pub fn read_device(dev: &Device, buf: Dst<'_>, offset: u64) -> Result<()> {
+    read_runs(dev.driver(), Some(dev), buf, offset)
+}
+
+#[inline]
+fn read_runs(
+    driver: &dyn Driver,
+    dev: Option<&Device>,
+    mut buf: Dst<'_>,
+    mut offset: u64,
+) -> Result<()> {
     while !buf.is_empty() {
         let found = locate(driver, offset, buf.len() as u64)?;
         let (part, rest) = buf.split_at(found.len as usize);
-        match (found.place, found.owner) {
+        match (found.place, found.owner.or(dev)) {
             (Place::At { dev, offset }, _) => dev.read(part, offset)?,
             (Place::Zero { .. }, _) => part.zero_fill(),
             (Place::Compressed { .. }, owner) => {
                 owner.map_or(driver, Device::driver).read_compressed(part, offset)?;
             }
+            (Place::Encrypted { .. }, None) => driver.read(part, offset)?,
             (_, Some(owner)) => owner.read(part, offset)?,
             (_, None) => {
                 return Err(Error::Internal("a format carries no bytes of its own".into()));
@@ -81,10 +99,15 @@ fn describe(
             return holes(dev, host, offset, found, out);
         }
         Place::Own => return holes(owner, offset, offset, found, out),
-        Place::At { offset: host, .. } => {
-            e.flags = here | Extent::DATA | Extent::HOST | Extent::OWNED;
-            e.host_offset = host;
+        Place::At { dev, offset: host } => {
+            e.flags = here | Extent::DATA | Extent::OWNED;
+            // Bytes that are not the same in the file are at no place that is worth telling.
+            if let Place::Own = dev.driver().map(host, found.len)?.place {
+                e.flags |= Extent::HOST;
+                e.host_offset = host;
+            }
         }
+        Place::Encrypted { .. } => e.flags = here | Extent::DATA | Extent::OWNED,
         Place::Compressed { offset: host, .. } => {
             e.flags = here | Extent::DATA | Extent::COMPRESSED | Extent::HOST | Extent::OWNED;
             e.host_offset = host;

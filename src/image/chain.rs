@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::how::{Implicit, check, implicit};
 use super::managed;
 use super::remote::{self, Remote};
-use super::{Again, OpenFlags, Options, Tree};
+use super::{Again, OpenFlags, Options, Tree, key};
 use crate::block::*;
 use crate::file::{self, Locking, Locks};
 pub use crate::format::Probe;
@@ -328,8 +328,7 @@ impl<'a> Opening<'a> {
         let asked = match options.text("format")? {
             None => None,
             Some(name) => Some(format::by_name(name).ok_or_else(|| {
-                let known = "expected qcow2 or raw";
-                Error::invalid(format!("format {}: {known}", quoted(name.as_bytes())))
+                Error::invalid(format!("format {}: {}", quoted(name.as_bytes()), format::EXPECTED))
             })?),
         };
         let probed = asked.is_none();
@@ -351,15 +350,23 @@ impl<'a> Opening<'a> {
             self.locks.tighten(file.driver().identity(), self.locking)?;
         }
         managed::note(&mut self.parts, &file, &format!("{kind:?}").to_lowercase());
+        let info_only = flags.has(OpenFlags::INFO_ONLY);
+        let key = if info_only { None } else { key::read(options)? };
+        let has_key = key.is_some();
         let params = Params {
-            write: flags.has(OpenFlags::RDWR) && !flags.has(OpenFlags::INFO_ONLY),
-            info_only: flags.has(OpenFlags::INFO_ONLY),
+            write: flags.has(OpenFlags::RDWR) && !info_only,
+            info_only,
             probed,
             l2_cache: options.size("cache.l2-size")?,
             untrusted: flags.has(OpenFlags::UNTRUSTED),
+            key,
             calls: self.calls.clone(),
         };
-        Ok((Box::new(format::open(kind, file, params)?), probed))
+        let opened = format::open(kind, file, params)?;
+        if has_key && !opened.is_encrypted() {
+            return Err(key::no_use(opened.name()));
+        }
+        Ok((Box::new(opened), probed))
     }
 
     /// Open the file of what an image stands on, if anything.

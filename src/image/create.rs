@@ -6,16 +6,18 @@ use std::sync::Arc;
 
 use super::chain::{self, Source};
 use super::how;
+use super::key;
 use super::{OpenFlags, Options, Use};
 use crate::block::*;
+use crate::crypto::Secret;
 use crate::file::{self, Locking};
-use crate::format::{self, Kind, qcow2};
+use crate::format::{self, Kind, luks, qcow2};
 
 /// Make the image `name` of `size` bytes. Leaves no half file behind when it fails.
 pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Result<()> {
     options.check(Use::Create)?;
     let Some(kind) = format::by_name(format) else {
-        let known = "expected qcow2 or raw";
+        let known = format::EXPECTED;
         return Err(Error::invalid(format!("format {}: {known}", quoted(format.as_bytes()))));
     };
     let path = match chain::parse_name(name)? {
@@ -37,26 +39,7 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
     let _lease = super::managed::lease_one(&path, format, options)?;
     match kind {
         Kind::Raw => {
-            for key in [
-                "cluster-size",
-                "compat",
-                "compression-type",
-                "data-file",
-                "data-file-raw",
-                "encrypt.format",
-                "encryption",
-                "extended-l2",
-                "lazy-refcounts",
-                "refcount-bits",
-                "backing-file",
-                "backing-fmt",
-            ] {
-                if options.get(key).is_some() {
-                    return Err(Error::invalid(format!(
-                        "option '{key}' has no use here (format raw)"
-                    )));
-                }
-            }
+            options.refuse("format raw", &[QCOW2_ONLY, LUKS_ONLY, &["key", "key-file"]])?;
             let prealloc = preallocation(options)?;
             if prealloc == Prealloc::Metadata {
                 return Err(Error::invalid("preallocation=metadata: a raw image has no metadata"));
@@ -75,13 +58,46 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
             file.keep();
             Ok(())
         }
+        Kind::Luks => {
+            options.refuse("format luks", &[QCOW2_ONLY])?;
+            if !size.is_multiple_of(512) {
+                return Err(Error::invalid(format!(
+                    "{size} bytes: an encrypted image has whole sectors of 512 bytes"
+                )));
+            }
+            let locking = locking(&path, options, "")?;
+            let prealloc = preallocation(options)?;
+            if prealloc == Prealloc::Metadata {
+                return Err(Error::invalid("preallocation=metadata: a LUKS image has no metadata"));
+            }
+            let all = size.checked_add(locking.header_len()).filter(|n| *n <= i64::MAX as u64);
+            let all = all.ok_or_else(|| Error::TooBig {
+                file: path.clone(),
+                what: format!("{size} bytes and a header are more than a file can have"),
+            })?;
+            let file = file::create_locked(&path, exclusive, lock)?;
+            let driver = file.open()?;
+            if driver.kind() != "file" {
+                if driver.size() < all {
+                    return Err(too_small(&path, driver.size(), all));
+                }
+            } else {
+                driver.resize(all, prealloc, true)?;
+            }
+            let device = Device::new(driver);
+            locking.write(&device, 0)?;
+            device.driver().close()?;
+            file.keep();
+            Ok(())
+        }
         Kind::Qcow2 => {
             let geometry = qcow2_options(&path, size, options)?;
             let file = file::create_locked(&path, exclusive, lock)?;
             let device = Device::new(file.open()?);
             qcow2::create(&device, size, &geometry)?;
             if geometry.prealloc != Prealloc::Off {
-                preallocate(device, size, geometry.prealloc)?;
+                let key = if geometry.encrypt.is_some() { key::read(options)? } else { None };
+                preallocate(device, size, geometry.prealloc, key)?;
             } else {
                 device.driver().close()?;
             }
@@ -91,18 +107,61 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
     }
 }
 
+/// Options for creating qcow2, and nothing else.
+const QCOW2_ONLY: &[&str] = &[
+    "cluster-size",
+    "compat",
+    "compression-type",
+    "data-file",
+    "data-file-raw",
+    "encrypt.cipher-alg",
+    "encrypt.cipher-mode",
+    "encrypt.format",
+    "encrypt.hash-alg",
+    "encrypt.iter-time",
+    "encrypt.ivgen-alg",
+    "encrypt.ivgen-hash-alg",
+    "encryption",
+    "extended-l2",
+    "lazy-refcounts",
+    "refcount-bits",
+    "backing-file",
+    "backing-fmt",
+];
+/// Options for creating LUKS, and nothing else.
+const LUKS_ONLY: &[&str] =
+    &["cipher-alg", "cipher-mode", "hash-alg", "iter-time", "ivgen-alg", "ivgen-hash-alg"];
+
+/// What new data is encrypted with: `key`, and the options with `prefix` before their names.
+fn locking(path: &Name, options: &Options, prefix: &str) -> Result<luks::Locking> {
+    let key = |name: &str| format!("{prefix}{name}");
+    let text = |name: &str| options.text(&key(name));
+    let names = luks::Names {
+        cipher_alg: text("cipher-alg")?,
+        cipher_mode: text("cipher-mode")?,
+        ivgen_alg: text("ivgen-alg")?,
+        ivgen_hash_alg: text("ivgen-hash-alg")?,
+        hash_alg: text("hash-alg")?,
+    };
+    // As long as QEMU and cryptsetup take; no more than what an opening still takes for honest.
+    let ms = options.number(&key("iter-time"), 1..=60_000)?.unwrap_or(2000);
+    let passphrase = key::read(options)?.ok_or_else(|| Error::NeedKey(path.clone()))?;
+    luks::Locking::new(&names, ms.into(), passphrase)
+}
+
 fn too_small(path: &Name, has: u64, wants: u64) -> Error {
     Error::invalid(format!("{path}: the device has {has} bytes, too few for {wants}"))
 }
 
 /// Give a new, empty image its clusters.
-fn preallocate(device: Device, size: u64, prealloc: Prealloc) -> Result<()> {
+fn preallocate(device: Device, size: u64, prealloc: Prealloc, key: Option<Secret>) -> Result<()> {
     let params = format::Params {
         write: true,
         info_only: false,
         probed: false,
         l2_cache: None,
         untrusted: false,
+        key,
         calls: Arc::new(InFlight::default()),
     };
     let image = qcow2::Qcow2::open(device, params)?;
@@ -118,12 +177,14 @@ pub(super) fn preallocation(options: &Options) -> Result<Prealloc> {
 }
 
 fn qcow2_options(path: &Name, size: u64, options: &Options) -> Result<qcow2::Geometry> {
-    for key in ["data-file", "data-file-raw", "extended-l2", "encryption", "encrypt.format"] {
+    options.refuse("format qcow2, whose options begin with 'encrypt.'", &[LUKS_ONLY])?;
+    for key in ["data-file", "data-file-raw", "extended-l2"] {
         let off = matches!(options.get(key), None | Some(b"off"));
         if !off {
             return Err(Error::unsupported(path, format!("creating with option '{key}'")));
         }
     }
+    let encrypt = encryption(path, options)?;
     let v3 = match options.one_of("compat", &["0.10", "v2", "1.1", "v3"])? {
         Some(i) => i >= 2,
         None => true,
@@ -162,11 +223,39 @@ fn qcow2_options(path: &Name, size: u64, options: &Options) -> Result<qcow2::Geo
         refcount_order,
         lazy,
         zstd,
+        encrypt,
         backing,
         prealloc,
     };
     geometry.check(path, size)?;
     Ok(geometry)
+}
+
+/// What the data of a new qcow2 image is encrypted with.
+fn encryption(path: &Name, options: &Options) -> Result<Option<luks::Locking>> {
+    let old = options.switch("encryption")?.unwrap_or(false);
+    match options.get("encrypt.format") {
+        None | Some(b"off") if !old => {
+            options.refuse("no option 'encrypt.format'", &[&["key", "key-file"]])?;
+            let only: Vec<&str> = QCOW2_ONLY
+                .iter()
+                .copied()
+                .filter(|k| k.starts_with("encrypt.") && *k != "encrypt.format")
+                .collect();
+            options.refuse("no option 'encrypt.format'", &[&only])?;
+            Ok(None)
+        }
+        Some(b"luks") if !old => locking(path, options, "encrypt.").map(Some),
+        // Images that there are can be used; it is too weak to make more of them.
+        None | Some(b"aes" | b"off" | b"luks") => Err(Error::unsupported(
+            path,
+            "creating with the old AES encryption (encrypt.format=luks is)",
+        )),
+        Some(other) => Err(Error::invalid(format!(
+            "option 'encrypt.format': found {}, expected luks",
+            quoted(other)
+        ))),
+    }
 }
 
 /// The backing file to record, which must be there, and its format: given, or found now, when it is

@@ -46,10 +46,8 @@ pub(super) fn check(
             return Err(Error::invalid(format!("option '{key}' has no use here (not an NBD URI)")));
         }
     }
-    for key in ["key", "key-file", "data-file"] {
-        if options.get(key).is_some() {
-            return Err(Error::unsupported(&Name::from("option"), format!("option '{key}'")));
-        }
+    if options.get("data-file").is_some() {
+        return Err(Error::unsupported(&Name::from("option"), "option 'data-file'"));
     }
     let mmap = options.one_of("io", &["auto", "mmap"])? == Some(1);
     // A description is read through a plain read-only descriptor, whatever else is asked.

@@ -10,6 +10,7 @@
 mod chain;
 mod create;
 mod how;
+mod key;
 mod life;
 mod managed;
 mod options;

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
 use crate::block::{Error, Result, quoted};
+use crate::crypto::Secret;
 
 /// What a key may be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +35,8 @@ const KEYS: &[(&str, u8)] = &[
     ("backing-file", OPEN | CREATE),
     ("backing-fmt", OPEN | CREATE),
     ("cache.l2-size", OPEN),
+    ("cipher-alg", CREATE),
+    ("cipher-mode", CREATE),
     ("cluster-size", CREATE),
     ("compat", CREATE),
     ("compression-type", CREATE),
@@ -41,15 +44,25 @@ const KEYS: &[(&str, u8)] = &[
     ("data-file-raw", CREATE),
     ("argv", OPEN),
     ("description", EXPORT),
+    ("encrypt.cipher-alg", CREATE),
+    ("encrypt.cipher-mode", CREATE),
     ("encrypt.format", CREATE),
+    ("encrypt.hash-alg", CREATE),
+    ("encrypt.iter-time", CREATE),
+    ("encrypt.ivgen-alg", CREATE),
+    ("encrypt.ivgen-hash-alg", CREATE),
     ("encryption", CREATE),
     ("exclusive", CREATE),
     ("extended-l2", CREATE),
     ("format", OPEN),
+    ("hash-alg", CREATE),
     ("implicit-open", OPEN),
     ("io", OPEN),
-    ("key", OPEN),
-    ("key-file", OPEN),
+    ("iter-time", CREATE),
+    ("ivgen-alg", CREATE),
+    ("ivgen-hash-alg", CREATE),
+    ("key", OPEN | CREATE),
+    ("key-file", OPEN | CREATE),
     ("lazy-refcounts", CREATE),
     ("lock", OPEN | CREATE),
     ("lock-adopt", OPEN),
@@ -78,9 +91,16 @@ const KEYS: &[(&str, u8)] = &[
     ("tls-verify-peer", OPEN),
 ];
 
-/// Settings for a call. Keys are kept in lower case with hyphens; values are bytes.
-#[derive(Clone, Debug, Default)]
-pub struct Options(BTreeMap<String, Vec<u8>>);
+/// Settings for a call. Keys are kept in lower case with hyphens; values are bytes, which are wiped
+/// when they go, since some are passphrases.
+#[derive(Clone, Default)]
+pub struct Options(BTreeMap<String, Secret>);
+
+impl std::fmt::Debug for Options {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
 
 impl Options {
     /// No settings.
@@ -92,7 +112,7 @@ impl Options {
     pub fn set(&mut self, key: &str, value: Option<&[u8]>) {
         let key = key.replace('_', "-");
         match value {
-            Some(v) => drop(self.0.insert(key, v.to_vec())),
+            Some(v) => drop(self.0.insert(key, Secret::new(v.to_vec()))),
             None => drop(self.0.remove(&key)),
         }
     }
@@ -150,6 +170,14 @@ impl Options {
         Ok(())
     }
 
+    /// Refuse keys that this call has a use for, but not with `what`.
+    pub(crate) fn refuse(&self, what: &str, keys: &[&[&str]]) -> Result<()> {
+        match keys.iter().copied().flatten().find(|key| self.get(key).is_some()) {
+            Some(key) => Err(Error::invalid(format!("option '{key}' has no use here ({what})"))),
+            None => Ok(()),
+        }
+    }
+
     /// The settings of the backing image: what stands behind `backing.`.
     pub(crate) fn for_backing(&self) -> Self {
         Self(
@@ -170,7 +198,7 @@ impl Options {
 
     /// The value of `key`.
     pub fn get(&self, key: &str) -> Option<&[u8]> {
-        self.0.get(key).map(Vec::as_slice)
+        self.0.get(key).map(|v| v.as_slice())
     }
 
     /// The value of `key` as a name of a file.

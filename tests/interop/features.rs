@@ -132,14 +132,14 @@ fn features_that_are_not_built_are_refused_by_name() {
     let opts = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
     qemu_img!("create", "-q", "-f", "qcow2", "--object", secret, "-o", opts, path, "1M");
     for flags in [RO, RW] {
-        refused(&path, flags, ErrorKind::Unsupported, &["encryption", "LUKS"]);
+        refused(&path, flags, ErrorKind::NeedKey, &["encrypted", "'key-file'"]);
     }
     assert_ne!(state_of(&path) & state::ENCRYPTED, 0);
 
     let path = dir.join("aes");
     create(&path, "qcow2", 1 << 20, &[]);
     poke(&path, 32, &1u32.to_be_bytes());
-    refused(&path, RO, ErrorKind::Unsupported, &["encryption", "AES"]);
+    refused(&path, RO, ErrorKind::NeedKey, &["encrypted", "'key-file'"]);
 
     let path = dir.join("unknown");
     create(&path, "qcow2", 1 << 20, &[]);

@@ -90,7 +90,7 @@ fn named() -> impl TypedValueParser<Value = Named> {
 /// How an image is opened.
 #[derive(Args, Default)]
 pub struct OpenArgs {
-    /// Format of the image: qcow2 or raw [default: found by probing]
+    /// Format of the image: qcow2, luks or raw [default: found by probing]
     #[arg(short, long, value_name = "FMT")]
     pub format: Option<String>,
     /// Option for opening the image; may be given again
@@ -145,7 +145,7 @@ pub struct CreateArgs {
     /// Size of the disk, as in 10G [default: that of the backing file]
     #[arg(value_parser = parse_size, required_unless_present = "backing")]
     pub size: Option<u64>,
-    /// Format of the image: qcow2 or raw
+    /// Format of the image: qcow2, luks or raw
     #[arg(short, long, value_name = "FMT", default_value = "qcow2")]
     pub format: String,
     /// What is not written in the image is read from FILE (relative to the image's directory)
@@ -193,10 +193,10 @@ pub struct CopyArgs {
     pub source: OsString,
     /// The image to make, or with --no-create to write into; an NBD export is always written into
     pub target: OsString,
-    /// Format of the source: qcow2 or raw [default: found by probing]
+    /// Format of the source: qcow2, luks or raw [default: found by probing]
     #[arg(short, long, value_name = "FMT")]
     pub format: Option<String>,
-    /// Format of the target: qcow2 or raw [default: that of the source]
+    /// Format of the target: qcow2, luks or raw [default: that of the source]
     #[arg(short = 'O', long, value_name = "FMT")]
     pub target_format: Option<String>,
     /// Option for making the target (with --no-create: for opening it); may be given again

@@ -182,6 +182,11 @@ fn copy_into_target(
     let mut how = Options::new();
     if is_there(args) {
         how = options(&args.options);
+    } else {
+        // What it was encrypted with is what opens it.
+        for key in ["key", "key-file"] {
+            how.set(key, value(&args.options, key));
+        }
     }
     if let Some(format) = format {
         how.set("format", Some(format.as_bytes()));
@@ -205,6 +210,9 @@ fn copy_into_target(
     let overlay = value(&args.options, "backing-file").is_some_and(|b| !b.is_empty());
     let known = if is_there(args) || (info.format == "raw" && info.driver != "file") {
         // A block device is not made, only used.
+        Target::Anything
+    } else if info.format == "luks" {
+        // What is not written there reads as noise.
         Target::Anything
     } else if args.backing.is_some() || overlay {
         Target::Overlay
@@ -277,9 +285,21 @@ impl Work<'_> {
                     self.copy_pieces();
                 });
             }
-            while running.load(Acquire) > 0 {
-                std::thread::park_timeout(Duration::from_millis(50));
-                progress.show(self.done.load(Relaxed));
+            let mut seen = None;
+            loop {
+                let over = running.load(Acquire) == 0;
+                if !over {
+                    std::thread::park_timeout(Duration::from_millis(50));
+                }
+                let done = self.done.load(Relaxed);
+                // A copy may be over before anyone has looked.
+                if !over || seen != Some(done) {
+                    progress.show(done);
+                }
+                seen = Some(done);
+                if over {
+                    break;
+                }
                 if signals::asked_to_end().is_some() {
                     self.stop.store(true, Relaxed);
                 }

@@ -20,7 +20,7 @@ impl Qcow2 {
             match found.entry {
                 Entry::Normal { host, .. } => {
                     len = self.present(host, in_cluster, len)?;
-                    self.file.read(buf.split_at(len as usize).0, host + in_cluster)?;
+                    self.read_host(buf.split_at(len as usize).0, host + in_cluster, offset)?;
                 }
                 Entry::Below { depth, host } => match self.files_below.get(depth as usize - 1) {
                     Some(file) => file.read(buf.split_at(len as usize).0, host + in_cluster)?,
@@ -50,7 +50,7 @@ impl Qcow2 {
             let done = match found.entry {
                 Entry::Normal { host, .. } => {
                     len = self.present(host, in_cluster, len)?;
-                    self.file.read_now(part(len), host + in_cluster)?
+                    self.read_host_now(part(len), host + in_cluster, offset)?
                 }
                 Entry::Below { depth, host } => match self.files_below.get(depth as usize - 1) {
                     Some(file) => file.read_now(part(len), host + in_cluster)?,
@@ -104,7 +104,7 @@ impl Qcow2 {
         if found.len == self.cluster_size() && start + found.len <= below.size() {
             self.remember(start >> self.cluster_bits, &found);
         }
-        walk::read(below.driver(), part, offset)?;
+        walk::read_device(below, part, offset)?;
         Ok(len)
     }
 

@@ -4,6 +4,7 @@ use super::header::*;
 use super::refcount::Refcounts;
 use crate::block::*;
 use crate::format::BackingRef;
+use crate::format::luks::Locking;
 
 /// What an image is made like.
 #[derive(Clone, Debug)]
@@ -18,10 +19,21 @@ pub struct Geometry {
     pub lazy: bool,
     /// Compress with zstd, else deflate.
     pub zstd: bool,
+    /// What the data is encrypted with.
+    pub encrypt: Option<Locking>,
     /// The image below.
     pub backing: Option<BackingRef>,
     /// What is allocated at once.
     pub prealloc: Prealloc,
+}
+
+/// Where a new image's parts lie.
+#[derive(Clone, Copy, Default)]
+struct Places {
+    l1: u64,
+    reftable: u64,
+    reftable_clusters: u64,
+    luks: u64,
 }
 
 impl Geometry {
@@ -49,7 +61,7 @@ impl Geometry {
                     b.name.len()
                 )));
             }
-            if self.header(0, 0, 0, size).len() > 1 << self.cluster_bits {
+            if self.header(Places::default(), size).len() > 1 << self.cluster_bits {
                 return Err(Error::invalid(format!(
                     "the backing file's name does not fit into a header cluster of {} bytes",
                     1u64 << self.cluster_bits
@@ -60,7 +72,7 @@ impl Geometry {
     }
 
     /// The header with its extensions and the backing file's name.
-    fn header(&self, l1: u64, reftable: u64, reftable_clusters: u64, size: u64) -> Vec<u8> {
+    fn header(&self, places: Places, size: u64) -> Vec<u8> {
         let mut h = Vec::with_capacity(1024);
         let lazy = if self.lazy { COMPAT_LAZY } else { 0 };
         let incompatible = if self.zstd { incompat::COMPRESSION } else { 0 };
@@ -69,11 +81,11 @@ impl Geometry {
         h.extend([0; 12]); // the backing file's name: below
         h.extend(self.cluster_bits.to_be_bytes());
         h.extend(size.to_be_bytes());
-        h.extend(0u32.to_be_bytes()); // no encryption
+        h.extend((if self.encrypt.is_some() { 2u32 } else { 0 }).to_be_bytes());
         h.extend((self.l1_entries(size) as u32).to_be_bytes());
-        h.extend(l1.to_be_bytes());
-        h.extend(reftable.to_be_bytes());
-        h.extend((reftable_clusters as u32).to_be_bytes());
+        h.extend(places.l1.to_be_bytes());
+        h.extend(places.reftable.to_be_bytes());
+        h.extend((places.reftable_clusters as u32).to_be_bytes());
         h.extend([0; 12]); // no snapshots
         if self.v3 {
             h.extend(incompatible.to_be_bytes());
@@ -91,6 +103,10 @@ impl Geometry {
         };
         if let Some(format) = self.backing.as_ref().and_then(|b| b.format.as_ref()) {
             extension(EXT_BACKING_FORMAT, format);
+        }
+        if let Some(locking) = &self.encrypt {
+            let (at, len) = (places.luks.to_be_bytes(), locking.header_len().to_be_bytes());
+            extension(EXT_LUKS, &[at, len].concat());
         }
         if self.v3 && self.cluster_bits > 12 {
             extension(EXT_FEATURE_NAMES, &feature_names());
@@ -133,11 +149,13 @@ pub fn create(file: &Device, size: u64, geometry: &Geometry) -> Result<()> {
     let bits = geometry.cluster_bits;
     let cluster = 1u64 << bits;
     let l1_clusters = (geometry.l1_entries(size) * 8).div_ceil(cluster);
+    let luks_clusters = geometry.encrypt.as_ref().map_or(0, |l| l.header_len().div_ceil(cluster));
+    let fixed = 1 + l1_clusters + luks_clusters;
     // The blocks count themselves, so their number is found by trying.
     let per_block = (cluster * 8) >> geometry.refcount_order;
     let (mut blocks, mut table) = (1, 1);
     loop {
-        let all = 1 + table + blocks + l1_clusters;
+        let all = table + blocks + fixed;
         let need_blocks = all.div_ceil(per_block);
         let need_table = (need_blocks * 8).div_ceil(cluster);
         if need_blocks <= blocks && need_table <= table {
@@ -145,7 +163,7 @@ pub fn create(file: &Device, size: u64, geometry: &Geometry) -> Result<()> {
         }
         (blocks, table) = (need_blocks.max(blocks), need_table.max(table));
     }
-    let total = 1 + table + blocks + l1_clusters;
+    let total = table + blocks + fixed;
     let (table_at, blocks_at) = (cluster, (1 + table) * cluster);
     let l1_at = blocks_at + blocks * cluster;
     if file.driver().kind() == "host_device" && total * cluster > file.size() {
@@ -169,9 +187,15 @@ pub fn create(file: &Device, size: u64, geometry: &Geometry) -> Result<()> {
     if l1_clusters > 0 {
         file.zero(l1_at, l1_clusters * cluster, ReqFlags::NONE)?;
     }
+    let luks_at = l1_at + l1_clusters * cluster;
+    if let Some(locking) = &geometry.encrypt {
+        file.zero(luks_at, luks_clusters * cluster, ReqFlags::NONE)?;
+        locking.write(file, luks_at)?;
+    }
     file.flush()?;
-    let l1_field = if l1_clusters > 0 { l1_at } else { 0 };
-    let mut header = geometry.header(l1_field, table_at, table, size);
+    let l1 = if l1_clusters > 0 { l1_at } else { 0 };
+    let places = Places { l1, reftable: table_at, reftable_clusters: table, luks: luks_at };
+    let mut header = geometry.header(places, size);
     header.resize(cluster as usize, 0);
     file.write_slice(&header, 0, ReqFlags::NONE)?;
     file.flush()

@@ -75,16 +75,17 @@ impl Qcow2 {
         while from < to {
             let run = walk::locate(self, from, to - from)?;
             let len = run.len.min(to - from).min(ZEROES.0.len() as u64);
+            // Runs of an image below may end anywhere; `from` and `to` are where requests may be cut.
+            let whole = len - len % self.unit();
             // Zeroes that are only the lack of a backing image that is named but not open do not last.
             let lasts =
                 |allocated| allocated || self.backing_is_named || !self.may_show_below(from);
-            if !matches!(run.place, Place::Zero { allocated, .. } if lasts(allocated)) {
-                self.write_data(
-                    OneIov::src(&ZEROES.0[..len as usize]).iov(),
-                    from,
-                    ReqFlags::NONE,
-                )?;
+            if whole > 0 && matches!(run.place, Place::Zero { allocated, .. } if lasts(allocated)) {
+                from += whole;
+                continue;
             }
+            let len = len.next_multiple_of(self.unit());
+            self.write_data(OneIov::src(&ZEROES.0[..len as usize]).iov(), from, ReqFlags::NONE)?;
             from += len;
         }
         Ok(())

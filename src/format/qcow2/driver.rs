@@ -12,6 +12,7 @@ impl Driver for Qcow2 {
     fn caps(&self) -> Caps {
         let below = self.file.caps();
         Caps {
+            align: self.unit() as u32,
             read_only: self.writer.is_none(),
             optimal_io: self.cluster_size() as u32,
             fua: self.file.can_fua() != Can::Not,
@@ -40,7 +41,7 @@ impl Driver for Qcow2 {
     }
 
     fn files(&self) -> Vec<Arc<Device>> {
-        let mut files = vec![self.file.clone()];
+        let mut files = vec![self.data.clone()];
         files.extend_from_slice(&self.files_below);
         files
     }
@@ -53,11 +54,11 @@ impl Driver for Qcow2 {
         let place = match found.entry {
             Entry::Normal { host, .. } => {
                 len = self.present(host, in_cluster, len)?;
-                Place::At { dev: &self.file, offset: host + in_cluster }
+                self.place_of(host + in_cluster)
             }
             Entry::Zero { host: 0, .. } => Place::Zero { allocated: true, kept: None },
             Entry::Zero { host, .. } => {
-                Place::Zero { allocated: true, kept: Some((&self.file, host + in_cluster)) }
+                Place::Zero { allocated: true, kept: Some((&self.data, host + in_cluster)) }
             }
             Entry::Compressed { offset, .. } => Place::Compressed { dev: &self.file, offset },
             Entry::Unallocated | Entry::Below { .. } | Entry::BelowZero => match self.below(offset)
@@ -158,6 +159,7 @@ impl Driver for Qcow2 {
             ("qcow2.bitmaps", on_off(h.has_bitmaps)),
             ("qcow2.snapshots", h.snapshots.to_string().into_bytes()),
         ]);
+        properties.extend(self.luks.iter().flat_map(luks::Header::properties));
         Description { state, cluster_size: self.cluster_size() as u32, format: "qcow2", properties }
     }
 }

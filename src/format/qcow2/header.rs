@@ -5,6 +5,7 @@
 
 use crate::block::*;
 use crate::format::BackingRef;
+use crate::format::luks::Area;
 
 /// The first bytes of an image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -47,7 +48,7 @@ pub const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Names of feature bits.
 pub const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 const EXT_BITMAPS: u32 = 0x2385_2875;
-const EXT_LUKS: u32 = 0x0537_be77;
+pub const EXT_LUKS: u32 = 0x0537_be77;
 const EXT_DATA_FILE: u32 = 0x4441_5441;
 
 /// Where fields lie that are written by themselves.
@@ -85,6 +86,8 @@ pub struct Header {
     pub backing: Option<BackingRef>,
     pub data_file: Option<Vec<u8>>,
     pub has_bitmaps: bool,
+    /// Where the LUKS header and its keys lie: offset and bytes.
+    luks: Option<(u64, u64)>,
     /// Incompatible features that nobody here knows, by name.
     unknown: Option<String>,
 }
@@ -175,6 +178,7 @@ impl Header {
             backing: None,
             data_file: None,
             has_bitmaps: false,
+            luks: None,
             unknown: None,
         };
         let length = if v3 { f.u32(100) } else { 72 };
@@ -256,6 +260,9 @@ impl Header {
             match magic {
                 EXT_BACKING_FORMAT => *backing_format = Some(data.to_vec()),
                 EXT_BITMAPS => self.has_bitmaps = true,
+                EXT_LUKS if len == 16 => {
+                    self.luks = Some((Fields(data).u64(0), Fields(data).u64(8)));
+                }
                 EXT_DATA_FILE => self.data_file = Some(data.to_vec()),
                 EXT_FEATURE_NAMES => *features = data,
                 _ => {}
@@ -375,6 +382,27 @@ impl Header {
         Ok(())
     }
 
+    /// Where the LUKS header of the image in `file` may lie.
+    pub fn luks_area(&self, file: &Device) -> Result<Area> {
+        let bad = |what: String| Err(Error::corrupt(file.name(), what));
+        let Some((offset, len)) = self.luks else {
+            return bad("LUKS encryption, but no LUKS header extension".into());
+        };
+        if offset == 0 || !offset.is_multiple_of(1 << self.cluster_bits) {
+            return bad(format!(
+                "LUKS header offset: found {offset:#x}, expected a multiple of the cluster size"
+            ));
+        }
+        if offset.checked_add(len).is_none_or(|end| end > file.size()) {
+            return bad(format!(
+                "the LUKS header of {len} bytes at {offset:#x} lies past the end of the file ({} bytes): \
+                 is it cut off?",
+                file.size()
+            ));
+        }
+        Ok(Area { offset, len: Some(len) })
+    }
+
     /// The first feature of the image that this build lacks, by name.
     pub fn unsupported(&self) -> Option<String> {
         if self.unknown.is_some() {
@@ -385,8 +413,6 @@ impl Header {
             _ if self.compression > 1 => {
                 return Some(format!("compression type {}", self.compression));
             }
-            _ if self.crypt == 1 => "encryption (AES)",
-            _ if self.crypt == 2 => "encryption (LUKS)",
             _ if self.incompatible & incompat::DATA_FILE != 0 => "an external data file",
             _ if self.incompatible & incompat::EXTENDED_L2 != 0 => {
                 "extended L2 entries (subclusters)"

@@ -18,6 +18,7 @@
 mod chain;
 mod compressed;
 mod create;
+mod data;
 mod discard;
 mod driver;
 mod entry;
@@ -34,9 +35,11 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering::*
 
 use parking_lot::{Condvar, Mutex};
 
-use super::{BackingRef, Params, walk};
+use super::crypt::Crypt;
+use super::{BackingRef, Params, luks, walk};
 use crate::block::*;
 pub use create::{Geometry, create};
+use data::Encryption;
 use entry::{COPIED, Entry};
 pub use header::MAGIC;
 use header::{Header, incompat};
@@ -97,6 +100,11 @@ struct Writer {
 /// An open qcow2 image.
 pub struct Qcow2 {
     file: Arc<Device>,
+    /// What data clusters are read from and written to, at the same offsets as in `file`.
+    data: Arc<Device>,
+    /// The old encryption, which needs to know where the guest has the data.
+    aes: Option<Crypt>,
+    luks: Option<luks::Header>,
     header: Header,
     backing: Option<Device>,
     backing_is_named: bool,
@@ -154,6 +162,8 @@ impl Qcow2 {
                 ),
             ));
         }
+        let file = Arc::new(file);
+        let Encryption { data, aes, luks } = Encryption::open(&file, &header, &params)?;
         let cluster_bits = header.cluster_bits;
         let l2_bits = cluster_bits - 3;
         let slice_bits = cluster_bits.min(12) - 3;
@@ -182,7 +192,10 @@ impl Qcow2 {
             l1: AtomicPtr::new(Box::into_raw(Box::new(l1))),
             cache: L2Cache::new(file.name(), slice_bits, used, limit)?,
             compressed: compressed::Store::new(header.compression, cluster_bits),
-            file: Arc::new(file),
+            file,
+            data,
+            aes,
+            luks,
             header,
             backing: None,
             backing_is_named: false,
@@ -249,6 +262,13 @@ impl Qcow2 {
             first: header.l1_offset >> header.cluster_bits,
             count: (u64::from(header.l1_entries) * 8).div_ceil(1 << header.cluster_bits),
         });
+        if header.crypt == 2 {
+            let area = header.luks_area(file)?;
+            refs.protect_keys(refcount::Run {
+                first: area.offset >> header.cluster_bits,
+                count: area.len.unwrap_or(0).div_ceil(1 << header.cluster_bits),
+            });
+        }
         Ok(Writer {
             meta: Mutex::new(Meta {
                 refs,

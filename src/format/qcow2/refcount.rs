@@ -69,6 +69,7 @@ pub struct Refcounts {
     blocks: Option<HashSet<u64>>,
     /// Clusters of the L1 table.
     l1: Run,
+    keys: Run,
 }
 
 /// What [`Refcounts::allocate`] needs of the image around it.
@@ -129,6 +130,7 @@ impl Refcounts {
             new_blocks: Vec::new(),
             blocks: None,
             l1: Run { first: 0, count: 0 },
+            keys: Run { first: 0, count: 0 },
         })
     }
 
@@ -296,6 +298,7 @@ impl Refcounts {
             Run { first: 0, count: 1 },
             Run { first: table, count: self.table.len() as u64 / per_cluster },
             self.l1,
+            self.keys,
         ];
         Ok(tables.iter().any(|r| (r.first..r.first + r.count).contains(&cluster))
             || self.blocks.as_ref().is_some_and(|b| b.contains(&cluster)))
@@ -304,6 +307,11 @@ impl Refcounts {
     /// Where the L1 table lies: clusters that are never handed out.
     pub fn protect(&mut self, l1: Run) {
         self.l1 = l1;
+    }
+
+    /// Where the LUKS header and its keys lie; as [`Self::protect`].
+    pub fn protect_keys(&mut self, keys: Run) {
+        self.keys = keys;
     }
 
     fn hand_out(&mut self, run: Run) -> bool {

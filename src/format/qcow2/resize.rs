@@ -19,6 +19,12 @@ impl Qcow2 {
         if new > i64::MAX as u64 {
             return Err(self.too_big(new));
         }
+        if !new.is_multiple_of(self.unit()) {
+            return Err(Error::invalid(format!(
+                "{new} bytes: an image with AES encryption has whole sectors of {} bytes",
+                self.unit()
+            )));
+        }
         if new < old { self.shrink(old, new) } else { self.grow(writer, old, new, prealloc) }
     }
 

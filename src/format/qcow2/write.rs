@@ -99,7 +99,7 @@ impl Qcow2 {
                     let late = fua && writer.changed.load(Acquire);
                     flush |= late;
                     let own = if late { ReqFlags::NONE } else { flags };
-                    self.file.write(part, host + in_cluster, own)?;
+                    self.write_host(part, host + in_cluster, offset, own)?;
                     part.len()
                 }
                 _ => match self.prepare_or_grow(writer, offset, found.len) {
@@ -302,6 +302,8 @@ impl Qcow2 {
         }
         drop(held);
         let (host, blank) = self.allocate(&mut meta, want)?;
+        // Zeroes in the file are not zeroes to a cipher.
+        let blank = blank && !self.is_encrypted();
         meta.busy.push((first, first + host.count));
         let (image, kept, committed) = (self, false, false);
         Ok(Step::Granted(Grant { image, writer, first, host, blank, kept, committed }))
@@ -331,12 +333,12 @@ impl Qcow2 {
         let part_end = offset + part.len() as u64;
         let host = grant.host.first << self.cluster_bits;
         if start == offset && end == part_end {
-            return self.file.write(part, host, ReqFlags::NONE);
+            return self.write_host(part, host, offset, ReqFlags::NONE);
         }
         // A small write into a cluster: let the kernel copy the cluster, then write over it.
         let small = grant.host.count == 1 && part.len() as u64 <= self.cluster_size() / 4;
         if small && self.copy_whole(start, host)? {
-            return self.file.write(part, host + (offset - start), ReqFlags::NONE);
+            return self.write_host(part, host + (offset - start), offset, ReqFlags::NONE);
         }
         let mut around = Around::default();
         self.around(&mut around, grant.blank, start, offset)?;
@@ -355,10 +357,13 @@ impl Qcow2 {
     /// Copy what the guest cluster at `start` holds to the host cluster at `host`, if it lies as it is
     /// in one piece of a file that the kernel can copy from.
     fn copy_whole(&self, start: u64, host: u64) -> Result<bool> {
+        if self.is_encrypted() {
+            return Ok(false);
+        }
         let found = walk::locate(self, start, self.cluster_size())?;
         match found.place {
             Place::At { dev, offset } if found.len == self.cluster_size() => {
-                match self.file.driver().copy_from(dev.driver(), offset, host, found.len) {
+                match self.data.driver().copy_from(dev.driver(), offset, host, found.len) {
                     Ok(()) => Ok(true),
                     Err(Error::NotSupported(_)) => Ok(false),
                     Err(e) => Err(e),
@@ -398,9 +403,10 @@ impl Qcow2 {
             *slot = around.iovec(piece);
             len += slot.iov_len;
         }
-        let at = if before.is_empty() { host + (offset - start) } else { host };
+        let skip = if before.is_empty() { offset - start } else { 0 };
         // SAFETY: the pieces are the caller's memory, the static zeroes and `around`'s own bytes.
-        self.file.write(unsafe { Src::from_raw(vecs, len) }, at, ReqFlags::NONE)
+        let all = unsafe { Src::from_raw(vecs, len) };
+        self.write_host(all, host + skip, start + skip, ReqFlags::NONE)
     }
 
     /// Gather what guest range `from..to` holds at present, nothing if it is zeroes and the host has
@@ -511,27 +517,17 @@ impl Qcow2 {
             };
             let host = grant.host.first << self.cluster_bits;
             let bytes = grant.host.count << self.cluster_bits;
+            let how = if self.is_encrypted() { Prealloc::Full } else { how };
+            let guest = grant.first << self.cluster_bits;
             match how {
                 // ZERO_RANGE reserves space where the host has it; else zeroes are written.
-                Prealloc::Falloc => self.file.zero(host, bytes, ReqFlags::NONE)?,
-                Prealloc::Full => self.write_zeroes(host, bytes)?,
+                Prealloc::Falloc => self.data.zero(host, bytes, ReqFlags::NONE)?,
+                Prealloc::Full => self.write_zeroes(host, guest, bytes)?,
                 _ if grant.blank => {}
-                _ => self.file.zero(host, bytes, ReqFlags::MAY_TRIM)?,
+                _ => self.data.zero(host, bytes, ReqFlags::MAY_TRIM)?,
             }
             at = (grant.first + grant.host.count) << self.cluster_bits;
             self.commit(grant)?;
-        }
-        Ok(())
-    }
-
-    fn write_zeroes(&self, mut host: u64, bytes: u64) -> Result<()> {
-        let end = host + bytes;
-        let mut vecs = [iovec { iov_base: ptr::null_mut(), iov_len: 0 }; FEW];
-        while host < end {
-            let (n, len) = zero_iovecs(&mut vecs, end - host);
-            // SAFETY: the pieces lie in the static zeroes, which are only read.
-            self.file.write(unsafe { Src::from_raw(&vecs[..n], len) }, host, ReqFlags::NONE)?;
-            host += len as u64;
         }
         Ok(())
     }

@@ -48,7 +48,7 @@ fn errno(kind: u16, e: &Error) -> i32 {
         Error::Range { .. } if matches!(kind, cmd::WRITE | cmd::WRITE_ZEROES) => libc::ENOSPC,
         e => match e.kind() {
             ErrorKind::Errno(e) => e,
-            ErrorKind::Policy => libc::EPERM,
+            ErrorKind::Policy | ErrorKind::NeedKey | ErrorKind::BadKey => libc::EPERM,
             _ => libc::EIO,
         },
     }

@@ -47,6 +47,24 @@ fn copies_compare_equal_in_every_format() {
     assert!(dir.on_disk("d.raw") <= 3_000_000 + 40_000, "{}", dir.on_disk("d.raw"));
 }
 
+/// What was never written in a LUKS image reads as noise, so zeroes have to be written there.
+#[test]
+fn copies_are_the_same_in_encrypted_images() {
+    let dir = Dir::new();
+    source(&dir);
+    dir.write("key", b"open sesame");
+    let luks = "-o key-file=key -o iter-time=10";
+    let inside = "-o encrypt.format=luks -o key-file=key -o encrypt.iter-time=10";
+    dir.qblk(&format!("copy -O luks src.raw a.luks {luks}")).good();
+    dir.qblk(&format!("copy -O qcow2 src.raw b.qcow2 {inside}")).good();
+    dir.qblk("copy -O raw --source-option key-file=key a.luks a.raw").good();
+    dir.qblk("copy -O raw --source-option key-file=key b.qcow2 b.raw").good();
+    for name in ["a.raw", "b.raw"] {
+        dir.qemu_img(&format!("compare -q src.raw {name}"));
+    }
+    dir.qblk("copy -O raw a.luks c.raw").bad(1, &["'a.luks'", "'key-file'"]);
+}
+
 #[test]
 fn a_copy_reads_through_the_whole_chain() {
     let dir = Dir::new();
