@@ -82,6 +82,10 @@ impl State {
     }
 }
 
+/// How long each further connection may take at open: a server that has as many clients as it wants
+/// does not answer at all, and one connection will do.
+const FURTHER: Duration = Duration::from_secs(2);
+
 /// See the module's text.
 pub(super) struct Pool {
     pub me: Weak<Self>,
@@ -133,7 +137,7 @@ impl Pool {
         for lane in &pool.lanes {
             let link = match next.take() {
                 Some(link) => link,
-                None => match pool.another(Some(Instant::now() + Duration::from_secs(30))) {
+                None => match pool.another(Some(Instant::now() + FURTHER)) {
                     Ok(link) => link,
                     Err(e) => {
                         log(Level::Warn, format_args!("doing without another connection: {e}"));
