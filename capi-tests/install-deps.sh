@@ -24,6 +24,10 @@ need nbdcopy libnbd-bin
 need nbdkit nbdkit
 need fio fio
 need openssl openssl
+need cryptsetup cryptsetup-bin
+need ip iproute2
+need mkfs.ext4 e2fsprogs
+need nbdsh python3-libnbd
 # Debian's own, which has Debian's modules, whatever python3 comes first in PATH.
 /usr/bin/python3 -c 'import nbd' >/dev/null 2>&1 || missing="$missing python3-libnbd"
 if [ -z "$missing" ]; then
