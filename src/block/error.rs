@@ -143,6 +143,9 @@ pub enum Error {
         /// The system's error number of that failure.
         errno: i32,
     },
+    /// Whoever was told how far the work is had it stopped.
+    #[error("stopped by its caller")]
+    Canceled,
     /// The process was forked from the one that opened it.
     #[error("{0}: not usable in a forked child, which may only close what it inherited")]
     Forked(&'static str),
@@ -239,6 +242,7 @@ impl Error {
             Self::BadHandle(_) => K::Errno(libc::EBADF),
             Self::TooBig { .. } => K::Errno(libc::EFBIG),
             Self::Failed { .. } => K::Errno(libc::EIO),
+            Self::Canceled => K::Errno(libc::ECANCELED),
             Self::Forked(_) => K::Errno(libc::ECHILD),
             Self::Corrupt { .. } => K::Corrupt,
             Self::Format { .. } => K::Format,

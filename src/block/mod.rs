@@ -10,6 +10,7 @@ mod fence;
 mod inflight;
 mod iov;
 mod name;
+mod progress;
 mod range_lock;
 
 use std::os::fd::BorrowedFd;
@@ -22,6 +23,7 @@ pub use fence::Fence;
 pub use inflight::{Guard, InFlight, Own};
 pub use iov::{Dst, FromMem, Iov, OneIov, Src, ToMem, ZEROES, zero_iovecs};
 pub use name::{Name, quoted};
+pub use progress::{Progress, Tell};
 pub use range_lock::RangeLock;
 
 /// Flags of one request. The values are those of the C ABI (`QBLK_REQ_*`).

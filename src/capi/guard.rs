@@ -6,13 +6,13 @@
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
-use std::ffi::{c_char, c_int};
+use std::ffi::{c_char, c_int, c_void};
 use std::fmt::{self, Write};
 use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use super::*;
-use crate::block::{Error, ErrorKind};
+use crate::block::{Error, ErrorKind, Progress};
 use crate::log::{Level, log};
 
 /// Bytes of this thread's last error, with the NUL.
@@ -175,6 +175,27 @@ fn unusable() -> Fail {
             "an earlier call on this device met an internal error; it can only be closed".into(),
         ),
     }
+}
+
+/// Do `work` with whom C named to be told how far it is (nobody if `tell` is NULL).
+pub(super) fn with_progress<T>(
+    tell: qblk_progress_fn,
+    opaque: *mut c_void,
+    work: impl FnOnce(Progress<'_>) -> T,
+) -> T {
+    let Some(tell) = tell else { return work(Progress::NONE) };
+    /// What C handed over; what it points to is C's affair.
+    struct Opaque(*mut c_void);
+    // SAFETY: it is only handed back to C, which was told from which threads.
+    unsafe impl Sync for Opaque {}
+    let opaque = Opaque(opaque);
+    let call = |done, total| {
+        // One piece, so that its Sync counts.
+        let opaque = &opaque;
+        // SAFETY: the caller's function with the caller's argument, while the caller waits.
+        unsafe { tell(opaque.0, done, total) == 0 }
+    };
+    work(Progress::new(&call))
 }
 
 /// Refuse to work in a child of `fork`.

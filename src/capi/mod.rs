@@ -190,3 +190,11 @@ pub struct qblk_options(Mutex<Options>);
 /// thread, from several at once. It must return: neither throw a C++ exception nor longjmp().
 pub type qblk_log_fn =
     Option<unsafe extern "C" fn(opaque: *mut c_void, level: c_int, message: *const c_char)>;
+
+/// Is told how far long work is: `done` of `total`, in a unit of the work's own; `total` may grow.
+///
+/// What is returned decides: 0 = go on, anything else = stop, and the call answers -ECANCELED, with
+/// the image whole. The function is called from one thread at a time, which need not be the caller's;
+/// it must return (neither throw a C++ exception nor longjmp()) and call nothing on the same device.
+pub type qblk_progress_fn =
+    Option<unsafe extern "C" fn(opaque: *mut c_void, done: u64, total: u64) -> c_int>;

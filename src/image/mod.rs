@@ -516,8 +516,27 @@ impl Image {
     pub fn resize(&self, size: u64, options: &Options, shrink: bool) -> Result<()> {
         options.check(Use::Resize)?;
         let prealloc = create::preallocation(options)?;
+        self.with_tree(true, |tree| {
+            if size < tree.top.size() && !shrink {
+                return Err(Error::invalid(format!(
+                    "{}: {size} bytes are fewer than the present {}: QBLK_RESIZE_SHRINK must be given",
+                    tree.name,
+                    tree.top.size()
+                )));
+            }
+            tree.top.driver().resize(size, prealloc, shrink)
+        })
+    }
+
+    /// Work on the image as a whole: nobody replaces or closes it meanwhile, and no other such work is
+    /// done, but data calls of other threads go on. The caller counts as none of them, so that a driver
+    /// may wait until those under way are over. `write`: the work changes the image.
+    pub(crate) fn with_tree<T>(
+        &self,
+        write: bool,
+        work: impl FnOnce(&Tree) -> Result<T>,
+    ) -> Result<T> {
         let _admin = self.shared.admin.lock();
-        // No guard: a driver that shrinks waits for the calls under way. `admin` keeps the tree.
         let tree = self.shared.tree.load(SeqCst);
         if tree.is_null() {
             return Err(Error::BadHandle("the device is closed".into()));
@@ -527,18 +546,13 @@ impl Image {
         if tree.flags.has(OpenFlags::INFO_ONLY) {
             return Err(info_only(&tree.name));
         }
-        if !self.write.load(Relaxed) {
-            return Err(Error::ReadOnly(tree.name.clone()));
+        if write {
+            if !self.write.load(Relaxed) {
+                return Err(Error::ReadOnly(tree.name.clone()));
+            }
+            tree.may_write()?;
         }
-        tree.may_write()?;
-        if size < tree.top.size() && !shrink {
-            return Err(Error::invalid(format!(
-                "{}: {size} bytes are fewer than the present {}: QBLK_RESIZE_SHRINK must be given",
-                tree.name,
-                tree.top.size()
-            )));
-        }
-        tree.top.driver().resize(size, prealloc, shrink)
+        work(tree)
     }
 }
 

@@ -125,8 +125,8 @@ impl Driver for Qcow2 {
         let h = &self.header;
         let mut state = 0;
         for (on, bit) in [
-            (h.incompatible & incompat::DIRTY != 0, 2),
-            (h.incompatible & incompat::CORRUPT != 0, 4),
+            (self.features.incompatible() & incompat::DIRTY != 0, 2),
+            (self.features.incompatible() & incompat::CORRUPT != 0, 4),
             (h.crypt != 0, 8),
             (h.backing.is_some(), 16),
             (h.incompatible & incompat::DATA_FILE != 0, 32),
@@ -152,9 +152,9 @@ impl Driver for Qcow2 {
                 1u64.checked_shl(h.refcount_order).unwrap_or(0).to_string().into_bytes(),
             ),
             ("qcow2.compression-type", compression.into()),
-            ("qcow2.lazy-refcounts", on_off(h.compatible & header::COMPAT_LAZY != 0)),
+            ("qcow2.lazy-refcounts", on_off(self.features.compatible() & header::COMPAT_LAZY != 0)),
             ("qcow2.extended-l2", on_off(h.incompatible & incompat::EXTENDED_L2 != 0)),
-            ("qcow2.data-file-raw", on_off(h.autoclear & header::AUTOCLEAR_RAW != 0)),
+            ("qcow2.data-file-raw", on_off(self.features.autoclear() & header::AUTOCLEAR_RAW != 0)),
             ("qcow2.encryption", encryption.into()),
             ("qcow2.bitmaps", on_off(h.has_bitmaps)),
             ("qcow2.snapshots", h.snapshots.to_string().into_bytes()),

@@ -53,13 +53,21 @@ const EXT_DATA_FILE: u32 = 0x4441_5441;
 
 /// Where fields lie that are written by themselves.
 pub mod at {
+    /// Offset of the backing file's name (8 bytes) and its length (4 bytes).
+    pub const BACKING: u64 = 8;
     /// Virtual size, 8 bytes.
     pub const SIZE: u64 = 24;
     /// Entries of the L1 table (4 bytes) and its offset (8 bytes).
     pub const L1: u64 = 36;
     /// Offset of the refcount table (8 bytes) and its clusters (4 bytes).
     pub const REFTABLE: u64 = 48;
-    /// Autoclear bits, 8 bytes.
+    /// Number of snapshots (4 bytes) and the offset of their table (8 bytes).
+    pub const SNAPSHOTS: u64 = 60;
+    /// Incompatible feature bits, 8 bytes.
+    pub const INCOMPATIBLE: u64 = 72;
+    /// Compatible feature bits, 8 bytes.
+    pub const COMPATIBLE: u64 = 80;
+    /// Autoclear feature bits, 8 bytes.
     pub const AUTOCLEAR: u64 = 88;
 }
 

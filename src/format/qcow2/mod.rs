@@ -13,7 +13,8 @@
 //!
 //! Source: the QCOW2 specification (QEMU, docs/interop/qcow2).
 //!
-//! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache.
+//! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache,
+//! then `Features::turn` (one writer of header fields).
 
 mod chain;
 mod compressed;
@@ -21,6 +22,7 @@ mod create;
 mod data;
 mod discard;
 mod driver;
+mod edit;
 mod entry;
 mod flush;
 mod header;
@@ -105,7 +107,9 @@ pub struct Qcow2 {
     /// The old encryption, which needs to know where the guest has the data.
     aes: Option<Crypt>,
     luks: Option<luks::Header>,
+    /// As it was when the image was opened; what may change since is in `features` and `size`.
     header: Header,
+    features: edit::Features,
     backing: Option<Device>,
     backing_is_named: bool,
     /// Files of the images below, the one right below first, as far down as is known.
@@ -196,6 +200,7 @@ impl Qcow2 {
             data,
             aes,
             luks,
+            features: edit::Features::new(&header),
             header,
             backing: None,
             backing_is_named: false,
@@ -293,11 +298,10 @@ impl Qcow2 {
     pub(super) fn clear_autoclear(&self) -> Result<()> {
         // None of the features is kept right while writing, so all bits go. (Where bitmaps are in
         // use, `check_writable` has refused.)
-        if self.writer.is_none() || self.header.autoclear == 0 {
+        if self.writer.is_none() {
             return Ok(());
         }
-        self.file.write_slice(&[0; 8], header::at::AUTOCLEAR, ReqFlags::NONE)?;
-        self.file.flush()
+        self.set_autoclear(u64::MAX, false)
     }
 
     /// What the image says it is backed by.
