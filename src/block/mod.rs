@@ -3,6 +3,7 @@
 //!
 //! This room knows nobody else's names: no files, no formats.
 
+mod bitmap;
 mod device;
 mod error;
 mod extent;
@@ -16,6 +17,7 @@ mod range_lock;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+pub use bitmap::{BitmapChange, BitmapInfo};
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
@@ -287,6 +289,14 @@ pub trait Driver: Send + Sync {
     /// Change the size; bytes that come into being read as zeroes.
     fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {
         Err(Error::NotSupported("resize"))
+    }
+    /// The dirty bitmaps that there are; `count`: also what is dirty in them, where that can be had.
+    fn bitmaps(&self, _count: bool) -> Result<Vec<BitmapInfo>> {
+        Ok(Vec::new())
+    }
+    /// Change a dirty bitmap. One at a time, and not from within a call under way.
+    fn change_bitmap(&self, _change: &BitmapChange<'_>) -> Result<()> {
+        Err(Error::NotSupported("dirty bitmaps (qcow2 images do)"))
     }
     /// Bytes in use on the host; `None` if not known.
     fn allocated(&self) -> Option<u64> {

@@ -77,6 +77,19 @@ impl Qcow2 {
         }
     }
 
+    /// Write the counts that have changed, and make them last: what they count may be pointed to then.
+    pub(super) fn publish_counts(&self, meta: &mut Meta) -> Result<()> {
+        for (offset, block) in meta.refs.take_dirty() {
+            self.file.write_slice(&block, offset, ReqFlags::NONE)?;
+        }
+        meta.refs.written();
+        self.file.flush()?;
+        for (offset, entry) in meta.refs.take_new_blocks() {
+            self.file.write_slice(&entry.to_be_bytes(), offset, ReqFlags::NONE)?;
+        }
+        self.file.flush()
+    }
+
     /// Remember a failure for good: what the kernel could not write it may have dropped.
     pub(super) fn or_fail(&self, writer: &Writer, result: Result<()>) -> Result<()> {
         if let Err(e) = &result {
@@ -240,6 +253,9 @@ impl Qcow2 {
     /// The caller is no call under way, and no other is left.
     pub fn settle(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
+        // Bitmaps vouch for what is on disk only.
+        self.flush_all()?;
+        let saved = self.settle_bitmaps();
         // Each round may free clusters, which changes counts again; two suffice.
         for _ in 0..8 {
             self.flush_all()?;
@@ -255,6 +271,7 @@ impl Qcow2 {
             self.file.driver().resize(end, Prealloc::Off, true)?;
         }
         drop(meta);
-        self.file.flush()
+        self.file.flush()?;
+        saved
     }
 }

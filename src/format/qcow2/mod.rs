@@ -13,9 +13,10 @@
 //!
 //! Source: the QCOW2 specification (QEMU, docs/interop/qcow2).
 //!
-//! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache,
+//! Lock order: `Bitmaps::state`, `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache,
 //! then `Features::turn` (one writer of header fields).
 
+mod bitmap;
 mod chain;
 mod compressed;
 mod create;
@@ -125,6 +126,7 @@ pub struct Qcow2 {
     cache: L2Cache,
     compressed: compressed::Store,
     writer: Option<Writer>,
+    bitmaps: bitmap::Bitmaps,
     calls: Arc<InFlight>,
 }
 
@@ -206,8 +208,12 @@ impl Qcow2 {
             backing_is_named: false,
             files_below: Vec::new(),
             writer,
+            bitmaps: bitmap::Bitmaps::new(params.untrusted),
             calls: params.calls,
         };
+        if params.write {
+            image.begin_bitmaps()?;
+        }
         Ok(image)
     }
 
@@ -223,12 +229,6 @@ impl Qcow2 {
             return Err(Error::unsupported(
                 name,
                 "writing to an image that was not closed cleanly (dirty bit; its refcounts need a repair)",
-            ));
-        }
-        if header.has_bitmaps && header.autoclear & header::AUTOCLEAR_BITMAPS != 0 {
-            return Err(Error::unsupported(
-                name,
-                "writing to an image with persistent dirty bitmaps (they would become wrong)",
             ));
         }
         Ok(())
@@ -296,12 +296,13 @@ impl Qcow2 {
     /// Clear the autoclear bits that a program which does not know them must clear before it writes.
     /// To be called when nothing else can fail any more.
     pub(super) fn clear_autoclear(&self) -> Result<()> {
-        // None of the features is kept right while writing, so all bits go. (Where bitmaps are in
-        // use, `check_writable` has refused.)
         if self.writer.is_none() {
             return Ok(());
         }
-        self.set_autoclear(u64::MAX, false)
+        // Bitmaps are kept right.
+        let kept = if self.header.has_bitmaps { header::AUTOCLEAR_BITMAPS } else { 0 };
+        self.set_autoclear(!kept, false)?;
+        self.drop_stale_bitmaps()
     }
 
     /// What the image says it is backed by.

@@ -22,6 +22,8 @@ const FIRST_ASKED: u64 = 1 << 30;
 const LEAST_ASKED: u64 = 1 << 20;
 /// A reply of fewer descriptors than this is no burden.
 const FEW: usize = 1024;
+/// Runs that one look at a context tells, or a few more.
+const MOST_RUNS: usize = 16384;
 /// How long flushing before closing may take.
 const CLOSE: Duration = Duration::from_secs(5);
 
@@ -408,7 +410,8 @@ impl Driver for Nbd {
         };
         let deadline = self.pool.deadline();
         let (mut offset, mut left) = (offset, self.inside(offset, count));
-        while left > 0 {
+        // Who wants more asks again.
+        while left > 0 && out.len() < MOST_RUNS {
             let described = self.block_status(offset, left.min(FIRST_ASKED), deadline)?;
             let mut runs = Runs::new(&described, context);
             let before = left;
