@@ -8,6 +8,8 @@ mod common;
 mod crash;
 #[path = "bitmaps/model.rs"]
 mod model;
+#[path = "bitmaps/nbd.rs"]
+mod nbd;
 #[path = "bitmaps/peers.rs"]
 mod peers;
 #[path = "bitmaps/qemu.rs"]

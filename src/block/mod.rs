@@ -261,12 +261,14 @@ pub trait Driver: Send + Sync {
         Ok(())
     }
     /// What one context of an NBD server (`base:allocation`, `qemu:dirty-bitmap:…`) says of a range: runs
-    /// of so many bytes with these flags, from `offset` on, added to `out`.
+    /// of so many bytes with these flags, from `offset` on, added to `out`. They may end before the range
+    /// does, and more than `most` are of no use.
     fn status(
         &self,
         _context: &[u8],
         _offset: u64,
         _count: u64,
+        _most: usize,
         _out: &mut Vec<(u64, u64)>,
     ) -> Result<()> {
         Err(Error::NotSupported("meta contexts"))

@@ -302,7 +302,7 @@ pub unsafe extern "C" fn qblk_block_status(
             if out.is_null() && max > 0 {
                 return Err(Fail::Argument("'out' is NULL"));
             }
-            let runs = image(dev)?.block_status(context.to_bytes(), offset, count)?;
+            let runs = image(dev)?.block_status(context.to_bytes(), offset, count, max)?;
             let n = runs.len().min(max);
             for (i, (length, flags)) in runs.into_iter().take(n).enumerate() {
                 out.add(i).write(qblk_status { length, flags });

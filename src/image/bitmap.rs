@@ -5,6 +5,8 @@ use crate::block::*;
 
 /// What an NBD server calls the context of a bitmap, before its name. Drivers know their own by it.
 const CONTEXT: &[u8] = b"qemu:dirty-bitmap:";
+/// Runs of a bitmap that are looked at in one go.
+const MOST: usize = 4096;
 
 impl Image {
     /// The bitmaps of the image. On one that is open for its description only it is not counted what
@@ -25,15 +27,9 @@ impl Image {
         self.with_tree(true, |tree| tree.top.driver().change_bitmap(change))
     }
 
-    /// What bitmap `name` says of a range: runs of so many bytes that are dirty (1) or not (0), from
-    /// `offset` on, perhaps not to its end.
-    pub(crate) fn bitmap_runs(
-        &self,
-        name: &[u8],
-        offset: u64,
-        count: u64,
-    ) -> Result<Vec<(u64, u64)>> {
-        self.block_status(&[CONTEXT, name].concat(), offset, count)
+    /// Whether bitmap `name` can be asked: the reason if not.
+    pub(crate) fn check_bitmap(&self, name: &[u8]) -> Result<()> {
+        self.dirty_extents(name, true, 0, 0, &mut []).map(drop)
     }
 
     /// [`Image::extents`], with [`Extent::DIRTY`] where bitmap `name` is dirty; `only` that, nothing else
@@ -47,13 +43,15 @@ impl Image {
         out: &mut [Extent],
     ) -> Result<usize> {
         let call = self.data_call(offset, count)?;
+        // One more shows that the last one is whole.
+        let most = out.len().saturating_add(1).min(MOST);
         let (end, mut list) = (offset + count, ExtentList::for_c(out));
         let context = [CONTEXT, name].concat();
         let mut runs = Vec::new();
         loop {
             // Asked once at least, so that a bitmap that is not there is known to be not.
             runs.clear();
-            call.top.driver().status(&context, offset, end - offset, &mut runs)?;
+            call.top.driver().status(&context, offset, end - offset, most, &mut runs)?;
             let before = offset;
             for &(len, flags) in &runs {
                 let len = len.min(end - offset);

@@ -34,6 +34,7 @@ const EXPORT: u8 = 8;
 const KEYS: &[(&str, u8)] = &[
     ("backing-file", OPEN | CREATE),
     ("backing-fmt", OPEN | CREATE),
+    ("bitmap", EXPORT),
     ("cache.l2-size", OPEN),
     ("cipher-alg", CREATE),
     ("cipher-mode", CREATE),

@@ -130,6 +130,17 @@ fn what_can_not_be_done_is_refused_with_a_reason() {
     let image = open(&path, RO);
     let e = image.change_bitmap(&BitmapChange::Clear(b"a")).unwrap_err();
     assert_eq!(e.kind(), errno(libc::EROFS), "{e}");
+    drop(image);
+    // QEMU opens no image of no bytes that has bitmaps.
+    let image = open(&path, RW);
+    let e = image.resize(0, &qblk::Options::new(), true).unwrap_err();
+    assert_eq!(e.kind(), errno(libc::EINVAL), "{e}");
+    drop(image);
+    create(&path, "qcow2", 0, &[]);
+    let image = open(&path, RW);
+    let e = image.change_bitmap(&add("x", 0)).unwrap_err();
+    assert_eq!(e.kind(), errno(libc::EINVAL), "{e}");
+    drop(image);
     // Version 2 can have none.
     create(&path, "qcow2", 1 << 20, &[("compat", "0.10")]);
     let image = open(&path, RW);

@@ -79,7 +79,7 @@ pub fn dirty(image: &Image, bitmap: &str) -> Runs {
 pub fn try_dirty(image: &Image, bitmap: &str) -> Result<Runs, Error> {
     let (size, mut at, mut runs) = (image.size()?, 0, Runs::new());
     while at < size {
-        let mut some = [Extent::default(); 7];
+        let mut some = [Extent::default(); 61];
         let n = image.dirty_extents(bitmap.as_bytes(), true, at, size - at, &mut some)?;
         assert!(n > 0);
         for e in &some[..n] {

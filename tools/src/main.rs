@@ -4,6 +4,7 @@
 //! wrong is said on standard error, with the file's name, after "qblk: ".
 
 mod bench;
+mod bitmap;
 mod cli;
 mod copy;
 mod create;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         Command::Read(args) => read::run(&args),
         Command::Write(args) => write::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Bitmap(args) => bitmap::run(&args),
         Command::Lock(args) => lock::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::List(args) => list::run(&args),

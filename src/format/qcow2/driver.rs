@@ -125,9 +125,10 @@ impl Driver for Qcow2 {
         context: &[u8],
         offset: u64,
         count: u64,
+        most: usize,
         out: &mut Vec<(u64, u64)>,
     ) -> Result<()> {
-        self.bitmap_status(context, offset, count, out)
+        self.bitmap_status(context, offset, count, most, out)
     }
 
     fn allocated(&self) -> Option<u64> {

@@ -22,8 +22,6 @@ const FIRST_ASKED: u64 = 1 << 30;
 const LEAST_ASKED: u64 = 1 << 20;
 /// A reply of fewer descriptors than this is no burden.
 const FEW: usize = 1024;
-/// Runs that one look at a context tells, or a few more.
-const MOST_RUNS: usize = 16384;
 /// How long flushing before closing may take.
 const CLOSE: Duration = Duration::from_secs(5);
 
@@ -401,6 +399,7 @@ impl Driver for Nbd {
         context: &[u8],
         offset: u64,
         count: u64,
+        most: usize,
         out: &mut Vec<(u64, u64)>,
     ) -> Result<()> {
         let Some(context) = self.pool.export.context(context) else {
@@ -411,7 +410,7 @@ impl Driver for Nbd {
         let deadline = self.pool.deadline();
         let (mut offset, mut left) = (offset, self.inside(offset, count));
         // Who wants more asks again.
-        while left > 0 && out.len() < MOST_RUNS {
+        while left > 0 && out.len() < most {
             let described = self.block_status(offset, left.min(FIRST_ASKED), deadline)?;
             let mut runs = Runs::new(&described, context);
             let before = left;

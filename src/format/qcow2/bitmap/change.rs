@@ -95,8 +95,12 @@ impl Qcow2 {
         Ok(())
     }
 
-    /// Refuse a bitmap whose data would be too large.
+    /// Refuse a bitmap whose data would be too large, or none at all: QEMU would refuse the image.
     fn check_data(&self, name: &[u8], granularity_bits: u32, size: u64) -> Result<()> {
+        if size == 0 {
+            let what = "a disk of no bytes can have no bitmaps";
+            return Err(bitmap_error(self.file.name(), name, what, libc::EINVAL));
+        }
         let clusters = data_clusters(size, granularity_bits, self.cluster_bits);
         match clusters > MAX_DATA >> self.cluster_bits {
             true => Err(Error::TooBig {

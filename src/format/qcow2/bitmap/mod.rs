@@ -32,8 +32,6 @@ use view::View;
 
 /// What NBD calls the context of a bitmap, before its name.
 const CONTEXT: &[u8] = b"qemu:dirty-bitmap:";
-/// Runs that one look at a bitmap tells, at most.
-const MAX_RUNS: usize = 4096;
 /// Bytes of bitmaps that are read to count what is dirty in them.
 const MAX_COUNTING: u64 = 64 << 20;
 /// What marking bitmaps may need of memory, bytes; and for a hostile image, with its directory.
@@ -363,6 +361,7 @@ impl Qcow2 {
         context: &[u8],
         offset: u64,
         count: u64,
+        most: usize,
         out: &mut Vec<(u64, u64)>,
     ) -> Result<()> {
         let Some(name) = context.strip_prefix(CONTEXT) else {
@@ -375,7 +374,7 @@ impl Qcow2 {
         drop(state);
         view.runs(offset, count, |len, dirty| {
             out.push((len, dirty.into()));
-            out.len() < MAX_RUNS
+            out.len() < most
         })
     }
 }
