@@ -13,6 +13,7 @@ use super::ffi::list;
 use super::{Manager, Owner, READ_ONLY, Resource};
 use crate::block::{Error, Fence, InFlight, Name, Result};
 use crate::log::{Level, log};
+use crate::thread;
 
 /// Room for what a manager says.
 const TEXT: usize = 1024;
@@ -101,12 +102,11 @@ impl Request {
         let (manager, patience) = (self.manager.clone(), self.patience);
         let (limit, settings) = (self.wait.saturating_add(patience), self.settings.clone());
         let (worker_state, held) = (state.clone(), resources.clone());
-        std::thread::Builder::new()
-            .name("qblk-lease".into())
-            .spawn(move || Worker::run(self, &resources, &worker_state, &inbox, &say))
-            .map_err(|e| {
-                manager.error("starting a thread", e.raw_os_error().unwrap_or(libc::EAGAIN))
-            })?;
+        // The usual stack: most of what runs there is the manager's.
+        let work = move || Worker::run(self, &resources, &worker_state, &inbox, &say);
+        thread::spawn("qblk-lease", None, work).map_err(|e| {
+            manager.error("starting a thread", e.raw_os_error().unwrap_or(libc::EAGAIN))
+        })?;
         let answer = answer.recv_timeout(limit);
         match answer {
             Ok(Ok(())) => {}

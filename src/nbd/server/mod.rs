@@ -456,19 +456,9 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// Run `work` in a thread of the library's own, deaf to the program's signals.
+/// Run `work` in a thread of its own.
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
-    // SAFETY: signal sets are plain data for which all zeroes are valid.
-    let (mut all, mut old): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
-    // SAFETY: the sets are ours. The thread begins with the mask of the one that makes it.
-    unsafe {
-        libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut old);
-    }
-    let made = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(work);
-    // SAFETY: as above.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const old, std::ptr::null_mut()) };
-    made
+    crate::thread::spawn(name, Some(STACK), work)
 }
 
 /// Stack of a thread, bytes; only what is used of it costs memory.
