@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use super::ffi::list;
 use super::{Manager, Owner, READ_ONLY, Resource};
 use crate::block::{Error, Fence, InFlight, Name, Result};
+use crate::crypto;
 use crate::log::{Level, log};
 use crate::thread;
 
@@ -448,7 +449,11 @@ fn acquire(request: &Request, all: &[Resource]) -> std::result::Result<*mut c_vo
     let functions = &request.manager.functions;
     let resources: Vec<_> = all.iter().map(Resource::as_c).collect();
     let (first, count) = (resources.as_ptr(), resources.len());
-    let owner = request.owner.as_c(random());
+    let mut unique = [0; 8];
+    if let Err(errno) = crypto::random(&mut unique) {
+        return Err((errno.saturating_neg(), b"no random number is to be had".to_vec()));
+    }
+    let owner = request.owner.as_c(u64::from_ne_bytes(unique));
     let options = list(&request.settings);
     let wait = u32::try_from(request.wait.as_millis()).unwrap_or(u32::MAX);
     let mut text = vec![0; TEXT];
@@ -482,12 +487,4 @@ fn acquire(request: &Request, all: &[Resource]) -> std::result::Result<*mut c_vo
         0 => Ok(lease),
         code => Err((code, until_nul(text))),
     }
-}
-
-/// A number that nobody else has.
-fn random() -> u64 {
-    let mut number = 0u64;
-    // SAFETY: eight bytes of ours.
-    unsafe { libc::getrandom((&raw mut number).cast(), size_of::<u64>(), 0) };
-    number
 }
