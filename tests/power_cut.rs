@@ -276,6 +276,8 @@ fn every_state_that_a_power_cut_can_leave_is_sound_and_holds_what_was_flushed() 
             encrypt: (r.below(8) == 0).then(locking),
             backing: None,
             prealloc: Prealloc::Off,
+            extended: v3 && cluster_bits >= 14 && r.below(2) == 0,
+            data_file: None,
         };
         let size = (1 + r.below(4 << 20) / SECTOR) * SECTOR;
         let (ops, moments) = workload(&mut r, &geometry, size);
