@@ -28,12 +28,10 @@ impl Qcow2 {
         let wanted = (offset + count).div_ceil(self.cluster_size()).min(slice_end);
         loop {
             let Some(hit) = self.cache.find(slice) else {
-                match self.load_slice(slice) {
-                    Ok(()) => continue,
-                    // No room for it, ever again; reading goes on without.
-                    Err(Error::Failed { .. }) => return self.lookup_on_disk(offset, count),
-                    Err(e) => return Err(e),
+                if self.load_slice(slice)? {
+                    continue;
                 }
+                return self.lookup_on_disk(offset, count);
             };
             let first = self.found_entry(hit, cluster);
             let found = self.shape.decode(first, cluster).map(|decoded| {
