@@ -941,6 +941,24 @@ int qblk_resize2(struct qblk *dev,
                  uint32_t flags);
 
 /**
+ * Write `count` bytes of `buf` at `offset` in compressed form, by the image's compression type.
+ *
+ * `offset` and `count` are bytes, and multiples of the cluster size (qblk_info), but for the image's
+ * end, which may cut the last cluster. What there was before is replaced. A cluster that does not
+ * get smaller is written as it is; compressed ones share clusters of the host. Compressing is done
+ * by the calling thread, and several threads compress at once; qblk_copy() uses as many as there
+ * are processors. A later qblk_pwrite() to such a cluster writes it out at full size.
+ *
+ * Returns 0; -ENOTSUP, with nothing written, for a format that has no compression, and for images
+ * with encryption or an external data file; -EINVAL for a NULL, for parts of clusters, and for a
+ * range that leaves the device; else as qblk_pwrite2(). Any thread. Since 0.1.
+ */
+int qblk_write_compressed(struct qblk *dev,
+                          const void *buf,
+                          size_t count,
+                          uint64_t offset);
+
+/**
  * Make an NBD server that exports nothing and listens nowhere yet. Free it with qblk_server_free().
  *
  * Returns 0 and the server in `*out`; -EINVAL if `out` is NULL; -EMFILE and other codes of the

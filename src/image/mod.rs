@@ -357,6 +357,14 @@ impl Image {
         self.write(OneIov::src(buf).iov(), offset, flags)
     }
 
+    /// Write `buf` at `offset` in compressed form, where that is smaller: whole clusters, of which the
+    /// image's end may cut the last.
+    pub fn write_compressed(&self, buf: Src<'_>, offset: u64) -> Result<()> {
+        let call = self.write_call(offset, buf.len() as u64)?;
+        let _own = call.guard.own();
+        call.top.driver().write_compressed(buf, offset)
+    }
+
     /// Make all that was written survive a power cut.
     pub fn flush(&self) -> Result<()> {
         let call = self.data_call(0, 0)?;

@@ -17,6 +17,7 @@
 //! then `Features::turn` (one writer of header fields).
 
 mod chain;
+mod compress;
 mod compressed;
 mod create;
 mod data;
