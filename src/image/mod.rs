@@ -8,6 +8,7 @@
 //! moves but those that change what a handle is (resize, reopen, close).
 
 mod chain;
+mod copy;
 mod create;
 mod how;
 mod key;
@@ -28,6 +29,7 @@ use crate::block::*;
 use crate::file::FileLock;
 use crate::lockmgr::Lease;
 pub use chain::Probe;
+pub use copy::copy;
 pub use create::create;
 pub use options::{Options, Use, parse_seconds, parse_size};
 pub use remote::list_exports;
