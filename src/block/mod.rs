@@ -17,6 +17,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use device::Device;
+pub(crate) use error::last_errno;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
 pub use fence::Fence;

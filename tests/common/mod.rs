@@ -2,6 +2,9 @@
 // Each test program uses some of it.
 #![allow(dead_code, unused_imports, unused_macros)]
 
+pub mod disk;
+pub mod workload;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -361,14 +361,10 @@ impl Qcow2 {
         let most = (wanted as usize).min((1 << self.slice_bits) - index);
         loop {
             let Some(hit) = self.cache.find(slice) else {
-                match self.load_slice(slice) {
-                    Ok(()) => continue,
-                    // No room for it, ever again; reading goes on without.
-                    Err(Error::Failed { .. }) => {
-                        return self.lookup_on_disk(cluster, in_cluster, count);
-                    }
-                    Err(e) => return Err(e),
+                if self.load_slice(slice)? {
+                    continue;
                 }
+                return self.lookup_on_disk(cluster, in_cluster, count);
             };
             let first = self.cache.entry(hit, index);
             // Only where nothing is written is a slice sanitized, and may it have such entries.
@@ -424,13 +420,16 @@ impl Qcow2 {
         )
     }
 
-    /// Bring a slice into the cache.
+    /// Bring a slice into the cache; `false` if there is no room for it, ever again, because changes
+    /// can not be written. Who writes is told; reading goes on without.
     #[cold]
-    fn load_slice(&self, slice: u64) -> Result<()> {
+    fn load_slice(&self, slice: u64) -> Result<bool> {
         while self.hold(slice)?.is_err() {
-            self.writeback()?;
+            if self.writeback().is_err() {
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Hold the set of a slice with the slice in it.
