@@ -144,6 +144,11 @@ extern "C" {
 #define QBLK_RESIZE_SHRINK 1
 
 /**
+ * qblk_copy(): only what the source itself has, not what shows from images below it.
+ */
+#define QBLK_COPY_SHALLOW 1
+
+/**
  * qblk_info.state: this handle does not write.
  */
 #define QBLK_STATE_READ_ONLY 1
@@ -622,6 +627,15 @@ typedef struct qblk_bitmap {
      */
     uint8_t reserved[108];
 } qblk_bitmap;
+
+/**
+ * Is told how far long work is: `done` of `total`, in a unit of the work's own; `total` may grow.
+ *
+ * What is returned decides: 0 = go on, anything else = stop, and the call answers -ECANCELED, with
+ * the image whole. The function is called from one thread at a time, which need not be the caller's;
+ * it must return (neither throw a C++ exception nor longjmp()) and call nothing on the same device.
+ */
+typedef int (*qblk_progress_fn)(void *opaque, uint64_t done, uint64_t total);
 
 /**
  * Receives what qblk_nbd_list() finds: the name and the description of an export, valid during the
@@ -1126,6 +1140,54 @@ int qblk_resize2(struct qblk *dev,
                  uint64_t size,
                  const struct qblk_options *options,
                  uint32_t flags);
+
+/**
+ * Write `count` bytes of `buf` at `offset` in compressed form, by the image's compression type.
+ *
+ * `offset` and `count` are bytes, and multiples of the cluster size (qblk_info), but for the image's
+ * end, which may cut the last cluster. What there was before is replaced. A cluster that does not
+ * get smaller is written as it is; compressed ones share clusters of the host. Compressing is done
+ * by the calling thread, and several threads compress at once; qblk_copy() uses as many as there
+ * are processors. A later qblk_pwrite() to such a cluster writes it out at full size.
+ *
+ * Returns 0; -ENOTSUP, with nothing written, for a format that has no compression, and for images
+ * with encryption or an external data file; -EINVAL for a NULL, for parts of clusters, and for a
+ * range that leaves the device; else as qblk_pwrite2(). Any thread. Since 0.1.
+ */
+int qblk_write_compressed(struct qblk *dev,
+                          const void *buf,
+                          size_t count,
+                          uint64_t offset);
+
+/**
+ * Copy all bytes of the device `from` to the beginning of `to`, in parallel.
+ *
+ * What reads as zeroes is not read, and in `to` it is zeroed where it does not read so yet. `to` must
+ * be open for writing and have at least as many bytes; what it has beyond those of `from` stays.
+ * Both may be used meanwhile, but what is written to either then may be copied or not.
+ * qblk_flush() makes the copy last.
+ *
+ * `options` may be NULL. They are "compress" (on: clusters are written in compressed form, as
+ * qblk_write_compressed() does), "threads" (1 to 64; as many as there are processors), "sparse" (bytes:
+ * the shortest run of zeroes in data that is not written as data, a multiple of 4096; 0 = zeroes are
+ * written too; 4k), "target-is-zero" (on: `to` is known to read as zeroes) and "compare" (on: `to` is
+ * read, and only what differs is written: for an overlay).
+ *
+ * The one flag is QBLK_COPY_SHALLOW: only what `from` has itself is copied, not what shows from images
+ * below, which is left as it is in `to`: a copy of one image of a chain. `progress` (NULL: nobody)
+ * is called by the calling thread, in bytes.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, an option that is unknown or has a value that it
+ * cannot have, a `to` that is too small, is `from` or is part of its chain (nothing is written then);
+ * -ECANCELED if `progress` said so; -ENOTSUP where compressed writes are not to be had; else as
+ * qblk_pread() and qblk_pwrite2(). After an error a part may have been copied. Any thread. Since 0.1.
+ */
+int qblk_copy(struct qblk *from,
+              struct qblk *to,
+              const struct qblk_options *options,
+              uint32_t flags,
+              qblk_progress_fn progress,
+              void *opaque);
 
 /**
  * Make an NBD server that exports nothing and listens nowhere yet. Free it with qblk_server_free().

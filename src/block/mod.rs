@@ -293,6 +293,11 @@ pub trait Driver: Send + Sync {
     ) -> Result<()> {
         Err(Error::NotSupported("copying in the kernel"))
     }
+    /// Write `buf` at `offset` in compressed form, where that is smaller: whole clusters, of which the
+    /// image's end may cut the last.
+    fn write_compressed(&self, _buf: Src<'_>, _offset: u64) -> Result<()> {
+        Err(Error::NotSupported("compressed writes"))
+    }
     /// Change the size; bytes that come into being read as zeroes.
     fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {
         Err(Error::NotSupported("resize"))

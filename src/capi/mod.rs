@@ -36,6 +36,8 @@ mod bitmap;
 pub use bitmap::*;
 mod images;
 pub use images::*;
+mod copy;
+pub use copy::*;
 mod server;
 pub use server::*;
 mod lockmgr;
@@ -88,6 +90,9 @@ pub const QBLK_REQ_FAST_ZERO: u32 = 4;
 
 /// qblk_resize(): the new size may be less than the present one; the bytes beyond it are lost.
 pub const QBLK_RESIZE_SHRINK: u32 = 1;
+
+/// qblk_copy(): only what the source itself has, not what shows from images below it.
+pub const QBLK_COPY_SHALLOW: u32 = 1;
 
 /// qblk_info.state: this handle does not write.
 pub const QBLK_STATE_READ_ONLY: u32 = 1;

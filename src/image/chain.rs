@@ -516,9 +516,7 @@ impl<'a> Opening<'a> {
         }
         let driver = match source {
             Source::Memory(size) => file::from_memory(file::memory(size)?)?,
-            Source::Remote(remote) => {
-                remote.open(&remote.name(), options, flags)?
-            }
+            Source::Remote(remote) => remote.open(&remote.name(), options, flags)?,
             Source::Path(path) => {
                 let path = Name::from(path.to_owned());
                 file::open_locked(&path, how.file, how.lock, &mut self.locks)

@@ -9,6 +9,7 @@
 
 mod bitmap;
 mod chain;
+mod copy;
 mod create;
 mod how;
 mod key;
@@ -30,6 +31,7 @@ use crate::block::*;
 use crate::file::FileLock;
 use crate::lockmgr::Lease;
 pub use chain::Probe;
+pub use copy::copy;
 pub use create::create;
 pub use options::{Options, Use, parse_seconds, parse_size};
 pub use remote::list_exports;
@@ -359,6 +361,14 @@ impl Image {
     /// [`Image::write`] from one slice.
     pub fn write_at(&self, buf: &[u8], offset: u64, flags: ReqFlags) -> Result<()> {
         self.write(OneIov::src(buf).iov(), offset, flags)
+    }
+
+    /// Write `buf` at `offset` in compressed form, where that is smaller: whole clusters, of which the
+    /// image's end may cut the last.
+    pub fn write_compressed(&self, buf: Src<'_>, offset: u64) -> Result<()> {
+        let call = self.write_call(offset, buf.len() as u64)?;
+        let _own = call.guard.own();
+        call.top.driver().write_compressed(buf, offset)
     }
 
     /// Make all that was written survive a power cut.

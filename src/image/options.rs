@@ -23,12 +23,15 @@ pub enum Use {
     Resize,
     /// Exporting a device.
     Export,
+    /// Copying.
+    Copy,
 }
 
 const OPEN: u8 = 1;
 const CREATE: u8 = 2;
 const RESIZE: u8 = 4;
 const EXPORT: u8 = 8;
+const COPY: u8 = 16;
 
 /// Every key, with the calls that have a use for it.
 const KEYS: &[(&str, u8)] = &[
@@ -39,7 +42,9 @@ const KEYS: &[(&str, u8)] = &[
     ("cipher-alg", CREATE),
     ("cipher-mode", CREATE),
     ("cluster-size", CREATE),
+    ("compare", COPY),
     ("compat", CREATE),
+    ("compress", COPY),
     ("compression-type", CREATE),
     ("data-file", OPEN | CREATE),
     ("data-file-raw", CREATE),
@@ -82,6 +87,9 @@ const KEYS: &[(&str, u8)] = &[
     ("nbd.timeout", OPEN),
     ("preallocation", CREATE | RESIZE),
     ("refcount-bits", CREATE),
+    ("sparse", COPY),
+    ("target-is-zero", COPY),
+    ("threads", COPY),
     ("tls", OPEN),
     ("tls-ca", OPEN),
     ("tls-certificate", OPEN),
@@ -132,6 +140,7 @@ impl Options {
             Use::Create => CREATE,
             Use::Resize => RESIZE,
             Use::Export => EXPORT,
+            Use::Copy => COPY,
         };
         for full in self.0.keys() {
             let mut key = full.as_str();
@@ -156,6 +165,7 @@ impl Options {
                             Use::Create => "creating",
                             Use::Resize => "resizing",
                             Use::Export => "exporting",
+                            Use::Copy => "copying",
                         }
                     )));
                 }

@@ -213,13 +213,7 @@ impl Qcow2 {
 
     /// Note what of the host's space holds nothing any more though the cluster has it, or would have it
     /// again: in a data file, and subclusters.
-    fn note_holes(
-        &self,
-        holes: &mut Vec<(u64, u64)>,
-        old: Cluster,
-        new: Plain,
-        how: Fate,
-    ) {
+    fn note_holes(&self, holes: &mut Vec<(u64, u64)>, old: Cluster, new: Plain, how: Fate) {
         let (Cluster::Plain(old), true) = (old, matches!(how, Fate::Trim | Fate::ZeroFree)) else {
             return;
         };

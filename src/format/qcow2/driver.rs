@@ -84,6 +84,11 @@ impl Driver for Qcow2 {
         self.write_data(buf, offset, flags)
     }
 
+    fn write_compressed(&self, buf: Src<'_>, offset: u64) -> Result<()> {
+        self.note_change(offset, buf.len() as u64)?;
+        self.pack(buf, offset)
+    }
+
     fn flush(&self) -> Result<()> {
         self.flush_all()
     }

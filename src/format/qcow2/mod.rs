@@ -19,6 +19,7 @@
 mod bitmap;
 mod chain;
 mod cluster;
+mod compress;
 mod compressed;
 mod create;
 mod data;
@@ -208,8 +209,7 @@ impl Qcow2 {
         let writer = if params.write { Some(Self::writer(&file, &header)?) } else { None };
         // An image that can grow gets a cache that can, too: memory is taken as it is used.
         let slice_bytes = slice_bits + shape.entry_bits();
-        let used =
-            if params.write { used.max(l2cache::DEFAULT_MAX >> slice_bytes) } else { used };
+        let used = if params.write { used.max(l2cache::DEFAULT_MAX >> slice_bytes) } else { used };
         let limit = match (params.info_only, params.untrusted) {
             (true, _) => Some(0),
             (_, true) => Some(params.l2_cache.unwrap_or(u64::MAX).min(MAX_UNTRUSTED_CACHE)),

@@ -33,8 +33,8 @@ impl Qcow2 {
             true => self.shrink(old, new),
             false => self.grow(writer, old, new, prealloc),
         };
-        let fitted = self.bitmaps_resized();
-        resized.and(fitted)
+        self.bitmaps_resized();
+        resized
     }
 
     fn too_big(&self, size: u64) -> Error {

@@ -8,6 +8,7 @@ use super::directory::{
     GRANULARITY_BITS, MAX_BITMAPS, MAX_DATA, MAX_DIRECTORY, MAX_NAME, data_clusters, entry_size,
 };
 use super::*;
+use crate::log::{Level, log};
 
 /// What a bitmap's granularity is if nobody says, bytes.
 const GRANULARITY: u64 = 65536;
@@ -254,8 +255,15 @@ impl Qcow2 {
         if new > self.size.load(Acquire) { self.fit_marks(new) } else { Ok(()) }
     }
 
-    /// The disk has another size, or has kept its old one.
-    pub(in crate::format::qcow2) fn bitmaps_resized(&self) -> Result<()> {
+    /// The disk has another size, or has kept its old one. What can not be saved of its bitmaps now is
+    /// saved when the image is closed; until then they are in use.
+    pub(in crate::format::qcow2) fn bitmaps_resized(&self) {
+        if let Err(e) = self.fit_bitmaps() {
+            log(Level::Warn, format_args!("bitmaps are not saved yet: {e}"));
+        }
+    }
+
+    fn fit_bitmaps(&self) -> Result<()> {
         let mut state = self.bitmap_state()?;
         if state.list.is_empty() {
             return Ok(());
