@@ -20,5 +20,5 @@ pub mod lockmgr;
 pub mod log;
 pub mod nbd;
 
-pub use block::{Error, Extent, ReqFlags, Result};
+pub use block::{Error, Extent, OneIov, ReqFlags, Result};
 pub use image::{Image, Info, OpenFlags, Options};

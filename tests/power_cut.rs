@@ -149,6 +149,7 @@ fn workload(r: &mut Rng, geometry: &qcow2::Geometry, size: u64) -> (Vec<Op>, Vec
         probed: false,
         l2_cache: Some([0, 1 << 20][r.below(2) as usize]),
         untrusted: false,
+        snapshot: None,
         key: geometry.encrypt.as_ref().map(|_| key()),
         calls: calls.clone(),
     };

@@ -161,6 +161,7 @@ fn preallocate(device: Device, size: u64, prealloc: Prealloc, key: Option<Secret
         probed: false,
         l2_cache: None,
         untrusted: false,
+        snapshot: None,
         key,
         calls: Arc::new(InFlight::default()),
     };

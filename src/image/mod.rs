@@ -15,6 +15,7 @@ mod life;
 mod managed;
 mod options;
 mod remote;
+mod whole;
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;

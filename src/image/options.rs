@@ -23,12 +23,15 @@ pub enum Use {
     Resize,
     /// Exporting a device.
     Export,
+    /// Making an internal snapshot.
+    Snapshot,
 }
 
 const OPEN: u8 = 1;
 const CREATE: u8 = 2;
 const RESIZE: u8 = 4;
 const EXPORT: u8 = 8;
+const SNAPSHOT: u8 = 16;
 
 /// Every key, with the calls that have a use for it.
 const KEYS: &[(&str, u8)] = &[
@@ -43,6 +46,7 @@ const KEYS: &[(&str, u8)] = &[
     ("data-file", OPEN | CREATE),
     ("data-file-raw", CREATE),
     ("argv", OPEN),
+    ("date", SNAPSHOT),
     ("description", EXPORT),
     ("encrypt.cipher-alg", CREATE),
     ("encrypt.cipher-mode", CREATE),
@@ -56,6 +60,8 @@ const KEYS: &[(&str, u8)] = &[
     ("extended-l2", CREATE),
     ("format", OPEN),
     ("hash-alg", CREATE),
+    ("icount", SNAPSHOT),
+    ("id", SNAPSHOT),
     ("implicit-open", OPEN),
     ("io", OPEN),
     ("iter-time", CREATE),
@@ -81,6 +87,7 @@ const KEYS: &[(&str, u8)] = &[
     ("nbd.timeout", OPEN),
     ("preallocation", CREATE | RESIZE),
     ("refcount-bits", CREATE),
+    ("snapshot", OPEN),
     ("tls", OPEN),
     ("tls-ca", OPEN),
     ("tls-certificate", OPEN),
@@ -89,6 +96,7 @@ const KEYS: &[(&str, u8)] = &[
     ("tls-key", OPEN),
     ("tls-psk-file", OPEN),
     ("tls-verify-peer", OPEN),
+    ("vm-clock", SNAPSHOT),
 ];
 
 /// Settings for a call. Keys are kept in lower case with hyphens; values are bytes, which are wiped
@@ -131,6 +139,7 @@ impl Options {
             Use::Create => CREATE,
             Use::Resize => RESIZE,
             Use::Export => EXPORT,
+            Use::Snapshot => SNAPSHOT,
         };
         for full in self.0.keys() {
             let mut key = full.as_str();
@@ -155,6 +164,7 @@ impl Options {
                             Use::Create => "creating",
                             Use::Resize => "resizing",
                             Use::Export => "exporting",
+                            Use::Snapshot => "making a snapshot",
                         }
                     )));
                 }
@@ -239,6 +249,26 @@ impl Options {
         number.filter(|n| range.contains(n)).map(Some).ok_or_else(|| {
             bad(key, v, &format!("a number from {} to {}", range.start(), range.end()))
         })
+    }
+
+    /// The value of `key` as a whole number of any size.
+    pub(crate) fn whole(&self, key: &str) -> Result<Option<u64>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        let number = std::str::from_utf8(v).ok().and_then(|v| v.parse().ok());
+        number.map(Some).ok_or_else(|| bad(key, v, "a whole number"))
+    }
+
+    /// The value of `key` as a moment: seconds since 1970, with up to nine digits of a fraction.
+    pub(crate) fn date(&self, key: &str) -> Result<Option<(u64, u32)>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        let parse = |text: &str| {
+            let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
+            let digits = fraction.bytes().all(|b| b.is_ascii_digit());
+            let fits = (1..=9).contains(&fraction.len()) && digits;
+            Some((whole.parse().ok()?, format!("{fraction:0<9}").parse().ok().filter(|_| fits)?))
+        };
+        let date = std::str::from_utf8(v).ok().and_then(parse);
+        date.map(Some).ok_or_else(|| bad(key, v, "seconds since 1970 such as 1700000000.5"))
     }
 
     /// The value of `key` as a size in bytes.

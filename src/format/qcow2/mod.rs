@@ -27,13 +27,16 @@ mod entry;
 mod flush;
 mod header;
 mod l2cache;
+mod rebuild;
 mod refcount;
 mod resize;
+mod snapshot;
+mod vmstate;
 mod write;
 
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -72,6 +75,8 @@ struct Meta {
     unmapped: Vec<refcount::Run>,
     /// Those that no table on disk points to either, but a call under way at the mark may.
     limbo: Vec<(u64, Vec<refcount::Run>)>,
+    /// The snapshot table, as it is in the file.
+    snapshots: snapshot::Table,
 }
 
 impl Meta {
@@ -121,6 +126,9 @@ pub struct Qcow2 {
     slice_bits: u32,
     v3: bool,
     size: AtomicU64,
+    snapshot_count: AtomicU32,
+    vm_state: vmstate::State,
+    untrusted: bool,
     l1: AtomicPtr<L1>,
     cache: L2Cache,
     compressed: compressed::Store,
@@ -148,7 +156,7 @@ impl Drop for Qcow2 {
 impl Qcow2 {
     /// Open the image in `file`; its backing image, if any, is attached afterwards.
     pub fn open(file: Device, params: Params) -> Result<Self> {
-        let header = Header::read(&file)?;
+        let mut header = Header::read(&file)?;
         if !params.info_only
             && let Some(feature) = header.unsupported()
         {
@@ -157,6 +165,11 @@ impl Qcow2 {
         if params.write {
             Self::check_writable(&file, &header)?;
         }
+        let l2_bits = header.cluster_bits - 3;
+        let vm_state = match &params.snapshot {
+            Some(which) => Self::choose(&file, &mut header, which, &params, l2_bits)?,
+            None => vmstate::State::default(),
+        };
         let l1_bytes = u64::from(header.l1_entries) * 8;
         if params.untrusted && l1_bytes > MAX_UNTRUSTED_L1 && !params.info_only {
             return Err(Error::policy(
@@ -169,7 +182,6 @@ impl Qcow2 {
         let file = Arc::new(file);
         let Encryption { data, aes, luks } = Encryption::open(&file, &header, &params)?;
         let cluster_bits = header.cluster_bits;
-        let l2_bits = cluster_bits - 3;
         let slice_bits = cluster_bits.min(12) - 3;
         let l1 = if params.info_only {
             L1 { offset: 0, entries: Box::new([]) }
@@ -178,7 +190,7 @@ impl Qcow2 {
         };
         let slices = (l1.entries.len() as u64) << (l2_bits - slice_bits);
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
-        let writer = if params.write { Some(Self::writer(&file, &header)?) } else { None };
+        let writer = if params.write { Some(Self::writer(&file, &header, params.untrusted)?) } else { None };
         // An image that can grow gets a cache that can, too: memory is taken as it is used.
         let used =
             if params.write { used.max(l2cache::DEFAULT_MAX >> (slice_bits + 3)) } else { used };
@@ -193,6 +205,9 @@ impl Qcow2 {
             slice_bits,
             v3: header.version >= 3,
             size: AtomicU64::new(header.size),
+            snapshot_count: AtomicU32::new(header.snapshots),
+            vm_state,
+            untrusted: params.untrusted,
             l1: AtomicPtr::new(Box::into_raw(Box::new(l1))),
             cache: L2Cache::new(file.name(), slice_bits, used, limit)?,
             compressed: compressed::Store::new(header.compression, cluster_bits),
@@ -255,7 +270,35 @@ impl Qcow2 {
         Ok(L1 { offset: header.l1_offset, entries })
     }
 
-    fn writer(file: &Device, header: &Header) -> Result<Writer> {
+    /// Show a snapshot instead of the active image: the header says then what it would if that were it.
+    fn choose(
+        file: &Device,
+        header: &mut Header,
+        which: &[u8],
+        params: &Params,
+        l2_bits: u32,
+    ) -> Result<vmstate::State> {
+        if params.write {
+            return Err(Error::invalid(format!(
+                "{}: option 'snapshot' is for opening read-only; a snapshot is applied to be written to",
+                file.name()
+            )));
+        }
+        if let Some(feature) = header.unknown_features() {
+            return Err(Error::unsupported(file.name(), feature));
+        }
+        let table = snapshot::Table::load(file, header, params.untrusted)?;
+        let i = table.find(file.name(), which)?;
+        let chosen = &table.list[i];
+        snapshot::check_l1(file, header, chosen, l2_bits)?;
+        (header.l1_offset, header.l1_entries) = (chosen.l1_offset, chosen.l1_entries);
+        header.size = chosen.info.disk_size;
+        let state = vmstate::State::default();
+        state.is_kept(chosen.info.vm_state_size);
+        Ok(state)
+    }
+
+    fn writer(file: &Device, header: &Header, untrusted: bool) -> Result<Writer> {
         let mut refs = Refcounts::load(
             file,
             header.cluster_bits,
@@ -282,6 +325,7 @@ impl Qcow2 {
                 dirty_l1: Vec::new(),
                 unmapped: Vec::new(),
                 limbo: Vec::new(),
+                snapshots: snapshot::Table::load(file, header, untrusted)?,
             }),
             settled: Condvar::new(),
             spare: Mutex::new(Vec::new()),
@@ -496,9 +540,10 @@ impl Qcow2 {
         }
     }
 
-    /// The image below, if it reaches to `offset`.
+    /// The image below, if it reaches to `offset`; not behind the end of this one, where a machine's
+    /// state is kept.
     fn below(&self, offset: u64) -> Option<&Device> {
-        self.backing.as_ref().filter(|b| offset < b.size())
+        self.backing.as_ref().filter(|b| offset < b.size() && offset < self.size.load(Relaxed))
     }
 }
 
