@@ -3,6 +3,7 @@
 //!
 //! This room knows nobody else's names: no files, no formats.
 
+mod amend;
 mod device;
 mod error;
 mod extent;
@@ -17,6 +18,7 @@ mod snapshot;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+pub use amend::{Amend, AmendKeys};
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
@@ -306,6 +308,11 @@ pub trait Driver: Send + Sync {
     /// Forget the snapshot with that ID, or else that name.
     fn snapshot_delete(&self, _which: &[u8]) -> Result<()> {
         Err(Error::NotSupported("internal snapshots"))
+    }
+    /// Change what the image is like, as a whole or not at all. Nobody else is at work on the driver.
+    /// `true`: it refuses to be written to until the image is opened anew, for it is of another kind.
+    fn amend(&self, _to: &Amend, _progress: Progress<'_>) -> Result<bool> {
+        Err(Error::NotSupported("amending"))
     }
     /// Write to the area of the machine's state, which lies apart from the disk's bytes. One call at a
     /// time, as in the next.

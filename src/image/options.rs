@@ -25,6 +25,8 @@ pub enum Use {
     Export,
     /// Making an internal snapshot.
     Snapshot,
+    /// Changing what an image is like.
+    Amend,
 }
 
 const OPEN: u8 = 1;
@@ -32,19 +34,20 @@ const CREATE: u8 = 2;
 const RESIZE: u8 = 4;
 const EXPORT: u8 = 8;
 const SNAPSHOT: u8 = 16;
+const AMEND: u8 = 32;
 
 /// Every key, with the calls that have a use for it.
 const KEYS: &[(&str, u8)] = &[
-    ("backing-file", OPEN | CREATE),
-    ("backing-fmt", OPEN | CREATE),
+    ("backing-file", OPEN | CREATE | AMEND),
+    ("backing-fmt", OPEN | CREATE | AMEND),
     ("cache.l2-size", OPEN),
     ("cipher-alg", CREATE),
     ("cipher-mode", CREATE),
     ("cluster-size", CREATE),
-    ("compat", CREATE),
+    ("compat", CREATE | AMEND),
     ("compression-type", CREATE),
     ("data-file", OPEN | CREATE),
-    ("data-file-raw", CREATE),
+    ("data-file-raw", CREATE | AMEND),
     ("argv", OPEN),
     ("date", SNAPSHOT),
     ("description", EXPORT),
@@ -52,9 +55,15 @@ const KEYS: &[(&str, u8)] = &[
     ("encrypt.cipher-mode", CREATE),
     ("encrypt.format", CREATE),
     ("encrypt.hash-alg", CREATE),
-    ("encrypt.iter-time", CREATE),
+    ("encrypt.iter-time", CREATE | AMEND),
     ("encrypt.ivgen-alg", CREATE),
     ("encrypt.ivgen-hash-alg", CREATE),
+    ("encrypt.keyslot", AMEND),
+    ("encrypt.new-secret", AMEND),
+    ("encrypt.new-secret-file", AMEND),
+    ("encrypt.old-secret", AMEND),
+    ("encrypt.old-secret-file", AMEND),
+    ("encrypt.state", AMEND),
     ("encryption", CREATE),
     ("exclusive", CREATE),
     ("extended-l2", CREATE),
@@ -64,12 +73,13 @@ const KEYS: &[(&str, u8)] = &[
     ("id", SNAPSHOT),
     ("implicit-open", OPEN),
     ("io", OPEN),
-    ("iter-time", CREATE),
+    ("iter-time", CREATE | AMEND),
     ("ivgen-alg", CREATE),
     ("ivgen-hash-alg", CREATE),
-    ("key", OPEN | CREATE),
-    ("key-file", OPEN | CREATE),
-    ("lazy-refcounts", CREATE),
+    ("key", OPEN | CREATE | AMEND),
+    ("key-file", OPEN | CREATE | AMEND),
+    ("keyslot", AMEND),
+    ("lazy-refcounts", CREATE | AMEND),
     ("lock", OPEN | CREATE),
     ("lock-adopt", OPEN),
     ("lock-exclusive", OPEN),
@@ -85,9 +95,14 @@ const KEYS: &[(&str, u8)] = &[
     ("nbd.export", OPEN),
     ("nbd.reconnect", OPEN),
     ("nbd.timeout", OPEN),
+    ("new-secret", AMEND),
+    ("new-secret-file", AMEND),
+    ("old-secret", AMEND),
+    ("old-secret-file", AMEND),
     ("preallocation", CREATE | RESIZE),
-    ("refcount-bits", CREATE),
+    ("refcount-bits", CREATE | AMEND),
     ("snapshot", OPEN),
+    ("state", AMEND),
     ("tls", OPEN),
     ("tls-ca", OPEN),
     ("tls-certificate", OPEN),
@@ -140,6 +155,7 @@ impl Options {
             Use::Resize => RESIZE,
             Use::Export => EXPORT,
             Use::Snapshot => SNAPSHOT,
+            Use::Amend => AMEND,
         };
         for full in self.0.keys() {
             let mut key = full.as_str();
@@ -165,6 +181,7 @@ impl Options {
                             Use::Resize => "resizing",
                             Use::Export => "exporting",
                             Use::Snapshot => "making a snapshot",
+                            Use::Amend => "amending",
                         }
                     )));
                 }

@@ -7,9 +7,17 @@ use super::{Image, OpenFlags, Options, Shared, Tree, Use, info_only};
 use crate::block::*;
 
 /// The tree, taken away from data calls; they get it back when this is dropped.
-struct Taken<'a> {
+pub(super) struct Taken<'a> {
     shared: &'a Shared,
-    tree: *mut Tree,
+    /// What they get back.
+    pub(super) tree: *mut Tree,
+}
+
+impl<'a> Taken<'a> {
+    /// Take it. `admin` is held: nobody else replaces it, and who finds none waits for `admin`.
+    pub(super) fn new(shared: &'a Shared) -> Self {
+        Self { shared, tree: shared.tree.swap(ptr::null_mut(), SeqCst) }
+    }
 }
 
 impl Drop for Taken<'_> {
@@ -23,9 +31,7 @@ impl Image {
     /// it is done.
     pub(crate) fn alone<T>(&self, work: impl FnOnce(&Tree) -> Result<T>) -> Result<T> {
         self.with_tree(true, |tree| {
-            // `admin` is held: nobody else replaces it, and who finds none waits for `admin`.
-            let old = self.shared.tree.swap(ptr::null_mut(), SeqCst);
-            let _back = Taken { shared: &self.shared, tree: old };
+            let _taken = Taken::new(&self.shared);
             self.shared.calls.wait();
             work(tree)
         })

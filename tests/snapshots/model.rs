@@ -48,7 +48,9 @@ fn an_image_and_its_snapshots_hold_what_plain_arrays_would() {
     let end = deadline(20);
     let mut n = 0;
     while n == 0 || Instant::now() < end {
-        let seed = rounds.next();
+        // One round again: as it was told when it failed.
+        let again = std::env::var("QBLK_TEST_ROUND").ok().map(|s| s.parse().unwrap());
+        let seed = again.unwrap_or_else(|| rounds.next());
         let mut round = Round::new(seed);
         for _ in 0..60 {
             round.step();
@@ -203,8 +205,10 @@ impl Round {
         }
         let i = self.rng.below(self.kept.len() as u64) as usize;
         let name = self.kept[i].name.clone();
-        // A resize on the way is refused by QEMU for version 2, and could not have been.
-        let by_qemu = self.rng.one_in(3);
+        // Where the size changes QEMU leaks a state that is in the active image; and it counts up
+        // before it counts down.
+        let same = self.kept[i].disk.len() == self.disk.len() && self.most > 2;
+        let by_qemu = same && self.rng.one_in(2);
         self.note(format!("apply {name}, by QEMU: {by_qemu}"));
         if by_qemu {
             self.outside(|path| drop(qemu_img!("snapshot", "-a", name, path)));

@@ -125,6 +125,10 @@ impl Driver for Qcow2 {
         self.delete_snapshot(which)
     }
 
+    fn amend(&self, to: &Amend, progress: Progress<'_>) -> Result<bool> {
+        self.amend_image(to, progress)
+    }
+
     fn vm_state_write(&self, buf: Src<'_>, offset: u64) -> Result<()> {
         self.write_vm_state(buf, offset)
     }
@@ -184,7 +188,7 @@ impl Driver for Qcow2 {
             ("qcow2.snapshots", self.snapshot_count.load(Acquire).to_string().into_bytes()),
             ("qcow2.vm-state-size", self.vm_state.size().to_string().into_bytes()),
         ]);
-        properties.extend(self.luks.iter().flat_map(luks::Header::properties));
+        properties.extend(self.luks.lock().iter().flat_map(luks::Header::properties));
         Description { state, cluster_size: self.cluster_size() as u32, format: "qcow2", properties }
     }
 }

@@ -114,6 +114,11 @@ pub fn below_zero() -> u64 {
     BELOW_ZERO << BELOW_SHIFT
 }
 
+/// The first 8 bytes of an L2 entry as it is on disk.
+pub fn first_word(entry: &[u8]) -> u64 {
+    entry.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+}
+
 /// Whether an L2 entry is of a compressed cluster.
 pub fn is_compressed(raw: u64) -> bool {
     raw & COMPRESSED != 0

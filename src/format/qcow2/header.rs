@@ -71,6 +71,8 @@ pub mod at {
     pub const AUTOCLEAR: u64 = 88;
     /// Width of refcounts, 4 bytes; version 3 only.
     pub const REFCOUNT_ORDER: u64 = 96;
+    /// Length of the header, 4 bytes; version 3 only.
+    pub const HEADER_LENGTH: u64 = 100;
 }
 
 /// A header, checked.

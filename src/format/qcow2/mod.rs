@@ -16,6 +16,7 @@
 //! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache,
 //! then `Features::turn` (one writer of header fields).
 
+mod amend;
 mod chain;
 mod compressed;
 mod create;
@@ -111,7 +112,7 @@ pub struct Qcow2 {
     data: Arc<Device>,
     /// The old encryption, which needs to know where the guest has the data.
     aes: Option<Crypt>,
-    luks: Option<luks::Header>,
+    luks: Mutex<Option<luks::Header>>,
     /// As it was when the image was opened; what may change since is in `features` and `size`.
     header: Header,
     features: edit::Features,
@@ -214,7 +215,7 @@ impl Qcow2 {
             file,
             data,
             aes,
-            luks,
+            luks: Mutex::new(luks),
             features: edit::Features::new(&header),
             header,
             backing: None,
@@ -540,10 +541,9 @@ impl Qcow2 {
         }
     }
 
-    /// The image below, if it reaches to `offset`; not behind the end of this one, where a machine's
-    /// state is kept.
+    /// The image below, if it reaches to `offset`.
     fn below(&self, offset: u64) -> Option<&Device> {
-        self.backing.as_ref().filter(|b| offset < b.size() && offset < self.size.load(Relaxed))
+        self.backing.as_ref().filter(|b| offset < b.size())
     }
 }
 

@@ -212,7 +212,7 @@ impl<'a> Rebuild<'a> {
     /// Count a reference more (or fewer) for the clusters that an L1 table's L2 tables point to.
     pub(super) fn count_clusters(&mut self, l1: &[u64], up: bool) -> Result<()> {
         let tables = self.tables(l1)?;
-        self.total += tables.len() as u64;
+        self.expect(tables.len());
         for table in tables {
             let bytes = self.read_table(table)?;
             for raw in self.entries(&bytes) {
@@ -273,6 +273,11 @@ impl<'a> Rebuild<'a> {
         Ok(tables)
     }
 
+    /// So many L2 tables more are to be looked at.
+    pub(super) fn expect(&mut self, tables: usize) {
+        self.total += tables as u64;
+    }
+
     /// An L2 table as it is in the file.
     pub(super) fn read_table(&mut self, table: u64) -> Result<Vec<u8>> {
         self.progress.at(self.done, self.total)?;
@@ -289,7 +294,7 @@ impl<'a> Rebuild<'a> {
 
     /// The first words of a table's entries.
     pub(super) fn entries<'b>(&self, table: &'b [u8]) -> impl Iterator<Item = u64> + use<'b> {
-        table.chunks_exact(self.image.l2_entry_bytes()).map(first_word)
+        table.chunks_exact(self.image.l2_entry_bytes()).map(entry::first_word)
     }
 
     /// The host clusters that an entry of an L2 table refers to.
@@ -305,7 +310,7 @@ impl<'a> Rebuild<'a> {
     /// Make the marks of "the only reference" in the L2 tables of an L1 table what the counts say. A
     /// table that changes gets another place; others that have it keep the old one.
     pub(super) fn mark_entries(&mut self, l1: &mut [u64]) -> Result<()> {
-        self.total += self.tables(l1)?.len() as u64;
+        self.expect(self.tables(l1)?.len());
         let width = self.image.l2_entry_bytes();
         for slot in l1 {
             let table = *slot & !COPIED;
@@ -314,7 +319,7 @@ impl<'a> Rebuild<'a> {
             }
             let (mut bytes, mut changed) = (self.read_table(table)?, false);
             for word in bytes.chunks_exact_mut(width) {
-                let raw = first_word(word);
+                let raw = entry::first_word(word);
                 if entry::is_compressed(raw) {
                     continue;
                 }
@@ -401,9 +406,4 @@ impl<'a> Rebuild<'a> {
         let list = std::mem::take(&mut plan.snapshots);
         Ok((switch, Table { offset, bytes: len, list }))
     }
-}
-
-/// The first 8 bytes of an L2 entry.
-pub(super) fn first_word(entry: &[u8]) -> u64 {
-    entry.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
 }

@@ -80,36 +80,65 @@ impl Qcow2 {
         if buf.is_empty() {
             return Ok(());
         }
-        let unit = self.unit();
-        let (from, to) = (place - place % unit, (place + buf.len() as u64).next_multiple_of(unit));
-        let entries = self.l1_needed(to);
+        let entries = self.l1_needed(place + buf.len() as u64);
         if entries > self.l1().entries.len() as u64 {
             self.grow_l1(writer, entries)?;
         }
-        if (from, to) == (place, place + buf.len() as u64) {
-            self.write_data(buf, place, ReqFlags::NONE)?;
-        } else {
-            // Whole sectors are encrypted.
-            let mut whole = vec![0; (to - from) as usize];
-            self.read_data(OneIov::dst(&mut whole).iov(), from)?;
-            buf.copy_to(&mut whole[(place - from) as usize..]);
-            self.write_data(OneIov::src(&whole).iov(), from, ReqFlags::NONE)?;
+        let (mut rest, mut place) = (buf, place);
+        while !rest.is_empty() {
+            let within = place % self.cluster_size();
+            let whole = rest.len() as u64 / self.cluster_size() * self.cluster_size();
+            let n = if within == 0 && whole > 0 {
+                self.write_data(rest.split_at(whole as usize).0, place, ReqFlags::NONE)?;
+                whole as usize
+            } else {
+                self.write_part(rest, place - within, within as usize)?
+            };
+            place += n as u64;
+            rest = rest.split_at(n).1;
         }
         self.vm_state.written.fetch_max(offset + buf.len() as u64, AcqRel);
         Ok(())
+    }
+
+    /// Write the part of `buf` that goes into the cluster at `start`, from `within` on: how much it was.
+    /// The cluster is written as a whole, for what surrounds the part is not in the image below, even
+    /// if that has bytes there.
+    fn write_part(&self, buf: Src<'_>, start: u64, within: usize) -> Result<usize> {
+        let mut whole = vec![0; self.cluster_size() as usize];
+        self.read_area(OneIov::dst(&mut whole).iov(), start)?;
+        let n = buf.copy_to(&mut whole[within..]);
+        self.write_data(OneIov::src(&whole).iov(), start, ReqFlags::NONE)?;
+        Ok(n)
     }
 
     /// See [`Driver::vm_state_read`].
     pub(super) fn read_vm_state(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
         let place = self.vm_state_place(offset, buf.len())?;
         let unit = self.unit();
-        let (from, to) = (place - place % unit, (place + buf.len() as u64).next_multiple_of(unit));
-        if (from, to) == (place, place + buf.len() as u64) {
-            return self.read_data(buf, place);
+        let (from, end) = (place - place % unit, place + buf.len() as u64);
+        if (from, end.next_multiple_of(unit)) == (place, end) {
+            return self.read_area(buf, place);
         }
-        let mut whole = vec![0; (to - from) as usize];
-        self.read_data(OneIov::dst(&mut whole).iov(), from)?;
+        // Whole sectors are decrypted.
+        let mut whole = vec![0; (end.next_multiple_of(unit) - from) as usize];
+        self.read_area(OneIov::dst(&mut whole).iov(), from)?;
         buf.copy_from(&whole[(place - from) as usize..]);
+        Ok(())
+    }
+
+    /// Read what is here of a range, and zeroes for the rest, whatever is below.
+    fn read_area(&self, mut buf: Dst<'_>, mut place: u64) -> Result<()> {
+        while !buf.is_empty() {
+            let found = self.lookup(place, buf.len() as u64)?;
+            let (part, rest) = buf.split_at(found.len as usize);
+            match found.entry {
+                Entry::Unallocated | Entry::Below { .. } | Entry::BelowZero => part.zero_fill(),
+                _ => self.read_data(part, place)?,
+            }
+            place += part.len() as u64;
+            buf = rest;
+        }
         Ok(())
     }
 
