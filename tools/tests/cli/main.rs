@@ -1,6 +1,7 @@
 //! The command line as a user meets it: the built binary is run, and judged by its output, its exit
 //! status and what qemu-img says of the images.
 
+mod amend;
 mod bench;
 mod copy;
 mod create;
@@ -13,5 +14,6 @@ mod nbd;
 mod remote;
 mod resize;
 mod serve;
+mod snapshot;
 mod support;
 mod usage;
