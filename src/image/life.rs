@@ -112,7 +112,7 @@ impl Shared {
     }
 }
 
-fn close_tree(tree: &Tree) -> Result<()> {
+pub(super) fn close_tree(tree: &Tree) -> Result<()> {
     if tree.flags.has(OpenFlags::RDWR) && !tree.flags.has(OpenFlags::INFO_ONLY) {
         // What is not in the file yet is lost; writing it might harm what is another's now.
         tree.may_write()?;

@@ -164,3 +164,49 @@ fn resizing_does_to_bitmaps_what_qemu_does() {
     }
     assert_nothing_logged();
 }
+
+#[test]
+fn applying_a_snapshot_makes_everything_dirty() {
+    watch_log();
+    let dir = Tmp::in_memory("bitmaps");
+    let path = dir.join("image.qcow2");
+    create(&path, "qcow2", 10 * K * K, &[]);
+    let image = open(&path, RW);
+    image.write_at(&[1; 100], 0, NONE).unwrap();
+    image.snapshot_create(b"small", &Default::default()).unwrap();
+    image.resize(20 * K * K, &qblk::Options::new(), false).unwrap();
+    add(&image, "b", 0, false);
+    add(&image, "off", 0, true);
+    image.snapshot_create(b"large", &Default::default()).unwrap();
+    assert_eq!(dirty(&image, "b"), []);
+    image.snapshot_apply(b"large").unwrap();
+    assert_eq!(dirty(&image, "b"), [(0, 20 * K * K)]);
+    image.change_bitmap(&BitmapChange::Clear(b"b")).unwrap();
+    image.snapshot_apply(b"small").unwrap();
+    assert_eq!(dirty(&image, "b"), [(0, 10 * K * K)]);
+    image.change_bitmap(&BitmapChange::Clear(b"b")).unwrap();
+    image.snapshot_apply(b"large").unwrap();
+    assert_eq!(dirty(&image, "b"), [(0, 20 * K * K)]);
+    image.snapshot_delete(b"small").unwrap();
+    image.close().unwrap();
+    check_clean(&path);
+    assert_eq!(qemu_dirty(&path, "b"), [(0, 20 * K * K)]);
+    assert_eq!(qemu_dirty(&path, "off"), []);
+    // A snapshot has no bitmaps of its own.
+    let old = open_with(&path, &options(&[("snapshot", "large")]), RO);
+    assert_eq!(old.bitmaps().unwrap(), []);
+    assert_nothing_logged();
+}
+
+#[test]
+fn compressed_writes_are_noted() {
+    let dir = Tmp::in_memory("bitmaps");
+    let path = dir.join("image.qcow2");
+    create(&path, "qcow2", 10 * K * K, &[]);
+    let image = open(&path, RW);
+    add(&image, "b", 0, false);
+    image.write_compressed(qblk::block::OneIov::src(&[1; 65536]).iov(), 64 * K).unwrap();
+    image.close().unwrap();
+    check_clean(&path);
+    assert_eq!(qemu_dirty(&path, "b"), [(64 * K, 64 * K)]);
+}

@@ -203,6 +203,7 @@ impl Scenario {
             probed: false,
             l2_cache: Some(0),
             untrusted: false,
+            snapshot: None,
             key: self.encrypted.then(key),
             calls: Arc::new(InFlight::default()),
         };

@@ -13,6 +13,7 @@ use crate::cli::InfoArgs;
 use crate::failure::Result;
 use crate::json;
 use crate::open::{Link, chain};
+use crate::snapshot;
 use crate::units::{human, human_and_exact, shown, shown_bytes};
 
 /// The states that are the image's own; that we opened it read-only is not one.
@@ -102,6 +103,7 @@ fn rows(link: &Link) -> Vec<(&str, String)> {
         })),
         Err(e) => rows.push(("bitmaps", format!("not known: {e}"))),
     }
+    rows.extend(link.snapshots.iter().map(|s| ("snapshot", snapshot::line(s))));
     rows.extend(link.properties.iter().map(|(key, value)| (key.as_str(), shown_bytes(value))));
     rows
 }
@@ -122,6 +124,7 @@ fn as_json(link: &Link) -> Value {
         ("allocated".into(), json!(info.allocated)),
         ("cluster_size".into(), json!(info.cluster_size)),
         ("state".into(), json!(states(link))),
+        ("snapshots".into(), link.snapshots.iter().map(snapshot::as_json).collect()),
         ("properties".into(), properties.into()),
         (
             "bitmaps".into(),
