@@ -4,12 +4,14 @@
 //! * [`luks_header`]: the input is a file. It is described, and opened with a key.
 //! * [`qcow2_header`]: the input is a file. It is described, probed and opened.
 //! * [`qcow2_ops`]: the input is a script of operations and an image that they are done to.
+//! * [`bitmaps::qcow2_bitmaps`]: the same, and what is done is done to bitmaps.
 //! * [`nbd::handshake`]: the input is what a client says to the NBD server, from its first byte on.
 //! * [`nbd::transmission`]: the input is a script of requests after a right negotiation.
 //!
 //! Nothing that an image names is ever opened: images are opened with `NO_BACKING`, or with a backing
 //! device in memory.
 
+pub mod bitmaps;
 pub mod nbd;
 pub mod nbd_client;
 

@@ -210,14 +210,7 @@ impl Qcow2 {
         let marks = Arc::new(Marks::new(size, to_bitmap.granularity_bits));
         let mut view = View::new(self, from_bitmap, size);
         drop(state);
-        let mut at = 0;
-        view.runs(0, size, |len, dirty| {
-            if dirty {
-                marks.set(at, len);
-            }
-            at += len;
-            true
-        })?;
+        view.add_to(&marks, size)?;
         let mut state = self.bitmap_state()?;
         if let Some(b) = state.list.get_mut(to) {
             b.older.push(marks.clone());

@@ -69,6 +69,10 @@ impl Marks {
         Self { granularity_bits, bits, chunks }
     }
 
+    pub fn granularity_bits(&self) -> u32 {
+        self.granularity_bits
+    }
+
     /// Set the bits of all granules that a range of the disk touches. What lies past the end has none.
     pub fn set(&self, offset: u64, count: u64) {
         if count == 0 {
@@ -176,24 +180,49 @@ impl Marks {
             at = index + 1;
             let mut words = [0; WORDS];
             let start = index << CHUNK_BITS;
-            if other.add_to(index, &mut words) == Found::Ones {
-                // No further than the other has bits, should it be the shorter one.
-                let end = (start + (1 << CHUNK_BITS)).min(other.bits).min(self.bits);
-                self.set_bits(start, end);
-                continue;
+            let found = other.add_to(index, &mut words);
+            // No further than the other has bits, should it be the shorter one.
+            let bits = other.bits.saturating_sub(start);
+            if found == Found::Mixed {
+                cut(&mut words, bits);
             }
-            for (i, word) in words.into_iter().enumerate() {
-                let mut left = word;
-                while left != 0 {
-                    let from = left.trailing_zeros();
-                    let n = (left >> from).trailing_ones();
-                    let first = start + 64 * i as u64 + u64::from(from);
-                    let end = (first + u64::from(n)).min(other.bits).min(self.bits);
-                    self.set_bits(first.min(end), end);
-                    left &= !((u64::MAX >> (64 - n)) << from);
-                }
+            let end = start + bits.min(1 << CHUNK_BITS);
+            match found {
+                Found::Ones => self.set_bits(start, end.min(self.bits)),
+                found => self.add(index, found, &words),
             }
         }
+    }
+
+    /// Set the bits of chunk `index` that are found in a bitmap of the same granularity and length: of a
+    /// mixed one those of `words`.
+    pub fn add(&self, index: u64, found: Found, words: &Words) {
+        let start = index << CHUNK_BITS;
+        match found {
+            Found::Zeroes => return,
+            Found::Ones => return self.set_bits(start, (start + (1 << CHUNK_BITS)).min(self.bits)),
+            Found::Mixed => {}
+        }
+        let Some(slot) = self.chunks.get(index as usize) else { return };
+        let mut chunk = slot.load(Acquire);
+        if chunk.is_null() {
+            chunk = Self::own(slot);
+        }
+        if chunk == full() {
+            return;
+        }
+        // SAFETY: as in `set_in_chunk`.
+        for (to, from) in unsafe { &*chunk }.iter().zip(words).filter(|(_, from)| **from != 0) {
+            to.fetch_or(*from, Relaxed);
+        }
+    }
+}
+
+/// Clear all bits but the first `bits`.
+pub fn cut(words: &mut Words, bits: u64) {
+    for (i, word) in words.iter_mut().enumerate().skip((bits / 64) as usize) {
+        let left = bits.saturating_sub(i as u64 * 64);
+        *word &= if left == 0 { 0 } else { u64::MAX >> (64 - left.min(64)) };
     }
 }
 

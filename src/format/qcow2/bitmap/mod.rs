@@ -100,7 +100,7 @@ impl Bitmap {
 
     /// Bytes that its marks may need.
     fn needs(&self, size: u64) -> u64 {
-        granules(size, self.granularity_bits) / 8
+        (granules(size, self.granularity_bits) / 8).next_multiple_of(view::PIECE)
     }
 
     /// The directory's entry for it, with these flags and this table.
@@ -348,7 +348,11 @@ impl Qcow2 {
             };
             drop(state);
             if let Some(mut view) = view {
-                info.dirty = view.dirty_bytes(size, budget)?;
+                info.dirty = match view.dirty_bytes(size, budget) {
+                    // It is said of the bitmap that is asked for; this is about all.
+                    Err(Error::Corrupt { .. }) => None,
+                    dirty => dirty?,
+                };
                 budget = budget.saturating_sub(view.read);
             }
             infos.push(info);

@@ -11,13 +11,11 @@
 
 use super::directory::{data_clusters, encode};
 use super::marks::Found;
-use super::view::{ALL_ONES, OFFSET};
+use super::view::{ALL_ONES, OFFSET, PIECE};
 use super::*;
 use crate::format::qcow2::refcount::Run;
 use crate::log::{Level, log};
 
-/// Bytes of a bitmap that come in one look.
-const PIECE: u64 = 4096;
 /// What a disk writes whole or not at all, bytes.
 const SECTOR: u64 = 512;
 

@@ -4,11 +4,13 @@
 //! Source: "Bitmap table" and "Bitmap data" of the QCOW2 specification.
 
 use super::directory::Table;
-use super::marks::{CHUNK_BITS, Found, Marks, WORDS, Words};
+use super::marks::{CHUNK_BITS, Found, Marks, WORDS, Words, cut};
 use super::*;
 
 /// Bytes of a chunk.
-const CHUNK_BYTES: u64 = WORDS as u64 * 8;
+pub const PIECE: u64 = WORDS as u64 * 8;
+/// What looking at a chunk costs at least, in bytes that might have been read instead.
+const LOOK: u64 = 64;
 /// Entries of a table that are read at a time.
 const WINDOW: u64 = 512;
 /// An entry of a table: where a cluster of data lies; what must be zero; without a cluster, all bits
@@ -31,7 +33,7 @@ pub struct View<'a> {
     /// Entries of the table that were read last, and which is the first.
     window: (u64, Vec<u64>),
     words: Box<Words>,
-    /// Bytes of tables and data that were read.
+    /// Bytes of tables and data that were read, or what else cost as much.
     pub read: u64,
 }
 
@@ -124,12 +126,12 @@ impl<'a> View<'a> {
             return Ok(Found::Zeroes);
         }
         let cluster = self.image.cluster_size();
-        let (at, end) = (index * CHUNK_BYTES, index * CHUNK_BYTES + counts.div_ceil(8));
+        let (at, end) = (index * PIECE, index * PIECE + counts.div_ceil(8));
         let (mut zeroes, mut ones) = (true, true);
-        let mut bytes = [0; CHUNK_BYTES as usize];
+        let mut bytes = [0; PIECE as usize];
         let mut from = at;
         while from < end {
-            let next = (from - from % cluster + cluster).min(at + CHUNK_BYTES);
+            let next = (from - from % cluster + cluster).min(at + PIECE);
             let entry = self.entry(from / cluster)?;
             let part = bytes.get_mut((from - at) as usize..(next - at) as usize);
             let part = part.unwrap_or_default();
@@ -171,6 +173,25 @@ impl<'a> View<'a> {
                 fill(&words, out);
             }
         }
+    }
+
+    /// Set in `marks`, which are for a disk of `size` bytes, what is set here.
+    pub fn add_to(&mut self, marks: &Marks, size: u64) -> Result<()> {
+        if marks.granularity_bits() == self.granularity_bits {
+            for index in 0..self.bits.div_ceil(1 << CHUNK_BITS) {
+                let found = self.chunk(index)?;
+                marks.add(index, found, &self.words);
+            }
+            return Ok(());
+        }
+        let mut at = 0;
+        self.runs(0, size, |len, dirty| {
+            if dirty {
+                marks.set(at, len);
+            }
+            at += len;
+            true
+        })
     }
 
     /// The runs of a range of the disk that are alike, from `offset` on: bytes, and whether they are
@@ -229,6 +250,7 @@ impl<'a> View<'a> {
             if self.read > limit {
                 return Ok(None);
             }
+            self.read += LOOK;
             let (found, bits) = (self.chunk(index)?, self.bits_in(index));
             let at = bits.saturating_sub(1);
             (count, last) = match found {
@@ -247,14 +269,6 @@ impl<'a> View<'a> {
         let bytes = u128::from(count) << self.granularity_bits;
         let bytes = if last { bytes.saturating_sub(beyond) } else { bytes };
         Ok(Some(u64::try_from(bytes).unwrap_or(u64::MAX)))
-    }
-}
-
-/// Clear all bits but the first `bits`.
-fn cut(words: &mut Words, bits: u64) {
-    for (i, word) in words.iter_mut().enumerate().skip(bits as usize / 64) {
-        let left = bits.saturating_sub(i as u64 * 64);
-        *word &= if left == 0 { 0 } else { u64::MAX >> (64 - left.min(64)) };
     }
 }
 
