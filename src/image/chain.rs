@@ -222,6 +222,14 @@ pub(super) fn open_now(
     opening.tree(driver, name, Again::Never, options, flags)
 }
 
+/// The file that a name stands for.
+pub(super) fn file_of(name: &Name) -> Name {
+    match name.as_bytes().strip_prefix(b"file:") {
+        Some(path) => Name::from(OsStr::from_bytes(path).to_owned()),
+        None => name.clone(),
+    }
+}
+
 /// Refuse `target` as a new image on top of `below` if it is `below` or in its chain.
 pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Result<()> {
     let calls = Arc::new(InFlight::default());
@@ -488,7 +496,8 @@ impl<'a> Opening<'a> {
         }
         let keep =
             OpenFlags::DIRECT | OpenFlags::UNTRUSTED | OpenFlags::NO_LOCK | OpenFlags::SHARED;
-        let mut flags = OpenFlags(flags.0 & keep.0);
+        let write = flags.has(OpenFlags::WRITE_BELOW);
+        let mut flags = OpenFlags(flags.0 & keep.0 | if write { OpenFlags::RDWR.0 } else { 0 });
         // The caller chose this one; whether to trust what it names is asked again there.
         if options.get("format").is_none() {
             flags.0 &= !OpenFlags::UNTRUSTED.0;

@@ -8,6 +8,7 @@
 //! moves but those that change what a handle is (resize, reopen, close).
 
 mod chain;
+mod chainwork;
 mod copy;
 mod create;
 mod how;
@@ -55,6 +56,8 @@ impl OpenFlags {
     pub const DIRECT: Self = Self(64);
     /// All flags that there are.
     pub const ALL: Self = Self(127);
+    /// Inside the library only: write the image below, too.
+    const WRITE_BELOW: Self = Self(1 << 31);
 
     /// Whether all bits of `other` are set.
     pub const fn has(self, other: Self) -> bool {
@@ -229,6 +232,7 @@ impl std::ops::Deref for Call<'_> {
 impl Image {
     /// Open the image `name`: a path, `file:PATH` or `mem:SIZE`.
     pub fn open(name: &OsStr, options: &Options, flags: OpenFlags) -> Result<Self> {
+        how::of_a_caller(flags)?;
         let calls = Arc::new(InFlight::default());
         let tree = chain::open(name, options, flags, &calls)?;
         Ok(Self::from_tree(tree, calls, flags))
@@ -236,6 +240,7 @@ impl Image {
 
     /// Open the image behind a descriptor, which is now the library's.
     pub fn open_fd(fd: OwnedFd, options: &Options, flags: OpenFlags) -> Result<Self> {
+        how::of_a_caller(flags)?;
         let calls = Arc::new(InFlight::default());
         let tree = chain::open_fd(fd, options, flags, &calls)?;
         Ok(Self::from_tree(tree, calls, flags))

@@ -25,6 +25,8 @@ pub enum Use {
     Export,
     /// Copying.
     Copy,
+    /// Putting another image below.
+    Rebase,
 }
 
 const OPEN: u8 = 1;
@@ -32,11 +34,12 @@ const CREATE: u8 = 2;
 const RESIZE: u8 = 4;
 const EXPORT: u8 = 8;
 const COPY: u8 = 16;
+const REBASE: u8 = 32;
 
 /// Every key, with the calls that have a use for it.
 const KEYS: &[(&str, u8)] = &[
     ("backing-file", OPEN | CREATE),
-    ("backing-fmt", OPEN | CREATE),
+    ("backing-fmt", OPEN | CREATE | REBASE),
     ("cache.l2-size", OPEN),
     ("cipher-alg", CREATE),
     ("cipher-mode", CREATE),
@@ -88,7 +91,7 @@ const KEYS: &[(&str, u8)] = &[
     ("refcount-bits", CREATE),
     ("sparse", COPY),
     ("target-is-zero", COPY),
-    ("threads", COPY),
+    ("threads", COPY | REBASE),
     ("tls", OPEN),
     ("tls-ca", OPEN),
     ("tls-certificate", OPEN),
@@ -140,6 +143,7 @@ impl Options {
             Use::Resize => RESIZE,
             Use::Export => EXPORT,
             Use::Copy => COPY,
+            Use::Rebase => REBASE,
         };
         for full in self.0.keys() {
             let mut key = full.as_str();
@@ -165,6 +169,7 @@ impl Options {
                             Use::Resize => "resizing",
                             Use::Export => "exporting",
                             Use::Copy => "copying",
+                            Use::Rebase => "rebasing",
                         }
                     )));
                 }
@@ -196,6 +201,14 @@ impl Options {
                 .filter_map(|(k, v)| Some((k.strip_prefix("backing.")?.to_owned(), v.clone())))
                 .collect(),
         )
+    }
+
+    /// All but what is said of the backing image.
+    pub(crate) fn without_backing(&self) -> Self {
+        let of_backing =
+            |k: &str| matches!(k, "backing-file" | "backing-fmt") || k.starts_with("backing.");
+        let rest = self.0.iter().filter(|(k, _)| !of_backing(k));
+        Self(rest.map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 
     /// The settings whose keys begin with `prefix`, by what follows it.

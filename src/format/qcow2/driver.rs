@@ -113,6 +113,18 @@ impl Driver for Qcow2 {
         self.change_size(size, prealloc)
     }
 
+    fn make_empty(&self) -> Result<()> {
+        self.forget_all()
+    }
+
+    fn hold_zeroes(&self, on: bool) {
+        self.hold_zeroes.store(on, Release);
+    }
+
+    fn set_backing(&self, backing: Option<(&[u8], Option<&[u8]>)>) -> Result<()> {
+        self.rename_backing(backing)
+    }
+
     fn allocated(&self) -> Option<u64> {
         self.file.driver().allocated()
     }
