@@ -34,6 +34,10 @@ pub enum Command {
     Copy(CopyArgs),
     /// Change an image's size
     Resize(ResizeArgs),
+    /// Write what an image has into its backing file, and empty it
+    Commit(crate::chainwork::CommitArgs),
+    /// Put an image on another backing file
+    Rebase(crate::chainwork::RebaseArgs),
     /// Read bytes of the disk that an image holds
     Read(ReadArgs),
     /// Write bytes of the disk that an image holds

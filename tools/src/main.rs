@@ -4,6 +4,7 @@
 //! wrong is said on standard error, with the file's name, after "qblk: ".
 
 mod bench;
+mod chainwork;
 mod cli;
 mod copy;
 mod create;
@@ -16,6 +17,7 @@ mod lock;
 mod map;
 mod open;
 mod place;
+mod progress;
 mod read;
 mod resize;
 mod runner;
@@ -49,6 +51,8 @@ fn main() -> ExitCode {
         Command::Map(args) => map::run(&args),
         Command::Copy(args) => copy::run(&args),
         Command::Resize(args) => resize::run(&args),
+        Command::Commit(args) => chainwork::commit(&args),
+        Command::Rebase(args) => chainwork::rebase(&args),
         Command::Read(args) => read::run(&args),
         Command::Write(args) => write::run(&args),
         Command::Bench(args) => bench::run(&args),

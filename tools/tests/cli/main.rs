@@ -2,6 +2,7 @@
 //! status and what qemu-img says of the images.
 
 mod bench;
+mod chainwork;
 mod copy;
 mod create;
 mod data;
