@@ -99,6 +99,9 @@ pub struct Caps {
     pub cache: bool,
     /// `extents` knows more than "all data".
     pub extents: bool,
+    /// What it maps as data may have holes below, which are its own: it is worth asking what holds the
+    /// bytes.
+    pub sparse: bool,
     /// The medium turns.
     pub rotational: bool,
     /// Bytes pass through the host's page cache (or are memory): a write is as a rule a copy in memory,
@@ -120,6 +123,7 @@ impl Default for Caps {
             zero: false,
             cache: false,
             extents: false,
+            sparse: false,
             rotational: false,
             cached: false,
         }

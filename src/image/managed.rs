@@ -178,10 +178,10 @@ impl Tree {
     fn resources(&self, flags: OpenFlags) -> Vec<Resource> {
         let mut parts = self.parts.clone();
         for (i, part) in parts.iter_mut().enumerate() {
-            // Only the uppermost is written, and the one below while something is committed to it.
-            let write = match i {
-                0 => flags.has(OpenFlags::RDWR),
-                1 => flags.has(OpenFlags::WRITE_BELOW),
+            // Only the uppermost image is written, and the one below while something is committed to it.
+            let write = match () {
+                _ if i < self.own_parts => flags.has(OpenFlags::RDWR),
+                _ if i < self.parts_to_below => flags.has(OpenFlags::WRITE_BELOW),
                 _ => false,
             };
             part.flags = if write { 0 } else { READ_ONLY };

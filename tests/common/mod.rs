@@ -193,6 +193,18 @@ pub fn check_no_corruption(image: &Path) {
     assert!(fine, "qemu-img check {}: {}", image.display(), told(&out));
 }
 
+/// [`check_no_corruption`] of an image with another data file than it names.
+pub fn check_no_corruption_with(image: &Path, data: &Path) {
+    let opts = format!(
+        "driver=qcow2,file.driver=file,file.filename={},data-file.driver=file,data-file.filename={}",
+        image.display(),
+        data.display()
+    );
+    let out = run("qemu-img", &[&"check", &"--image-opts", &opts]);
+    let fine = matches!(out.status.code(), Some(0 | 3));
+    assert!(fine, "qemu-img check {}: {}", image.display(), told(&out));
+}
+
 /// The image and the bytes are the same, size and all.
 pub fn check_same(image: &Path, format: &str, bytes: &[u8], scratch: &Path) {
     fs::write(scratch, bytes).unwrap();

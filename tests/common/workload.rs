@@ -30,6 +30,8 @@ pub struct Scenario {
     pub cluster_bits: u32,
     pub refcount_order: u32,
     pub encrypted: bool,
+    /// L2 entries with subclusters.
+    pub extended: bool,
     pub backing: bool,
     /// Largest size, sectors.
     pub sectors: u64,
@@ -46,6 +48,7 @@ pub const PLAIN: Scenario = Scenario {
     cluster_bits: 12,
     refcount_order: 4,
     encrypted: false,
+    extended: false,
     backing: false,
     sectors: 2048,
     most: 64,
@@ -74,6 +77,16 @@ pub fn scenarios() -> Vec<Scenario> {
         },
         Scenario { name: "refcounts of 1 bit", refcount_order: 0, weights: all, ..PLAIN },
         Scenario { name: "large clusters", cluster_bits: 16, weights: all, ..PLAIN },
+        Scenario { name: "subclusters", extended: true, cluster_bits: 14, weights: all, ..PLAIN },
+        Scenario {
+            name: "subclusters over a backing file",
+            extended: true,
+            cluster_bits: 16,
+            backing: true,
+            weights: all,
+            most: 16,
+            ..PLAIN
+        },
         Scenario { name: "encrypted", encrypted: true, weights: all, ..PLAIN },
     ]
 }
@@ -128,6 +141,8 @@ impl Scenario {
                 .backing
                 .then(|| BackingRef { name: b"below".to_vec(), format: Some(b"raw".to_vec()) }),
             prealloc: Prealloc::Off,
+            extended: self.extended,
+            data_file: None,
         }
     }
 

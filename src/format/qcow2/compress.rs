@@ -13,6 +13,7 @@
 //!
 //! Source: "Compressed Clusters Descriptor" of the QCOW2 specification.
 
+use super::cluster::Raw;
 use super::compressed::Store;
 use super::refcount::Stop;
 use super::write::Change;
@@ -240,9 +241,7 @@ impl Qcow2 {
         };
         for cluster in first..end {
             // What is there is replaced as a whole; still, nothing is built on entries that mean nothing.
-            let raw = held.get(cluster as usize);
-            entry::decode(raw, self.cluster_bits, self.v3)
-                .map_err(|what| self.bad_entry(cluster, raw, what))?;
+            self.entry_of(&held, cluster)?;
         }
         drop(held);
         let mut places = Vec::with_capacity(lens.len());
@@ -315,12 +314,11 @@ impl Qcow2 {
         // Before the entries: who sees one must also see that it is not on disk yet.
         self.dirtied(writer, &mut meta, &held);
         for (cluster, &(host, len)) in (packed.first..).zip(&packed.places) {
-            let index = cluster as usize;
-            let Some(new) = entry::compressed(host, len as u64, self.cluster_bits) else {
+            let Some(word) = entry::compressed(host, len as u64, self.cluster_bits) else {
                 return Err(Error::Internal("a place that no entry can name".into()));
             };
-            let old = held.get(index);
-            held.set(index, new);
+            let old = self.entry_of(&held, cluster)?;
+            self.set_raw(&held, cluster, Raw { word, bits: 0 });
             self.unmap(&mut meta, old);
         }
         drop(held);

@@ -261,6 +261,7 @@ impl Driver for Nbd {
             zero: e.has(flag::SEND_WRITE_ZEROES),
             cache: e.has(flag::SEND_CACHE),
             extents: e.context(ALLOCATION).is_some(),
+            sparse: false,
             rotational: e.has(flag::ROTATIONAL),
         }
     }
