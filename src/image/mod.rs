@@ -9,6 +9,7 @@
 
 mod amend;
 mod chain;
+mod chainwork;
 mod copy;
 mod create;
 mod how;
@@ -58,6 +59,8 @@ impl OpenFlags {
     pub const DIRECT: Self = Self(64);
     /// All flags that there are.
     pub const ALL: Self = Self(127);
+    /// Inside the library only: write the image below, too.
+    const WRITE_BELOW: Self = Self(1 << 31);
 
     /// Whether all bits of `other` are set.
     pub const fn has(self, other: Self) -> bool {
@@ -154,6 +157,8 @@ pub(crate) struct Tree {
     parts: Vec<crate::lockmgr::Resource>,
     /// How many of them belong to the top image.
     own_parts: usize,
+    /// And how many with those of the image below.
+    parts_to_below: usize,
     /// What a lock manager has given, for the whole chain.
     lease: Option<Arc<Lease>>,
     /// Of a description, which takes no lock: somebody has locked the file.
@@ -234,6 +239,7 @@ impl std::ops::Deref for Call<'_> {
 impl Image {
     /// Open the image `name`: a path, `file:PATH` or `mem:SIZE`.
     pub fn open(name: &OsStr, options: &Options, flags: OpenFlags) -> Result<Self> {
+        how::of_a_caller(flags)?;
         let calls = Arc::new(InFlight::default());
         let tree = chain::open(name, options, flags, &calls)?;
         Ok(Self::from_tree(tree, calls, flags))
@@ -241,6 +247,7 @@ impl Image {
 
     /// Open the image behind a descriptor, which is now the library's.
     pub fn open_fd(fd: OwnedFd, options: &Options, flags: OpenFlags) -> Result<Self> {
+        how::of_a_caller(flags)?;
         let calls = Arc::new(InFlight::default());
         let tree = chain::open_fd(fd, options, flags, &calls)?;
         Ok(Self::from_tree(tree, calls, flags))
