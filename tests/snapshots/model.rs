@@ -77,6 +77,7 @@ impl Round {
             vec![("cluster-size", &size_text[..]), ("compat", if v3 { "1.1" } else { "0.10" })];
         if v3 {
             opts.push(("refcount-bits", &bits_text));
+            opts.push(("extended-l2", if bits >= 14 && rng.one_in(2) { "on" } else { "off" }));
         }
         let mut disk = vec![0; size as usize];
         if rng.one_in(3) {
