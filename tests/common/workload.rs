@@ -188,7 +188,6 @@ impl Scenario {
             untrusted: false,
             snapshot: None,
             key: self.encrypted.then(key),
-            snapshot: None,
             calls: Arc::new(InFlight::default()),
         };
         let mut image = qcow2::Qcow2::open(disk.device(), params)?;
