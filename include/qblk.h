@@ -144,6 +144,21 @@ extern "C" {
 #define QBLK_RESIZE_SHRINK 1
 
 /**
+ * qblk_copy(): only what the source itself has, not what shows from images below it.
+ */
+#define QBLK_COPY_SHALLOW 1
+
+/**
+ * qblk_commit(): the image keeps what it has.
+ */
+#define QBLK_COMMIT_KEEP 1
+
+/**
+ * qblk_rebase(): only the name is changed, nothing is copied.
+ */
+#define QBLK_REBASE_UNSAFE 1
+
+/**
  * qblk_info.state: this handle does not write.
  */
 #define QBLK_STATE_READ_ONLY 1
@@ -1008,6 +1023,102 @@ int qblk_resize2(struct qblk *dev,
                  uint64_t size,
                  const struct qblk_options *options,
                  uint32_t flags);
+
+/**
+ * Write `count` bytes of `buf` at `offset` in compressed form, by the image's compression type.
+ *
+ * `offset` and `count` are bytes, and multiples of the cluster size (qblk_info), but for the image's
+ * end, which may cut the last cluster. What there was before is replaced. A cluster that does not
+ * get smaller is written as it is; compressed ones share clusters of the host. Compressing is done
+ * by the calling thread, and several threads compress at once; qblk_copy() uses as many as there
+ * are processors. A later qblk_pwrite() to such a cluster writes it out at full size.
+ *
+ * Returns 0; -ENOTSUP, with nothing written, for a format that has no compression, and for images
+ * with encryption or an external data file; -EINVAL for a NULL, for parts of clusters, and for a
+ * range that leaves the device; else as qblk_pwrite2(). Any thread. Since 0.1.
+ */
+int qblk_write_compressed(struct qblk *dev,
+                          const void *buf,
+                          size_t count,
+                          uint64_t offset);
+
+/**
+ * Copy all bytes of the device `from` to the beginning of `to`, in parallel.
+ *
+ * What reads as zeroes is not read, and in `to` it is zeroed where it does not read so yet. `to` must
+ * be open for writing and have at least as many bytes; what it has beyond those of `from` stays.
+ * Both may be used meanwhile, but what is written to either then may be copied or not.
+ * qblk_flush() makes the copy last.
+ *
+ * `options` may be NULL. They are "compress" (on: clusters are written in compressed form, as
+ * qblk_write_compressed() does), "threads" (1 to 64; as many as there are processors), "sparse" (bytes:
+ * the shortest run of zeroes in data that is not written as data, a multiple of 4096; 0 = zeroes are
+ * written too; 4k), "target-is-zero" (on: `to` is known to read as zeroes) and "compare" (on: `to` is
+ * read, and only what differs is written: for an overlay).
+ *
+ * The one flag is QBLK_COPY_SHALLOW: only what `from` has itself is copied, not what shows from images
+ * below, which is left as it is in `to`: a copy of one image of a chain. `progress` (NULL: nobody)
+ * is called by the calling thread, in bytes.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, an option that is unknown or has a value that it
+ * cannot have, a `to` that is too small, is `from` or is part of its chain (nothing is written then);
+ * -ECANCELED if `progress` said so; -ENOTSUP where compressed writes are not to be had; else as
+ * qblk_pread() and qblk_pwrite2(). After an error a part may have been copied. Any thread. Since 0.1.
+ */
+int qblk_copy(struct qblk *from,
+              struct qblk *to,
+              const struct qblk_options *options,
+              uint32_t flags,
+              qblk_progress_fn progress,
+              void *opaque);
+
+/**
+ * Write what the image has itself into its backing image, and empty it.
+ *
+ * The backing image, whatever its format, is opened for writing meanwhile, which nobody else may have
+ * open; it grows if it is smaller. What is committed is on stable storage before the image is
+ * emptied, and what the device reads is the same all the time. The one flag is QBLK_COMMIT_KEEP:
+ * the image keeps what it has. `progress` (NULL: nobody) is called by the calling thread, in bytes.
+ *
+ * Other calls on the device wait until this has ended. Other overlays of the backing image read
+ * otherwise afterwards.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, and where no backing image is open; -EROFS on a handle
+ * without QBLK_OPEN_RDWR; QBLK_ELOCKED if somebody has the backing image; -ECANCELED if `progress` said
+ * so; else as qblk_pread(), qblk_pwrite2() and qblk_resize(). After an error a part may have been
+ * committed; the image itself is whole then. Any thread. Since 0.1.
+ */
+int qblk_commit(struct qblk *dev,
+                uint32_t flags,
+                qblk_progress_fn progress,
+                void *opaque);
+
+/**
+ * Put another image below: the image names `backing` (NULL: none) as its backing file from now on.
+ *
+ * `backing` is a path, seen from the image's directory, and recorded as it is given. What would read
+ * otherwise with it is copied into the image first and put on stable storage; then the header is
+ * switched. So what the device reads stays the same, whenever the power is cut. With the flag
+ * QBLK_REBASE_UNSAFE only the name is changed: for a backing file that was moved, or was replaced by one
+ * that holds the same. Then it need not be there, if its format is given; if it can not be opened the
+ * device goes on with the old one until it is closed.
+ *
+ * `options` may be NULL. They are "backing-fmt" (the format, which is found by probing now if it is not
+ * given, and recorded) and "threads". `progress` (NULL: nobody) is called by the calling thread, in
+ * bytes. Other calls on the device wait until this has ended.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, an option that has no use here, a name that is too long,
+ * and on a device that was opened without its backing file; -ENOTSUP for a format that has none;
+ * -EFBIG if the name does not fit into the header; -EROFS; -ECANCELED; QBLK_EPOLICY for an image that
+ * would stand on itself; else as qblk_open2() and qblk_pwrite2(). After an error a part may have been
+ * copied; the device reads the same. Any thread. Since 0.1.
+ */
+int qblk_rebase(struct qblk *dev,
+                const char *backing,
+                const struct qblk_options *options,
+                uint32_t flags,
+                qblk_progress_fn progress,
+                void *opaque);
 
 /**
  * Change what an image is like, as `options` say: all of it, or nothing.

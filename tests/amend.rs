@@ -27,7 +27,12 @@ fn zero_flags(path: &Path) -> String {
 }
 
 /// An image with data, zeroes of both kinds, compressed clusters, and two snapshots.
-fn rich(dir: &Tmp, name: &str, pairs: &[(&str, &str)], backed: bool) -> (std::path::PathBuf, Vec<u8>) {
+fn rich(
+    dir: &Tmp,
+    name: &str,
+    pairs: &[(&str, &str)],
+    backed: bool,
+) -> (std::path::PathBuf, Vec<u8>) {
     let path = dir.join(name);
     let mut rng = Rng::new(11);
     let mut pairs = pairs.to_vec();
@@ -260,7 +265,8 @@ fn opens(path: &Path, format: &str, key: &str) -> bool {
     let more = if format == "luks" { "" } else { ",encrypt.format=luks" };
     let opts =
         format!("driver={format}{more},{name}=s,file.driver=file,file.filename={}", path.display());
-    let out = run("qemu-io", &[&"--object", &secret, &"--image-opts", &opts, &"-c", &"read -P 7 0 4k"]);
+    let out =
+        run("qemu-io", &[&"--object", &secret, &"--image-opts", &opts, &"-c", &"read -P 7 0 4k"]);
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     assert!(!text.contains("Pattern verification failed"), "{text}");
     out.status.success()
@@ -318,12 +324,8 @@ fn key_slots_come_and_go() {
         assert_eq!(image.property("luks.key-slots").unwrap().unwrap(), b"1");
         // What the image was opened with is gone; another must be given.
         assert_eq!(errno(add("fifth", "")), bad);
-        let all = [
-            ("state", "active"),
-            ("new-secret", "fifth"),
-            ("iter-time", "10"),
-            ("key", "second"),
-        ];
+        let all =
+            [("state", "active"), ("new-secret", "fifth"), ("iter-time", "10"), ("key", "second")];
         amend(&all).unwrap();
         assert_eq!(read_range(&image, 0, 4096), [7; 4096]);
         image.close().unwrap();
@@ -341,9 +343,20 @@ fn key_slots_come_and_go() {
         let image_opts =
             format!("driver={format},{more}{name}=s,file.driver=file,file.filename={file}");
         let (s, n) = ("secret,id=s,data=second", "secret,id=n,data=sixth");
-        run_ok("qemu-img", &[
-            &"amend", &"--object", &s, &"--object", &n, &"-o", &opts, &"--image-opts", &image_opts,
-        ]);
+        run_ok(
+            "qemu-img",
+            &[
+                &"amend",
+                &"--object",
+                &s,
+                &"--object",
+                &n,
+                &"-o",
+                &opts,
+                &"--image-opts",
+                &image_opts,
+            ],
+        );
         drop(open_with(&path, &key("sixth"), RW));
     }
 }

@@ -198,7 +198,10 @@ fn the_machines_state_goes_with_its_snapshot() {
         // A larger disk has other bytes where the state was; where the format allows it.
         if i < 2 {
             image.resize(9 * MB, &Options::new(), false).unwrap();
-            assert_eq!(read_range(&image, 3 * MB + 512, 6 * MB - 512), vec![0; 6 * MB as usize - 512]);
+            assert_eq!(
+                read_range(&image, 3 * MB + 512, 6 * MB - 512),
+                vec![0; 6 * MB as usize - 512]
+            );
             assert_eq!(read_state(&image, 0, 1000), [0; 1000]);
         }
         image.snapshot_apply(b"short").unwrap();
@@ -444,7 +447,12 @@ fn a_snapshot_of_an_overlay_hides_and_shows_what_is_below_as_it_did() {
     let mut model = Rng::new(9).bytes(6 * MB as usize);
     std::fs::write(&base, &model).unwrap();
     // Shorter than what it stands on: its state area lies where the base has bytes.
-    create(&path, "qcow2", 2 * MB, &[("backing-file", "base"), ("backing-fmt", "raw"), ("cluster-size", "512")]);
+    create(
+        &path,
+        "qcow2",
+        2 * MB,
+        &[("backing-file", "base"), ("backing-fmt", "raw"), ("cluster-size", "512")],
+    );
     model.truncate(2 * MB as usize);
     let image = open(&path, RW);
     image.zero(0, MB, NONE).unwrap();
@@ -491,7 +499,10 @@ fn encrypted_images_have_snapshots_too() {
         "driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.driver=file,file.filename={}",
         path.display()
     );
-    run_ok("qemu-img", &[&"check", &"--object", &"secret,id=s,data=secret", &"--image-opts", &opts]);
+    run_ok(
+        "qemu-img",
+        &[&"check", &"--object", &"secret,id=s,data=secret", &"--image-opts", &opts],
+    );
 }
 
 #[test]

@@ -293,6 +293,11 @@ pub trait Driver: Send + Sync {
     ) -> Result<()> {
         Err(Error::NotSupported("copying in the kernel"))
     }
+    /// Write `buf` at `offset` in compressed form, where that is smaller: whole clusters, of which the
+    /// image's end may cut the last.
+    fn write_compressed(&self, _buf: Src<'_>, _offset: u64) -> Result<()> {
+        Err(Error::NotSupported("compressed writes"))
+    }
     /// Change the size; bytes that come into being read as zeroes.
     fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {
         Err(Error::NotSupported("resize"))
@@ -327,6 +332,16 @@ pub trait Driver: Send + Sync {
     /// Read from the area of the machine's state; what was never written reads as zeroes.
     fn vm_state_read(&self, _buf: Dst<'_>, _offset: u64) -> Result<()> {
         Err(Error::NotSupported("keeping a machine's state"))
+    }
+    /// Make the image hold nothing of its own, so that all shows from below. No call is under way.
+    fn make_empty(&self) -> Result<()> {
+        Err(Error::NotSupported("emptying an image"))
+    }
+    /// While `on`, zeroes are recorded by themselves, whatever is below: something else is about to be.
+    fn hold_zeroes(&self, _on: bool) {}
+    /// Record another image as the one below, by its name and format, or none.
+    fn set_backing(&self, _backing: Option<(&[u8], Option<&[u8]>)>) -> Result<()> {
+        Err(Error::NotSupported("backing files"))
     }
     /// Bytes in use on the host; `None` if not known.
     fn allocated(&self) -> Option<u64> {

@@ -65,7 +65,9 @@ impl Image {
 fn unopened(e: Error, name: &Name) -> Error {
     crate::log::log(
         crate::log::Level::Warn,
-        format_args!("{name}: was amended, but can not be opened as it is now; it is to be reopened"),
+        format_args!(
+            "{name}: was amended, but can not be opened as it is now; it is to be reopened"
+        ),
     );
     e
 }
@@ -114,8 +116,15 @@ fn keys(options: &Options, prefix: &str, tree: &Tree) -> Result<Option<AmendKeys
         key::read_from(options, &key(name), &key(&format!("{name}-file")))
     };
     let Some(state) = options.one_of(&key("state"), &["active", "inactive"])? else {
-        let others = ["iter-time", "keyslot", "new-secret", "new-secret-file", "old-secret", "old-secret-file"]
-            .map(&key);
+        let others = [
+            "iter-time",
+            "keyslot",
+            "new-secret",
+            "new-secret-file",
+            "old-secret",
+            "old-secret-file",
+        ]
+        .map(&key);
         let others: Vec<&str> = others.iter().map(String::as_str).collect();
         options.refuse(&format!("no option '{}'", key("state")), &[&others])?;
         return Ok(None);

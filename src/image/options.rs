@@ -23,32 +23,40 @@ pub enum Use {
     Resize,
     /// Exporting a device.
     Export,
+    /// Copying.
+    Copy,
     /// Making an internal snapshot.
     Snapshot,
     /// Changing what an image is like.
     Amend,
+    /// Putting another image below.
+    Rebase,
 }
 
-const OPEN: u8 = 1;
-const CREATE: u8 = 2;
-const RESIZE: u8 = 4;
-const EXPORT: u8 = 8;
-const SNAPSHOT: u8 = 16;
-const AMEND: u8 = 32;
+const OPEN: u16 = 1;
+const CREATE: u16 = 2;
+const RESIZE: u16 = 4;
+const EXPORT: u16 = 8;
+const COPY: u16 = 16;
+const SNAPSHOT: u16 = 32;
+const AMEND: u16 = 64;
+const REBASE: u16 = 128;
 
 /// Every key, with the calls that have a use for it.
-const KEYS: &[(&str, u8)] = &[
+const KEYS: &[(&str, u16)] = &[
+    ("argv", OPEN),
     ("backing-file", OPEN | CREATE | AMEND),
-    ("backing-fmt", OPEN | CREATE | AMEND),
+    ("backing-fmt", OPEN | CREATE | AMEND | REBASE),
     ("cache.l2-size", OPEN),
     ("cipher-alg", CREATE),
     ("cipher-mode", CREATE),
     ("cluster-size", CREATE),
+    ("compare", COPY),
     ("compat", CREATE | AMEND),
+    ("compress", COPY),
     ("compression-type", CREATE),
     ("data-file", OPEN | CREATE),
     ("data-file-raw", CREATE | AMEND),
-    ("argv", OPEN),
     ("date", SNAPSHOT),
     ("description", EXPORT),
     ("encrypt.cipher-alg", CREATE),
@@ -102,7 +110,10 @@ const KEYS: &[(&str, u8)] = &[
     ("preallocation", CREATE | RESIZE),
     ("refcount-bits", CREATE | AMEND),
     ("snapshot", OPEN),
+    ("sparse", COPY),
     ("state", AMEND),
+    ("target-is-zero", COPY),
+    ("threads", COPY | REBASE),
     ("tls", OPEN),
     ("tls-ca", OPEN),
     ("tls-certificate", OPEN),
@@ -154,8 +165,10 @@ impl Options {
             Use::Create => CREATE,
             Use::Resize => RESIZE,
             Use::Export => EXPORT,
+            Use::Copy => COPY,
             Use::Snapshot => SNAPSHOT,
             Use::Amend => AMEND,
+            Use::Rebase => REBASE,
         };
         for full in self.0.keys() {
             let mut key = full.as_str();
@@ -180,8 +193,10 @@ impl Options {
                             Use::Create => "creating",
                             Use::Resize => "resizing",
                             Use::Export => "exporting",
+                            Use::Copy => "copying",
                             Use::Snapshot => "making a snapshot",
                             Use::Amend => "amending",
+                            Use::Rebase => "rebasing",
                         }
                     )));
                 }
@@ -213,6 +228,14 @@ impl Options {
                 .filter_map(|(k, v)| Some((k.strip_prefix("backing.")?.to_owned(), v.clone())))
                 .collect(),
         )
+    }
+
+    /// All but what is said of the backing image.
+    pub(crate) fn without_backing(&self) -> Self {
+        let of_backing =
+            |k: &str| matches!(k, "backing-file" | "backing-fmt") || k.starts_with("backing.");
+        let rest = self.0.iter().filter(|(k, _)| !of_backing(k));
+        Self(rest.map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 
     /// The settings whose keys begin with `prefix`, by what follows it.
@@ -326,7 +349,7 @@ pub fn parse_size(s: &str) -> Option<u64> {
 }
 
 /// The known key, with a use of `bit`, that takes the fewest edits to reach.
-fn nearest(key: &str, bit: u8) -> &'static str {
+fn nearest(key: &str, bit: u16) -> &'static str {
     let usable = || KEYS.iter().filter(|(_, uses)| uses & bit != 0 || bit == 0);
     let short: &str = key.get(..key.len().min(64)).unwrap_or("");
     usable().min_by_key(|(k, _)| distance(k, short)).map_or("", |(k, _)| k)

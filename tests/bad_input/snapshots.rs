@@ -43,7 +43,12 @@ fn wrong_snapshot_tables_are_reported_with_what_was_found() {
     let u32b = |v: u32| v.to_be_bytes().to_vec();
     let huge_names = |n: u64| (n, vec![0xff, 0xff]);
     for (what, header, table, words) in [
-        ("past the end", vec![(64, (1u64 << 40).to_be_bytes().to_vec())], vec![], vec!["an entry", "0x10000000000"]),
+        (
+            "past the end",
+            vec![(64, (1u64 << 40).to_be_bytes().to_vec())],
+            vec![],
+            vec!["an entry", "0x10000000000"],
+        ),
         ("more than there are", vec![(60, u32b(65536))], vec![], vec!["extra data of snapshot"]),
         ("much extra data", vec![], vec![(36, u32b(1025))], vec!["snapshot 0", "1025", "1024"]),
         ("very much extra data", vec![], vec![(36, u32b(u32::MAX))], vec!["4294967295", "1024"]),

@@ -186,8 +186,8 @@ impl Scenario {
             probed: false,
             l2_cache: Some(0),
             untrusted: false,
-            key: self.encrypted.then(key),
             snapshot: None,
+            key: self.encrypted.then(key),
             calls: Arc::new(InFlight::default()),
         };
         let mut image = qcow2::Qcow2::open(disk.device(), params)?;

@@ -38,6 +38,10 @@ pub enum Command {
     Snapshot(SnapshotArgs),
     /// Change what an image is like: its version, refcounts, backing file's name, keys
     Amend(AmendArgs),
+    /// Write what an image has into its backing file, and empty it
+    Commit(crate::chainwork::CommitArgs),
+    /// Put an image on another backing file
+    Rebase(crate::chainwork::RebaseArgs),
     /// Read bytes of the disk that an image holds
     Read(ReadArgs),
     /// Write bytes of the disk that an image holds
@@ -224,9 +228,12 @@ pub struct CopyArgs {
     /// Shortest run of zeroes in data that is kept as a hole, a multiple of 4k; 0 writes all out
     #[arg(short = 'S', long, value_name = "SIZE", value_parser = parse_sparse, default_value = "4k")]
     pub sparse: u64,
-    /// Threads that copy [default: one a processor, 2 to 8]
+    /// Threads that copy [default: one a processor, at least 2]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: Option<u32>,
+    /// Write clusters in compressed form (qcow2; -o compression-type=zstd is quicker than zlib)
+    #[arg(short, long)]
+    pub compress: bool,
     /// The source is hostile: open nothing that it names (needs -f)
     #[arg(long, requires = "format")]
     pub untrusted: bool,

@@ -199,7 +199,12 @@ impl Header {
         Ok(h)
     }
 
-    pub(super) fn check_slot(&self, i: usize, slot: &Slot, limit: u64) -> std::result::Result<(), String> {
+    pub(super) fn check_slot(
+        &self,
+        i: usize,
+        slot: &Slot,
+        limit: u64,
+    ) -> std::result::Result<(), String> {
         let at = SLOTS_AT + i * SLOT_LEN;
         if slot.iterations == 0 {
             return Err(format!(

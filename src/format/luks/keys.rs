@@ -41,8 +41,8 @@ pub fn try_slot(
         dev.read_slice(&mut split, area.offset + slot.offset)?;
         let mut slot_key = crypto::blank(header.key_len);
         hash.pbkdf2(passphrase, &slot.salt, slot.iterations, &mut slot_key);
-        let cipher = SectorCipher::new(spec, &slot_key)
-            .map_err(|what| Error::corrupt(dev.name(), what))?;
+        let cipher =
+            SectorCipher::new(spec, &slot_key).map_err(|what| Error::corrupt(dev.name(), what))?;
         cipher.decrypt(&mut split, 0);
         merge(hash, &split, slot.stripes as usize, &mut key);
         Ok(crypto::same(&digest(hash, header, &key), &header.digest))

@@ -103,7 +103,10 @@ impl Qcow2 {
     /// What version 2 does not have.
     fn check_downgrade(&self) -> Result<()> {
         let lacks = |what: &str| {
-            Err(Error::unsupported(self.file.name(), format!("compat=0.10 of an image with {what}")))
+            Err(Error::unsupported(
+                self.file.name(),
+                format!("compat=0.10 of an image with {what}"),
+            ))
         };
         let bits = self.header.incompatible;
         for (bit, what) in [

@@ -83,6 +83,10 @@ impl Driver for Qcow2 {
         self.write_data(buf, offset, flags)
     }
 
+    fn write_compressed(&self, buf: Src<'_>, offset: u64) -> Result<()> {
+        self.pack(buf, offset)
+    }
+
     fn flush(&self) -> Result<()> {
         self.flush_all()
     }
@@ -137,6 +141,17 @@ impl Driver for Qcow2 {
 
     fn vm_state_read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
         self.read_vm_state(buf, offset)
+    }
+    fn make_empty(&self) -> Result<()> {
+        self.forget_all()
+    }
+
+    fn hold_zeroes(&self, on: bool) {
+        self.hold_zeroes.store(on, Release);
+    }
+
+    fn set_backing(&self, backing: Option<(&[u8], Option<&[u8]>)>) -> Result<()> {
+        self.rename_backing(backing)
     }
 
     fn allocated(&self) -> Option<u64> {

@@ -159,6 +159,15 @@ pub fn normal(host: u64) -> u64 {
     host | COPIED
 }
 
+/// The entry of a cluster whose compressed form is `len` bytes (fewer than a cluster) at `offset`, `None`
+/// if that lies too far out for an entry.
+pub fn compressed(offset: u64, len: u64, cluster_bits: u32) -> Option<u64> {
+    let x = 62 - (cluster_bits - 8);
+    let sectors = ((offset + len - 1) >> 9) - (offset >> 9);
+    let fits = (offset + len) >> x.min(56) == 0;
+    fits.then_some(COMPRESSED | sectors << x | offset)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -178,6 +187,27 @@ mod tests {
         let len = 4 * 512 - 0x12345 % 512;
         assert_eq!(decode(raw, 16, true), Ok(Entry::Compressed { offset: 0x12345, len }));
         assert!(decode(raw | COPIED, 16, true).is_err());
+    }
+
+    #[test]
+    fn entries_of_compressed_clusters_decode_to_whole_sectors() {
+        for bits in 9..=21 {
+            let size = 1u64 << bits;
+            for offset in [size, size + 1, size + 511, 2 * size - 1, 77 * size + 513] {
+                for len in [1, 2, 511, size - 1] {
+                    let raw = compressed(offset, len, bits).unwrap();
+                    let Ok(Entry::Compressed { offset: o, len: l }) = decode(raw, bits, true)
+                    else {
+                        panic!("{raw:#x}")
+                    };
+                    assert_eq!(o, offset);
+                    assert_eq!(o + l, (offset + len).next_multiple_of(512));
+                }
+            }
+        }
+        assert_eq!(compressed(1 << 56, 100, 16), None);
+        assert_eq!(compressed(1 << 49, 100, 21), None);
+        assert!(compressed((1 << 49) - 512, 100, 21).is_some());
     }
 
     #[test]

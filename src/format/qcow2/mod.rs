@@ -19,6 +19,7 @@
 mod amend;
 mod chain;
 mod cluster;
+mod compress;
 mod compressed;
 mod create;
 mod data;
@@ -31,6 +32,7 @@ mod external;
 mod flush;
 mod header;
 mod l2cache;
+mod overlay;
 mod rebuild;
 mod refcount;
 mod resize;
@@ -129,6 +131,8 @@ pub struct Qcow2 {
     features: edit::Features,
     backing: Option<Device>,
     backing_is_named: bool,
+    /// What is below is about to change: zeroes must not depend on it.
+    hold_zeroes: AtomicBool,
     /// Files of the images below, the one right below first, as far down as is known.
     files_below: Vec<Arc<Device>>,
     cluster_bits: u32,
@@ -190,7 +194,8 @@ impl Qcow2 {
         if params.write {
             Self::check_writable(&file, &header)?;
         }
-        let l2_bits = header.cluster_bits - header.shape().entry_bits();
+        let shape = header.shape();
+        let l2_bits = header.cluster_bits - shape.entry_bits();
         let vm_state = match &params.snapshot {
             Some(which) => Self::choose(&file, &mut header, which, &params, l2_bits)?,
             None => vmstate::State::default(),
@@ -207,7 +212,6 @@ impl Qcow2 {
         let file = Arc::new(file);
         let Encryption { data, aes, luks, veil } = Encryption::open(&file, &header, &params)?;
         let cluster_bits = header.cluster_bits;
-        let shape = header.shape();
         let slice_bits = cluster_bits.min(12) - shape.entry_bits();
         let l1 = if params.info_only {
             L1 { offset: 0, entries: Box::new([]) }
@@ -216,11 +220,11 @@ impl Qcow2 {
         };
         let slices = (l1.entries.len() as u64) << (l2_bits - slice_bits);
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
-        let writer = if params.write { Some(Self::writer(&file, &header, params.untrusted)?) } else { None };
+        let writer =
+            if params.write { Some(Self::writer(&file, &header, params.untrusted)?) } else { None };
         // An image that can grow gets a cache that can, too: memory is taken as it is used.
         let slice_bytes = slice_bits + shape.entry_bits();
-        let used =
-            if params.write { used.max(l2cache::DEFAULT_MAX >> slice_bytes) } else { used };
+        let used = if params.write { used.max(l2cache::DEFAULT_MAX >> slice_bytes) } else { used };
         let limit = match (params.info_only, params.untrusted) {
             (true, _) => Some(0),
             (_, true) => Some(params.l2_cache.unwrap_or(u64::MAX).min(MAX_UNTRUSTED_CACHE)),
@@ -251,6 +255,7 @@ impl Qcow2 {
             header,
             backing: None,
             backing_is_named: false,
+            hold_zeroes: AtomicBool::new(false),
             files_below: Vec::new(),
             writer,
             calls: params.calls,
@@ -561,6 +566,7 @@ impl Qcow2 {
     /// names counts, not what is open now.
     fn may_show_below(&self, offset: u64) -> bool {
         match &self.backing {
+            _ if self.hold_zeroes.load(Acquire) => true,
             Some(b) if self.backing_is_named => offset < b.size(),
             open => open.is_some() || self.header.backing.is_some(),
         }

@@ -162,10 +162,9 @@ impl Table {
     /// The one with that ID, or else with that name.
     pub(super) fn find(&self, name: &Name, which: &[u8]) -> Result<usize> {
         let by = |f: fn(&SnapshotInfo) -> &[u8]| self.list.iter().position(|s| f(&s.info) == which);
-        by(|s| &s.id).or_else(|| by(|s| &s.name)).ok_or_else(|| Error::NoSnapshot {
-            file: name.clone(),
-            which: quoted(which),
-        })
+        by(|s| &s.id)
+            .or_else(|| by(|s| &s.name))
+            .ok_or_else(|| Error::NoSnapshot { file: name.clone(), which: quoted(which) })
     }
 }
 
@@ -207,7 +206,12 @@ pub(super) fn serialize(list: &[Snapshot], name: &Name) -> Result<Vec<u8>> {
 }
 
 /// Read the L1 table of a snapshot, checked: it must cover the disk as it was.
-pub(super) fn load_l1(file: &Device, header: &Header, s: &Snapshot, l2_bits: u32) -> Result<Vec<u64>> {
+pub(super) fn load_l1(
+    file: &Device,
+    header: &Header,
+    s: &Snapshot,
+    l2_bits: u32,
+) -> Result<Vec<u64>> {
     check_l1(file, header, s, l2_bits)?;
     let mut raw = vec![0; s.l1_entries as usize * 8];
     file.read_slice(&mut raw, s.l1_offset)?;

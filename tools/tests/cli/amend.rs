@@ -6,7 +6,8 @@ fn amend_changes_what_an_image_is_like() {
     dir.qblk("create -f raw base.raw 1M -q").good();
     dir.qblk("create -o compat=0.10 a.qcow2 1M -b base.raw -F raw -q").good();
     dir.qblk("write a.qcow2 0 --pattern 0x11 --length 300k -q").good();
-    let text = dir.qblk("amend a.qcow2 -o compat=1.1 -o refcount-bits=64 -o lazy-refcounts=on").good();
+    let text =
+        dir.qblk("amend a.qcow2 -o compat=1.1 -o refcount-bits=64 -o lazy-refcounts=on").good();
     assert_eq!(text, "a.qcow2: amended\n");
     let about = dir.qemu_img("info a.qcow2");
     for words in ["compat: 1.1", "refcount bits: 64", "lazy refcounts: true"] {

@@ -3,6 +3,7 @@
 
 mod amend;
 mod bench;
+mod chainwork;
 mod copy;
 mod create;
 mod data;

@@ -56,5 +56,6 @@ fn what_snapshot_is_asked_wrongly_it_says() {
     dir.qblk("snapshot burn a.qcow2 s").bad(2, &["burn", "create"]);
     dir.qblk("snapshot apply a.qcow2 s --set id=1").bad(2, &["--set"]);
     dir.qblk("snapshot create a.qcow2 t --set when=now").bad(2, &["'when'"]);
-    dir.qblk("write -o snapshot=s a.qcow2 0 --pattern 1 --length 1").bad(1, &["a.qcow2", "read-only"]);
+    dir.qblk("write -o snapshot=s a.qcow2 0 --pattern 1 --length 1")
+        .bad(1, &["a.qcow2", "read-only"]);
 }

@@ -89,9 +89,12 @@ impl<'a> Shadow<'a> {
         let all = self.old.table.len() as u64;
         for i in 0..all {
             progress.at(i, all)?;
-            let Some(&block) = self.old.table.get(i as usize).filter(|e| **e != 0) else { continue };
+            let Some(&block) = self.old.table.get(i as usize).filter(|e| **e != 0) else {
+                continue;
+            };
             let first = i * per_old;
-            let (from, to) = (first >> self.block_bits(), (first + per_old - 1) >> self.block_bits());
+            let (from, to) =
+                (first >> self.block_bits(), (first + per_old - 1) >> self.block_bits());
             for index in from..=to {
                 // One old block may become many, of which those with nothing in them are not made.
                 if !self.new.contains(&index) && self.has_any(index)? {
@@ -210,9 +213,7 @@ impl<'a> Shadow<'a> {
         if index >= MAX_REFTABLE_BYTES / 8 {
             return Err(Error::TooBig {
                 file: self.file.name().clone(),
-                what: format!(
-                    "its refcount table would need more than {MAX_REFTABLE_BYTES} bytes"
-                ),
+                what: format!("its refcount table would need more than {MAX_REFTABLE_BYTES} bytes"),
             });
         }
         let data = self.present(index)?;
@@ -414,6 +415,8 @@ impl<'a> Shadow<'a> {
         old.dirty = 0;
         old.new_blocks.clear();
         old.blocks = None;
+        // Others may share it now, or nobody has it any more.
+        old.tail = None;
         old.hint = self.freed.iter().map(|r| r.first).fold(old.hint, u64::min).max(1);
         if self.freed.len() == MAX_FREED {
             old.hint = 1;
@@ -439,8 +442,5 @@ fn too_many(name: &Name, offset: u64, order: u32) -> Error {
 }
 
 fn unused(name: &Name, offset: u64) -> Error {
-    Error::corrupt(
-        name,
-        format!("the cluster at {offset:#x} is in use but has a refcount of 0"),
-    )
+    Error::corrupt(name, format!("the cluster at {offset:#x} is in use but has a refcount of 0"))
 }
