@@ -11,6 +11,7 @@ impl Image {
     /// Open the source anew with other flags (and options, or the same as before), beneath all of
     /// its contexts. Calls wait meanwhile; if it fails, all stays as it was.
     pub fn reopen(&self, options: Option<&Options>, flags: OpenFlags) -> Result<()> {
+        super::how::of_a_caller(flags)?;
         let _admin = self.shared.admin.lock();
         let old = self.shared.tree.load(SeqCst);
         if old.is_null() {
@@ -112,7 +113,7 @@ impl Shared {
     }
 }
 
-fn close_tree(tree: &Tree) -> Result<()> {
+pub(super) fn close_tree(tree: &Tree) -> Result<()> {
     if tree.flags.has(OpenFlags::RDWR) && !tree.flags.has(OpenFlags::INFO_ONLY) {
         // What is not in the file yet is lost; writing it might harm what is another's now.
         tree.may_write()?;

@@ -64,7 +64,9 @@ pub(super) fn may_name(
     if flags.has(OpenFlags::UNTRUSTED) {
         return Err(Error::policy(
             name,
-            format!("names the {what} {recorded}, which QBLK_OPEN_UNTRUSTED does not open; {settles}"),
+            format!(
+                "names the {what} {recorded}, which QBLK_OPEN_UNTRUSTED does not open; {settles}"
+            ),
         ));
     }
     if guessing {
@@ -112,10 +114,9 @@ pub(super) fn allowed(
             return Ok(Allowed::Remote(remote));
         }
         return Err(match implicit {
-            Implicit::Any => Error::unsupported(
-                name,
-                format!("the {what} {}: not a path", quoted(recorded)),
-            ),
+            Implicit::Any => {
+                Error::unsupported(name, format!("the {what} {}: not a path", quoted(recorded)))
+            }
             _ => denied("which is not a local file"),
         });
     }
@@ -137,11 +138,8 @@ pub(super) fn named_error(e: Error, above: &Name, role: Role) -> Error {
     let role = role.name();
     match e {
         Error::Os { op: _, file, errno } => {
-            let name = format!(
-                "{} ({role} of {})",
-                file.as_path().display(),
-                above.as_path().display()
-            );
+            let name =
+                format!("{} ({role} of {})", file.as_path().display(), above.as_path().display());
             Error::Os { op: "open", file: Name::from(name), errno }
         }
         Error::Locked { file, what } => {

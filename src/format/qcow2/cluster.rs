@@ -198,8 +198,7 @@ mod tests {
     use super::*;
 
     const AT: u64 = 5 << 16;
-    const EXTENDED: Shape =
-        Shape { cluster_bits: 16, v3: true, extended: true, external: false };
+    const EXTENDED: Shape = Shape { cluster_bits: 16, v3: true, extended: true, external: false };
     const EXTERNAL: Shape = Shape { extended: false, external: true, ..EXTENDED };
     const STANDARD: Shape = Shape { extended: false, ..EXTENDED };
 

@@ -40,8 +40,7 @@ impl Qcow2 {
                 (entry, self.extend_run(entry, end, wanted, more))
             });
             if self.cache.still(hit) {
-                let (entry, end) =
-                    found.map_err(|what| self.bad_entry_of(cluster, first, what))?;
+                let (entry, end) = found.map_err(|what| self.bad_entry_of(cluster, first, what))?;
                 return Ok(Found { entry, len: count.min(end - offset), own_table });
             }
         }

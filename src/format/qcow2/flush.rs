@@ -205,6 +205,8 @@ impl Qcow2 {
                     self.release_or_leak(&mut meta, cluster);
                     continue;
                 }
+                // What is about to be given back must get no compressed bytes any more.
+                meta.refs.close_tail(cluster);
                 match gone.last_mut() {
                     Some(last) if last.first + last.count == cluster => last.count += 1,
                     _ => gone.push(Run { first: cluster, count: 1 }),
@@ -212,6 +214,8 @@ impl Qcow2 {
             }
         }
         drop(meta);
+        // A call that has ended by now may have kept what it inflated of them after they were unmapped.
+        self.compressed.forget();
         for run in &gone {
             let (at, len) = (run.first << self.cluster_bits, run.count << self.cluster_bits);
             if let Err(e) = self.file.trim(at, len, ReqFlags::NONE) {

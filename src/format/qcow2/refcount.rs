@@ -5,6 +5,8 @@
 //!
 //! Source: "Host cluster management" of the QCOW2 specification.
 
+pub mod shadow;
+
 use std::collections::{HashMap, HashSet};
 
 use super::header::MAX_REFTABLE_BYTES;
@@ -70,6 +72,8 @@ pub struct Refcounts {
     /// Clusters of the L1 table.
     l1: Run,
     keys: Run,
+    /// Where the next compressed bytes go: a cluster that has some already, and how many.
+    tail: Option<(u64, u64)>,
 }
 
 /// What [`Refcounts::allocate`] needs of the image around it.
@@ -131,6 +135,7 @@ impl Refcounts {
             blocks: None,
             l1: Run { first: 0, count: 0 },
             keys: Run { first: 0, count: 0 },
+            tail: None,
         })
     }
 
@@ -141,6 +146,11 @@ impl Refcounts {
             write_count(&mut data, cluster, order, 1);
         }
         data
+    }
+
+    /// Width of a count: 2^order bits.
+    pub fn order(&self) -> u32 {
+        self.order
     }
 
     /// Counts in a block, as a power of two.
@@ -230,8 +240,66 @@ impl Refcounts {
         self.set(file, cluster, left)?;
         if left == 0 {
             self.hint = self.hint.min(cluster.max(1));
+            self.close_tail(cluster);
         }
         Ok(left)
+    }
+
+    /// Count one more reference to `cluster`, which has some.
+    fn add(&mut self, file: &Device, cluster: u64) -> Result<()> {
+        let count = self.get(file, cluster)?;
+        if count >= self.max() {
+            return Err(Error::TooBig {
+                file: file.name().clone(),
+                what: format!(
+                    "the cluster at {:#x} can have no more than {count} references",
+                    cluster << self.cluster_bits
+                ),
+            });
+        }
+        self.set(file, cluster, count + 1)
+    }
+
+    /// The largest count there can be.
+    fn max(&self) -> u64 {
+        u64::MAX >> (64 - (1 << self.order))
+    }
+
+    /// Take `len` bytes, fewer than a cluster has: behind those that were taken last, if their cluster
+    /// (or it and a free one behind it) has room. Each cluster that they touch counts a reference.
+    pub fn allocate_bytes(&mut self, file: &Device, len: u64) -> std::result::Result<u64, Stop> {
+        let (bits, size) = (self.cluster_bits, 1 << self.cluster_bits);
+        if let Some((cluster, used)) = self.tail
+            && self.get(file, cluster)? < self.max()
+        {
+            let (at, end) = ((cluster << bits) + used, used + len);
+            if end <= size {
+                self.add(file, cluster)?;
+                self.tail = (end < size).then_some((cluster, end));
+                return Ok(at);
+            }
+            let (next, _) = self.allocate(file, 1)?;
+            if next.first == cluster + 1 {
+                if let Err(e) = self.add(file, cluster) {
+                    self.release(file, next.first)?;
+                    return Err(e.into());
+                }
+                self.tail = Some((next.first, end - size));
+                return Ok(at);
+            }
+            self.tail = Some((next.first, len));
+            return Ok(next.first << bits);
+        }
+        let (run, _) = self.allocate(file, 1)?;
+        self.tail = Some((run.first, len));
+        Ok(run.first << bits)
+    }
+
+    /// Put no more compressed bytes into `cluster`: it is about to be free.
+    pub fn close_tail(&mut self, cluster: u64) {
+        if self.tail.is_some_and(|t| t.0 == cluster) {
+            self.tail = None;
+        }
     }
 
     /// Take up to `want` free clusters that follow one another, the first that are found. Also says

@@ -1,7 +1,9 @@
 //! The command line as a user meets it: the built binary is run, and judged by its output, its exit
 //! status and what qemu-img says of the images.
 
+mod amend;
 mod bench;
+mod chainwork;
 mod copy;
 mod create;
 mod data;
@@ -13,5 +15,6 @@ mod nbd;
 mod remote;
 mod resize;
 mod serve;
+mod snapshot;
 mod support;
 mod usage;
