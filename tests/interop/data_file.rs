@@ -77,8 +77,7 @@ fn a_relative_name_is_seen_from_the_image() {
     assert_eq!(read_range(&open_with(&path, &chosen, RO), 5 * CLUSTER, 1), [0x61]);
     let chosen = chosen.with("implicit-open", "deny");
     assert_eq!(read_range(&open_with(&path, &chosen, RO), 5 * CLUSTER, 1), [0x61]);
-    let image =
-        open_with(&path, &chosen.with("format", "qcow2"), RW | OpenFlags::UNTRUSTED);
+    let image = open_with(&path, &chosen.with("format", "qcow2"), RW | OpenFlags::UNTRUSTED);
     assert_eq!(read_range(&image, 5 * CLUSTER, 1), [0x61]);
     drop(image);
     // Where there is none to choose, choosing is a mistake.
@@ -219,12 +218,9 @@ fn the_data_file_is_locked_as_the_image_is() {
 
 #[test]
 fn a_raw_data_file_is_what_the_guest_sees() {
-    for (cluster, extended, by_qemu) in [
-        ("512", "off", false),
-        ("64k", "off", true),
-        ("64k", "on", false),
-        ("2M", "on", true),
-    ] {
+    for (cluster, extended, by_qemu) in
+        [("512", "off", false), ("64k", "off", true), ("64k", "on", false), ("2M", "on", true)]
+    {
         let mut rng = Rng::new(11);
         let dir = Tmp::new("data-raw");
         let (path, data) = (dir.join("image"), dir.join("data"));
@@ -458,7 +454,9 @@ fn a_data_file_that_is_cut_off_is_reported() {
     let image = open(&path, RW);
     // What is left of a cluster counts, the rest of it is zeroes.
     assert_eq!(read_range(&image, CLUSTER + 99, 2), [1, 0]);
-    for result in [image.read_at(&mut [0; 10], 2 * CLUSTER), image.write_at(&[2], 2 * CLUSTER, NONE)] {
+    for result in
+        [image.read_at(&mut [0; 10], 2 * CLUSTER), image.write_at(&[2], 2 * CLUSTER, NONE)]
+    {
         let e = result.unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
         assert!(e.to_string().contains("data") && e.to_string().contains("0x20000"), "{e}");
