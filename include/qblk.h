@@ -396,6 +396,20 @@ extern "C" {
 
 #define QBLK_HAVE_BLOCK_STATUS 1
 
+#define QBLK_HAVE_AMEND 1
+
+#define QBLK_HAVE_SNAPSHOT_LIST 1
+
+#define QBLK_HAVE_SNAPSHOT_CREATE 1
+
+#define QBLK_HAVE_SNAPSHOT_APPLY 1
+
+#define QBLK_HAVE_SNAPSHOT_DELETE 1
+
+#define QBLK_HAVE_VMSTATE_WRITE 1
+
+#define QBLK_HAVE_VMSTATE_READ 1
+
 /**
  * An open block device: a context, an independent way into a source of bytes.
  *
@@ -568,6 +582,52 @@ typedef struct qblk_status {
  * it must return (neither throw a C++ exception nor longjmp()) and call nothing on the same device.
  */
 typedef int (*qblk_progress_fn)(void *opaque, uint64_t done, uint64_t total);
+
+/**
+ * An internal snapshot. 512 bytes for ever; later versions give reserved bytes a meaning.
+ */
+typedef struct qblk_snapshot {
+    /**
+     * What names it alone; NUL-terminated, cut if it is longer.
+     */
+    char id[128];
+    /**
+     * What people call it; NUL-terminated, cut if it is longer.
+     */
+    char name[256];
+    /**
+     * Bytes of the machine's state that it keeps; 0 = none.
+     */
+    uint64_t vm_state_size;
+    /**
+     * Bytes that the disk had.
+     */
+    uint64_t disk_size;
+    /**
+     * When it was made: seconds since 1970.
+     */
+    uint64_t date_sec;
+    /**
+     * And nanoseconds.
+     */
+    uint32_t date_nsec;
+    /**
+     * Zero.
+     */
+    uint32_t reserved0;
+    /**
+     * How long the machine had run, nanoseconds.
+     */
+    uint64_t vm_clock_nsec;
+    /**
+     * Instructions that it had executed; UINT64_MAX = not known.
+     */
+    uint64_t icount;
+    /**
+     * Zero.
+     */
+    uint8_t reserved[80];
+} qblk_snapshot;
 
 /**
  * Receives what qblk_nbd_list() finds: the name and the description of an export, valid during the
@@ -1061,6 +1121,125 @@ int qblk_rebase(struct qblk *dev,
                 void *opaque);
 
 /**
+ * Change what an image is like, as `options` say: all of it, or nothing.
+ *
+ * Of a qcow2 image: "compat" ("0.10" or "1.1"), "refcount-bits", "lazy-refcounts", "backing-file" and
+ * "backing-fmt" (what is recorded; empty for none), "data-file-raw" ("off"), and its key slots:
+ * "encrypt.state" ("active" adds a passphrase, "inactive" takes one away), "encrypt.new-secret",
+ * "encrypt.old-secret", "encrypt.keyslot", "encrypt.iter-time". Of a LUKS image the same for key slots
+ * without "encrypt.". There are no flags yet, so `flags` must be 0.
+ *
+ * `progress` (NULL: nobody) is told how far it is, with `opaque`, and may stop it: -ECANCELED. It is
+ * on stable storage when the call returns; a power cut before leaves the image as it was. Calls of
+ * other threads on the device wait meanwhile. Unless key slots alone have changed the image is opened
+ * anew beneath the handle and all its contexts, as by qblk_reopen(); if only that fails the image is
+ * amended, and the handle refuses to write until it is reopened.
+ *
+ * Returns 0; -EINVAL for a NULL, a flag, an option that has no use here or a value that it can not have
+ * (refcounts too narrow for what there is, say); -ENOTSUP for a format that has nothing to amend;
+ * QBLK_EUNSUPPORTED for a version that lacks what the image has; QBLK_ENEEDKEY and QBLK_EBADKEY;
+ * -EROFS on a handle without QBLK_OPEN_RDWR; -ENOSPC and other codes of the system; QBLK_ECORRUPT;
+ * as qblk_reopen(). Any thread. Since 0.1.
+ */
+int qblk_amend(struct qblk *dev,
+               const struct qblk_options *options,
+               uint32_t flags,
+               qblk_progress_fn progress,
+               void *opaque);
+
+/**
+ * List the image's internal snapshots: fills `out` with the first `max` of them, in the order of the
+ * image's table. `out` may be NULL if `max` is 0.
+ *
+ * Works on any handle, also one that is open for its description only.
+ *
+ * Returns how many there are, which may be more than `max`; -ENOTSUP for a format without snapshots;
+ * -EINVAL for a NULL; QBLK_ECORRUPT for a table that is no such; codes of reading. Any thread.
+ * Since 0.1.
+ */
+int64_t qblk_snapshot_list(struct qblk *dev,
+                           struct qblk_snapshot *out,
+                           size_t max);
+
+/**
+ * Keep the state of the disk as it is now in an internal snapshot `name`, and with it what was written
+ * by qblk_vmstate_write() since the last one, which is not in the active image any more then.
+ *
+ * `options` (NULL: none): "id" (a text that names it alone; without it the next number), "date" (seconds
+ * since 1970, with a fraction; without it now), "vm-clock" (nanoseconds), "icount". There are no flags
+ * yet, so `flags` must be 0. It is on stable storage when the call returns; a power cut before leaves
+ * the image as it was. Calls of other threads on the device wait meanwhile; what they wrote before
+ * is in the snapshot.
+ *
+ * Returns 0; -EEXIST if the name or the ID is taken; -EINVAL for a NULL, a name that is empty or has more
+ * than 255 bytes, an ID of more than 127, an option that has no use here, a flag, and where the image's
+ * refcounts are too narrow for another reference; -ENOTSUP for a format without snapshots;
+ * QBLK_EUNSUPPORTED for an image with an external data file; -EROFS on a handle without
+ * QBLK_OPEN_RDWR; -EFBIG for more than 65536 snapshots; -ENOSPC and other codes of the system;
+ * QBLK_ECORRUPT. After an error the image is as it was. Any thread. Since 0.1.
+ */
+int qblk_snapshot_create(struct qblk *dev,
+                         const char *name,
+                         const struct qblk_options *options,
+                         uint32_t flags);
+
+/**
+ * Make the disk, its size and the machine's state what they were in a snapshot: the one whose ID is
+ * `id_or_name`, or else the first with that name. What was written since the last snapshot is lost.
+ *
+ * There are no flags yet, so `flags` must be 0. Calls of other threads on the device wait meanwhile.
+ *
+ * Returns as qblk_snapshot_create(); -ENOENT if there is no such snapshot. Any thread. Since 0.1.
+ */
+int qblk_snapshot_apply(struct qblk *dev,
+                        const char *id_or_name,
+                        uint32_t flags);
+
+/**
+ * Forget a snapshot: the one whose ID is `id_or_name`, or else the first with that name. The space that
+ * it alone has taken is free then.
+ *
+ * There are no flags yet, so `flags` must be 0. Calls of other threads on the device wait meanwhile.
+ *
+ * Returns as qblk_snapshot_apply(). Any thread. Since 0.1.
+ */
+int qblk_snapshot_delete(struct qblk *dev,
+                         const char *id_or_name,
+                         uint32_t flags);
+
+/**
+ * Write `count` bytes of `buf` at `offset` of the area of the machine's state, which lies apart from the
+ * disk's bytes. The next qblk_snapshot_create() takes it with it; its size there is the end of the
+ * furthest write since the last snapshot was made or applied.
+ *
+ * The area is as large as the format can make it, and grows as it is written to. Resizing the device
+ * empties it. `buf` may be NULL if `count` is 0.
+ *
+ * Returns 0; -EINVAL for a NULL; -EFBIG for a range that the format can not have; -ENOTSUP for a format
+ * without such an area; QBLK_EUNSUPPORTED for an image with an external data file; else as
+ * qblk_pwrite2(). Any thread; calls on the area are done one by one. Since 0.1.
+ */
+int qblk_vmstate_write(struct qblk *dev,
+                       const void *buf,
+                       size_t count,
+                       uint64_t offset);
+
+/**
+ * Read `count` bytes at `offset` of the area of the machine's state into `buf`: what was written since,
+ * or what the snapshot has kept that was applied, or opened by the option "snapshot".
+ *
+ * What was never written reads as zeroes; how much there is the property "qcow2.vm-state-size" tells.
+ * `buf` may be NULL if `count` is 0.
+ *
+ * Returns as qblk_vmstate_write(), and codes of reading. Any thread; calls on the area are done one by
+ * one. Since 0.1.
+ */
+int qblk_vmstate_read(struct qblk *dev,
+                      void *buf,
+                      size_t count,
+                      uint64_t offset);
+
+/**
  * Make an NBD server that exports nothing and listens nowhere yet. Free it with qblk_server_free().
  *
  * Returns 0 and the server in `*out`; -EINVAL if `out` is NULL; -EMFILE and other codes of the
@@ -1275,6 +1454,10 @@ QBLK_STATIC_ASSERT(offsetof(qblk_extent, host_offset) == 16, "fields do not move
 QBLK_STATIC_ASSERT(offsetof(qblk_extent, flags) == 24, "fields do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_extent, depth) == 28, "fields do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_extent, reserved) == 32, "fields do not move");
+QBLK_STATIC_ASSERT(sizeof(qblk_snapshot) == 512, "qblk_snapshot is 512 bytes, for ever");
+QBLK_STATIC_ASSERT(offsetof(qblk_snapshot, vm_state_size) == 384, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_snapshot, vm_clock_nsec) == 416, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_snapshot, reserved) == 432, "fields do not move");
 
 #ifdef __cplusplus
 }

@@ -10,5 +10,7 @@ mod full_disk;
 mod headers;
 #[path = "bad_input/killed.rs"]
 mod killed;
+#[path = "bad_input/snapshots.rs"]
+mod snapshots;
 #[path = "bad_input/tables.rs"]
 mod tables;

@@ -379,6 +379,7 @@ impl<'a> Opening<'a> {
             l2_cache: options.size("cache.l2-size")?,
             untrusted: flags.has(OpenFlags::UNTRUSTED),
             key,
+            snapshot: options.get("snapshot").map(<[u8]>::to_vec),
             calls: self.calls.clone(),
         };
         let opened = format::open(kind, file, params)?;

@@ -108,7 +108,7 @@ impl Image {
     /// Write what the uppermost image has itself into the one below, and (unless it is to `keep` it) empty
     /// it then. The one below grows if it is smaller.
     pub fn commit(&self, keep: bool, progress: Progress<'_>) -> Result<()> {
-        self.alone(|old, calls| {
+        self.alone_on_chain(|old, calls| {
             if old.top.driver().backing().is_none() {
                 return Err(Error::invalid(format!("{}: has no backing image", old.name)));
             }
@@ -145,7 +145,7 @@ impl Image {
             let what = "option 'backing-fmt' has no use without a backing file";
             return Err(Error::invalid(what));
         }
-        self.alone(|old, calls| {
+        self.alone_on_chain(|old, calls| {
             if !blind {
                 refuse_without_chain(old)?;
             }
@@ -182,7 +182,7 @@ impl Image {
 
     /// Take the chain away from all contexts, do `work` on it, and give them what became of it: what it was
     /// where the work failed as a whole. The inner result is answered in any case.
-    fn alone(
+    fn alone_on_chain(
         &self,
         work: impl FnOnce(&Tree, &Arc<InFlight>) -> Result<(Outcome, Result<()>)>,
     ) -> Result<()> {

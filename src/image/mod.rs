@@ -7,6 +7,7 @@
 //! Lock order: `Shared::admin`, then whatever the drivers lock. No call holds `admin` while data
 //! moves but those that change what a handle is (resize, reopen, close).
 
+mod amend;
 mod chain;
 mod chainwork;
 mod copy;
@@ -18,6 +19,7 @@ mod managed;
 mod named;
 mod options;
 mod remote;
+mod whole;
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;

@@ -34,6 +34,10 @@ pub enum Command {
     Copy(CopyArgs),
     /// Change an image's size
     Resize(ResizeArgs),
+    /// List, make, apply or delete internal snapshots
+    Snapshot(SnapshotArgs),
+    /// Change what an image is like: its version, refcounts, backing file's name, keys
+    Amend(AmendArgs),
     /// Write what an image has into its backing file, and empty it
     Commit(crate::chainwork::CommitArgs),
     /// Put an image on another backing file
@@ -293,6 +297,60 @@ fn parse_new_size(text: &str) -> Result<NewSize, String> {
         parse_size(size).map(NewSize::Less)
     } else {
         parse_size(text).map(NewSize::To)
+    }
+}
+
+#[derive(Args)]
+pub struct SnapshotArgs {
+    /// What to do
+    pub action: SnapshotAction,
+    /// The image
+    pub image: OsString,
+    /// The snapshot's name; to apply or delete it, its ID does as well
+    pub name: Option<OsString>,
+    /// What a new snapshot is told: id, date, vm-clock or icount; may be given again
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting())]
+    pub set: Vec<Setting>,
+    #[command(flatten)]
+    pub open: OpenArgs,
+    #[command(flatten)]
+    pub told: Told,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SnapshotAction {
+    /// List the snapshots
+    List,
+    /// Keep the disk as it is now in a new one
+    Create,
+    /// Make the disk what it was in one
+    Apply,
+    /// Forget one
+    Delete,
+}
+
+#[derive(Args)]
+pub struct AmendArgs {
+    /// The image
+    pub image: OsString,
+    /// Format of the image: qcow2 or luks [default: found by probing]
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// What is to be, as qemu-img amend has it: compat=1.1, refcount-bits=64...; may be given again
+    #[arg(short, long = "option", value_name = "KEY=VALUE", value_parser = setting())]
+    pub options: Vec<Setting>,
+    /// Option for opening the image; may be given again
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting())]
+    pub open_option: Vec<Setting>,
+    #[command(flatten)]
+    pub told: Told,
+}
+
+impl AmendArgs {
+    /// Open the image.
+    pub fn open(&self, flags: qblk::OpenFlags) -> crate::failure::Result<qblk::Image> {
+        let settings = crate::open::with_format(&self.open_option, self.format.as_deref());
+        Ok(qblk::Image::open(&self.image, &crate::open::options(&settings), flags)?)
     }
 }
 

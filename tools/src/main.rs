@@ -3,6 +3,7 @@
 //! Exit status: 0 done, 1 it failed, 2 it was called wrongly, 128 + N ended by signal N. Whatever is
 //! wrong is said on standard error, with the file's name, after "qblk: ".
 
+mod amend;
 mod bench;
 mod chainwork;
 mod cli;
@@ -23,6 +24,7 @@ mod resize;
 mod runner;
 mod serve;
 mod signals;
+mod snapshot;
 mod svg;
 mod tally;
 mod target;
@@ -51,9 +53,11 @@ fn main() -> ExitCode {
         Command::Map(args) => map::run(&args),
         Command::Copy(args) => copy::run(&args),
         Command::Resize(args) => resize::run(&args),
+        Command::Amend(args) => amend::run(&args),
         Command::Commit(args) => chainwork::commit(&args),
         Command::Rebase(args) => chainwork::rebase(&args),
         Command::Read(args) => read::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
         Command::Write(args) => write::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Lock(args) => lock::run(&args),

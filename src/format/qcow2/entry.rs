@@ -120,6 +120,26 @@ pub fn below_zero() -> u64 {
     BELOW_ZERO << BELOW_SHIFT
 }
 
+/// The first 8 bytes of an L2 entry as it is on disk.
+pub fn first_word(entry: &[u8]) -> u64 {
+    entry.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+}
+
+/// The host clusters that an L2 entry refers to, whatever it says of them: the first and how many, none
+/// if it has no offset.
+pub fn clusters(raw: u64, cluster_bits: u32) -> Result<Option<(u64, u64)>, &'static str> {
+    if raw & COMPRESSED != 0 {
+        let (offset, len) = decode_compressed(raw, cluster_bits)?;
+        let (first, last) = (offset >> cluster_bits, (offset + len - 1) >> cluster_bits);
+        return Ok(Some((first, last - first + 1)));
+    }
+    let host = raw & OFFSET_MASK;
+    if raw & L2_RESERVED != 0 || host & ((1 << cluster_bits) - 1) != 0 {
+        return Err(complaint(raw, cluster_bits));
+    }
+    Ok((host != 0).then_some((host >> cluster_bits, 1)))
+}
+
 /// The L2 table that an L1 entry points to (0 = none), and whether it may be changed in place.
 #[inline]
 pub fn decode_l1(raw: u64, cluster_bits: u32) -> Result<(u64, bool), &'static str> {

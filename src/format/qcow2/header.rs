@@ -72,6 +72,10 @@ pub mod at {
     pub const COMPATIBLE: u64 = 80;
     /// Autoclear feature bits, 8 bytes.
     pub const AUTOCLEAR: u64 = 88;
+    /// Width of refcounts, 4 bytes; version 3 only.
+    pub const REFCOUNT_ORDER: u64 = 96;
+    /// Length of the header, 4 bytes; version 3 only.
+    pub const HEADER_LENGTH: u64 = 100;
 }
 
 /// A header, checked.
@@ -88,6 +92,8 @@ pub struct Header {
     pub reftable_offset: u64,
     pub reftable_clusters: u32,
     pub snapshots: u32,
+    /// Where their table lies; means nothing if there are none.
+    pub snapshots_offset: u64,
     pub incompatible: u64,
     pub compatible: u64,
     pub autoclear: u64,
@@ -181,6 +187,7 @@ impl Header {
             reftable_offset: f.u64(48),
             reftable_clusters: f.u32(56),
             snapshots: f.u32(60),
+            snapshots_offset: f.u64(64),
             incompatible: if v3 { f.u64(72) } else { 0 },
             compatible: if v3 { f.u64(80) } else { 0 },
             autoclear: if v3 { f.u64(88) } else { 0 },
@@ -237,7 +244,7 @@ impl Header {
             // What such an image's other fields mean can not be known.
             return Ok(h);
         }
-        h.check(name, f.u64(64))?;
+        h.check(name)?;
         Ok(h)
     }
 
@@ -300,7 +307,7 @@ impl Header {
     }
 
     /// What does not depend on the rest of the file.
-    fn check(&self, name: &Name, snapshots_offset: u64) -> Result<()> {
+    fn check(&self, name: &Name) -> Result<()> {
         let bad = |what: String| Err(Error::corrupt(name, what));
         let cluster_size = 1u64 << self.cluster_bits;
         let aligned = |offset: u64| offset.is_multiple_of(cluster_size);
@@ -377,10 +384,11 @@ impl Header {
                 self.snapshots
             ));
         }
-        if self.snapshots > 0 && (snapshots_offset == 0 || !aligned(snapshots_offset)) {
+        if self.snapshots > 0 && (self.snapshots_offset == 0 || !aligned(self.snapshots_offset)) {
             return bad(format!(
-                "snapshot table offset at offset 64: found {snapshots_offset:#x}, expected a multiple of \
-                 the cluster size"
+                "snapshot table offset at offset 64: found {:#x}, expected a multiple of the cluster \
+                 size",
+                self.snapshots_offset
             ));
         }
         Ok(())
@@ -415,6 +423,11 @@ impl Header {
             ));
         }
         Ok(Area { offset, len: Some(len) })
+    }
+
+    /// Incompatible features that nobody here knows, by name: what else the header says is not known then.
+    pub fn unknown_features(&self) -> Option<&str> {
+        self.unknown.as_deref()
     }
 
     /// The first feature of the image that this build lacks, by name.

@@ -16,6 +16,7 @@
 //! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache,
 //! then `Features::turn` (one writer of header fields).
 
+mod amend;
 mod chain;
 mod cluster;
 mod compress;
@@ -32,13 +33,16 @@ mod flush;
 mod header;
 mod l2cache;
 mod overlay;
+mod rebuild;
 mod refcount;
 mod resize;
+mod snapshot;
+mod vmstate;
 mod write;
 
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -78,6 +82,8 @@ struct Meta {
     unmapped: Vec<refcount::Run>,
     /// Those that no table on disk points to either, but a call under way at the mark may.
     limbo: Vec<(u64, Vec<refcount::Run>)>,
+    /// The snapshot table, as it is in the file.
+    snapshots: snapshot::Table,
 }
 
 impl Meta {
@@ -119,7 +125,7 @@ pub struct Qcow2 {
     veil: Option<Crypt>,
     /// The old encryption, which needs to know where the guest has the data.
     aes: Option<Crypt>,
-    luks: Option<luks::Header>,
+    luks: Mutex<Option<luks::Header>>,
     /// As it was when the image was opened; what may change since is in `features` and `size`.
     header: Header,
     features: edit::Features,
@@ -140,6 +146,9 @@ pub struct Qcow2 {
     is_special: bool,
     v3: bool,
     size: AtomicU64,
+    snapshot_count: AtomicU32,
+    vm_state: vmstate::State,
+    untrusted: bool,
     l1: AtomicPtr<L1>,
     cache: L2Cache,
     compressed: compressed::Store,
@@ -167,7 +176,7 @@ impl Drop for Qcow2 {
 impl Qcow2 {
     /// Open the image in `file`; its data file and backing image, if any, are attached afterwards.
     pub fn open(file: Device, params: Params) -> Result<Self> {
-        let header = Header::read(&file)?;
+        let mut header = Header::read(&file)?;
         if !params.info_only
             && let Some(feature) = header.unsupported()
         {
@@ -185,6 +194,12 @@ impl Qcow2 {
         if params.write {
             Self::check_writable(&file, &header)?;
         }
+        let shape = header.shape();
+        let l2_bits = header.cluster_bits - shape.entry_bits();
+        let vm_state = match &params.snapshot {
+            Some(which) => Self::choose(&file, &mut header, which, &params, l2_bits)?,
+            None => vmstate::State::default(),
+        };
         let l1_bytes = u64::from(header.l1_entries) * 8;
         if params.untrusted && l1_bytes > MAX_UNTRUSTED_L1 && !params.info_only {
             return Err(Error::policy(
@@ -197,8 +212,6 @@ impl Qcow2 {
         let file = Arc::new(file);
         let Encryption { data, aes, luks, veil } = Encryption::open(&file, &header, &params)?;
         let cluster_bits = header.cluster_bits;
-        let shape = header.shape();
-        let l2_bits = cluster_bits - shape.entry_bits();
         let slice_bits = cluster_bits.min(12) - shape.entry_bits();
         let l1 = if params.info_only {
             L1 { offset: 0, entries: Box::new([]) }
@@ -207,7 +220,8 @@ impl Qcow2 {
         };
         let slices = (l1.entries.len() as u64) << (l2_bits - slice_bits);
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
-        let writer = if params.write { Some(Self::writer(&file, &header)?) } else { None };
+        let writer =
+            if params.write { Some(Self::writer(&file, &header, params.untrusted)?) } else { None };
         // An image that can grow gets a cache that can, too: memory is taken as it is used.
         let slice_bytes = slice_bits + shape.entry_bits();
         let used = if params.write { used.max(l2cache::DEFAULT_MAX >> slice_bytes) } else { used };
@@ -224,6 +238,9 @@ impl Qcow2 {
             is_special: shape.is_special(),
             v3: header.version >= 3,
             size: AtomicU64::new(header.size),
+            snapshot_count: AtomicU32::new(header.snapshots),
+            vm_state,
+            untrusted: params.untrusted,
             l1: AtomicPtr::new(Box::into_raw(Box::new(l1))),
             cache: L2Cache::new(file.name(), slice_bytes - 3, used, limit)?,
             compressed: compressed::Store::new(header.compression, cluster_bits),
@@ -233,7 +250,7 @@ impl Qcow2 {
             is_raw: shape.external && header.autoclear & header::AUTOCLEAR_RAW != 0,
             veil,
             aes,
-            luks,
+            luks: Mutex::new(luks),
             features: edit::Features::new(&header),
             header,
             backing: None,
@@ -296,7 +313,35 @@ impl Qcow2 {
         Ok(L1 { offset: header.l1_offset, entries })
     }
 
-    fn writer(file: &Device, header: &Header) -> Result<Writer> {
+    /// Show a snapshot instead of the active image: the header says then what it would if that were it.
+    fn choose(
+        file: &Device,
+        header: &mut Header,
+        which: &[u8],
+        params: &Params,
+        l2_bits: u32,
+    ) -> Result<vmstate::State> {
+        if params.write {
+            return Err(Error::invalid(format!(
+                "{}: option 'snapshot' is for opening read-only; a snapshot is applied to be written to",
+                file.name()
+            )));
+        }
+        if let Some(feature) = header.unknown_features() {
+            return Err(Error::unsupported(file.name(), feature));
+        }
+        let table = snapshot::Table::load(file, header, params.untrusted)?;
+        let i = table.find(file.name(), which)?;
+        let chosen = &table.list[i];
+        snapshot::check_l1(file, header, chosen, l2_bits)?;
+        (header.l1_offset, header.l1_entries) = (chosen.l1_offset, chosen.l1_entries);
+        header.size = chosen.info.disk_size;
+        let state = vmstate::State::default();
+        state.is_kept(chosen.info.vm_state_size);
+        Ok(state)
+    }
+
+    fn writer(file: &Device, header: &Header, untrusted: bool) -> Result<Writer> {
         let mut refs = Refcounts::load(
             file,
             header.cluster_bits,
@@ -323,6 +368,7 @@ impl Qcow2 {
                 dirty_l1: Vec::new(),
                 unmapped: Vec::new(),
                 limbo: Vec::new(),
+                snapshots: snapshot::Table::load(file, header, untrusted)?,
             }),
             settled: Condvar::new(),
             spare: Mutex::new(Vec::new()),

@@ -5,6 +5,8 @@
 //!
 //! Source: "Host cluster management" of the QCOW2 specification.
 
+pub mod shadow;
+
 use std::collections::{HashMap, HashSet};
 
 use super::header::MAX_REFTABLE_BYTES;
@@ -144,6 +146,11 @@ impl Refcounts {
             write_count(&mut data, cluster, order, 1);
         }
         data
+    }
+
+    /// Width of a count: 2^order bits.
+    pub fn order(&self) -> u32 {
+        self.order
     }
 
     /// Counts in a block, as a power of two.
