@@ -132,6 +132,13 @@ pub fn scenarios() -> Vec<Scenario> {
             cluster_bits: 10,
             ..PLAIN
         },
+        Scenario {
+            name: "compressed, with snapshots",
+            pack: 5,
+            weights: all,
+            snapshots: 3,
+            ..PLAIN
+        },
         Scenario { name: "encrypted", encrypted: true, weights: all, ..PLAIN },
     ]
 }
