@@ -331,6 +331,12 @@ impl<'a> Shadow<'a> {
 
     /// Take `count` free clusters that follow one another.
     pub fn take(&mut self, count: u64) -> Result<Run> {
+        if count == 1 {
+            // The search goes on where the last one ended: many are taken one by one.
+            let first = self.pick()?;
+            self.change(first, true)?;
+            return Ok(Run { first, count });
+        }
         let mut first = self.unused(self.hint)?;
         let mut have = 0;
         while have < count {
