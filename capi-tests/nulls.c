@@ -79,6 +79,8 @@ int main(int argc, char **argv)
     FAILS(qblk_resize2(NULL, 1, NULL, 0), -EINVAL, text);
     FAILS(qblk_write_compressed(NULL, buf, 1, 0), -EINVAL, text);
     FAILS(qblk_copy(NULL, NULL, NULL, 0, NULL, NULL), -EINVAL, text);
+    FAILS(qblk_commit(NULL, 0, NULL, NULL), -EINVAL, text);
+    FAILS(qblk_rebase(NULL, NULL, NULL, 0, NULL, NULL), -EINVAL, text);
     FAILS(qblk_reopen(NULL, 0), -EINVAL, text);
     FAILS(qblk_reopen2(NULL, NULL, 0), -EINVAL, text);
     out = (qblk *)(uintptr_t)8;

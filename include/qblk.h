@@ -149,6 +149,16 @@ extern "C" {
 #define QBLK_COPY_SHALLOW 1
 
 /**
+ * qblk_commit(): the image keeps what it has.
+ */
+#define QBLK_COMMIT_KEEP 1
+
+/**
+ * qblk_rebase(): only the name is changed, nothing is copied.
+ */
+#define QBLK_REBASE_UNSAFE 1
+
+/**
  * qblk_info.state: this handle does not write.
  */
 #define QBLK_STATE_READ_ONLY 1
@@ -1248,6 +1258,54 @@ int qblk_copy(struct qblk *from,
               uint32_t flags,
               qblk_progress_fn progress,
               void *opaque);
+
+/**
+ * Write what the image has itself into its backing image, and empty it.
+ *
+ * The backing image, whatever its format, is opened for writing meanwhile, which nobody else may have
+ * open; it grows if it is smaller. What is committed is on stable storage before the image is
+ * emptied, and what the device reads is the same all the time. The one flag is QBLK_COMMIT_KEEP:
+ * the image keeps what it has. `progress` (NULL: nobody) is called by the calling thread, in bytes.
+ *
+ * Other calls on the device wait until this has ended. Other overlays of the backing image read
+ * otherwise afterwards.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, and where no backing image is open; -EROFS on a handle
+ * without QBLK_OPEN_RDWR; QBLK_ELOCKED if somebody has the backing image; -ECANCELED if `progress` said
+ * so; else as qblk_pread(), qblk_pwrite2() and qblk_resize(). After an error a part may have been
+ * committed; the image itself is whole then. Any thread. Since 0.1.
+ */
+int qblk_commit(struct qblk *dev,
+                uint32_t flags,
+                qblk_progress_fn progress,
+                void *opaque);
+
+/**
+ * Put another image below: the image names `backing` (NULL: none) as its backing file from now on.
+ *
+ * `backing` is a path, seen from the image's directory, and recorded as it is given. What would read
+ * otherwise with it is copied into the image first and put on stable storage; then the header is
+ * switched. So what the device reads stays the same, whenever the power is cut. With the flag
+ * QBLK_REBASE_UNSAFE only the name is changed: for a backing file that was moved, or was replaced by one
+ * that holds the same. Then it need not be there, if its format is given; if it can not be opened the
+ * device goes on with the old one until it is closed.
+ *
+ * `options` may be NULL. They are "backing-fmt" (the format, which is found by probing now if it is not
+ * given, and recorded) and "threads". `progress` (NULL: nobody) is called by the calling thread, in
+ * bytes. Other calls on the device wait until this has ended.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, an option that has no use here, a name that is too long,
+ * and on a device that was opened without its backing file; -ENOTSUP for a format that has none;
+ * -EFBIG if the name does not fit into the header; -EROFS; -ECANCELED; QBLK_EPOLICY for an image that
+ * would stand on itself; else as qblk_open2() and qblk_pwrite2(). After an error a part may have been
+ * copied; the device reads the same. Any thread. Since 0.1.
+ */
+int qblk_rebase(struct qblk *dev,
+                const char *backing,
+                const struct qblk_options *options,
+                uint32_t flags,
+                qblk_progress_fn progress,
+                void *opaque);
 
 /**
  * Change what an image is like, as `options` say: all of it, or nothing.

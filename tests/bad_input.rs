@@ -4,6 +4,8 @@
 #[path = "bad_input/bitmaps.rs"]
 mod bitmaps;
 mod common;
+#[path = "bad_input/extended.rs"]
+mod extended;
 #[path = "bad_input/files.rs"]
 mod files;
 #[path = "bad_input/full_disk.rs"]
@@ -12,5 +14,7 @@ mod full_disk;
 mod headers;
 #[path = "bad_input/killed.rs"]
 mod killed;
+#[path = "bad_input/snapshots.rs"]
+mod snapshots;
 #[path = "bad_input/tables.rs"]
 mod tables;

@@ -48,6 +48,7 @@ fn a_snapshot_holds_what_was_there_and_applying_it_brings_it_back() {
         &[("cluster-size", "512"), ("refcount-bits", "2")],
         &[("cluster-size", "4k"), ("compat", "0.10")],
         &[("cluster-size", "2M"), ("refcount-bits", "64")],
+        &[("cluster-size", "16k"), ("extended-l2", "on")],
     ]
     .into_iter()
     .enumerate()
@@ -155,7 +156,7 @@ fn the_machines_state_goes_with_its_snapshot() {
     let dir = Tmp::in_memory("snap-state");
     for (i, opts) in [
         &[("cluster-size", "64k")][..],
-        &[("cluster-size", "512")],
+        &[("cluster-size", "16k"), ("extended-l2", "on")],
         &[("cluster-size", "4k"), ("compat", "0.10")],
     ]
     .into_iter()

@@ -345,6 +345,16 @@ pub trait Driver: Send + Sync {
     fn vm_state_read(&self, _buf: Dst<'_>, _offset: u64) -> Result<()> {
         Err(Error::NotSupported("keeping a machine's state"))
     }
+    /// Make the image hold nothing of its own, so that all shows from below. No call is under way.
+    fn make_empty(&self) -> Result<()> {
+        Err(Error::NotSupported("emptying an image"))
+    }
+    /// While `on`, zeroes are recorded by themselves, whatever is below: something else is about to be.
+    fn hold_zeroes(&self, _on: bool) {}
+    /// Record another image as the one below, by its name and format, or none.
+    fn set_backing(&self, _backing: Option<(&[u8], Option<&[u8]>)>) -> Result<()> {
+        Err(Error::NotSupported("backing files"))
+    }
     /// Bytes in use on the host; `None` if not known.
     fn allocated(&self) -> Option<u64> {
         None

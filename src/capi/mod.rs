@@ -97,6 +97,10 @@ pub const QBLK_RESIZE_SHRINK: u32 = 1;
 
 /// qblk_copy(): only what the source itself has, not what shows from images below it.
 pub const QBLK_COPY_SHALLOW: u32 = 1;
+/// qblk_commit(): the image keeps what it has.
+pub const QBLK_COMMIT_KEEP: u32 = 1;
+/// qblk_rebase(): only the name is changed, nothing is copied.
+pub const QBLK_REBASE_UNSAFE: u32 = 1;
 
 /// qblk_info.state: this handle does not write.
 pub const QBLK_STATE_READ_ONLY: u32 = 1;

@@ -10,6 +10,7 @@
 mod amend;
 mod bitmap;
 mod chain;
+mod chainwork;
 mod copy;
 mod create;
 mod how;
@@ -59,6 +60,8 @@ impl OpenFlags {
     pub const DIRECT: Self = Self(64);
     /// All flags that there are.
     pub const ALL: Self = Self(127);
+    /// Inside the library only: write the image below, too.
+    const WRITE_BELOW: Self = Self(1 << 31);
 
     /// Whether all bits of `other` are set.
     pub const fn has(self, other: Self) -> bool {
@@ -155,6 +158,8 @@ pub(crate) struct Tree {
     parts: Vec<crate::lockmgr::Resource>,
     /// How many of them belong to the top image.
     own_parts: usize,
+    /// And how many with those of the image below.
+    parts_to_below: usize,
     /// What a lock manager has given, for the whole chain.
     lease: Option<Arc<Lease>>,
     /// Of a description, which takes no lock: somebody has locked the file.
@@ -235,6 +240,7 @@ impl std::ops::Deref for Call<'_> {
 impl Image {
     /// Open the image `name`: a path, `file:PATH` or `mem:SIZE`.
     pub fn open(name: &OsStr, options: &Options, flags: OpenFlags) -> Result<Self> {
+        how::of_a_caller(flags)?;
         let calls = Arc::new(InFlight::default());
         let tree = chain::open(name, options, flags, &calls)?;
         Ok(Self::from_tree(tree, calls, flags))
@@ -242,6 +248,7 @@ impl Image {
 
     /// Open the image behind a descriptor, which is now the library's.
     pub fn open_fd(fd: OwnedFd, options: &Options, flags: OpenFlags) -> Result<Self> {
+        how::of_a_caller(flags)?;
         let calls = Arc::new(InFlight::default());
         let tree = chain::open_fd(fd, options, flags, &calls)?;
         Ok(Self::from_tree(tree, calls, flags))

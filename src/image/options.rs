@@ -29,6 +29,8 @@ pub enum Use {
     Snapshot,
     /// Changing what an image is like.
     Amend,
+    /// Putting another image below.
+    Rebase,
 }
 
 const OPEN: u16 = 1;
@@ -38,12 +40,13 @@ const EXPORT: u16 = 8;
 const COPY: u16 = 16;
 const SNAPSHOT: u16 = 32;
 const AMEND: u16 = 64;
+const REBASE: u16 = 128;
 
 /// Every key, with the calls that have a use for it.
 const KEYS: &[(&str, u16)] = &[
     ("argv", OPEN),
     ("backing-file", OPEN | CREATE | AMEND),
-    ("backing-fmt", OPEN | CREATE | AMEND),
+    ("backing-fmt", OPEN | CREATE | AMEND | REBASE),
     ("bitmap", EXPORT),
     ("cache.l2-size", OPEN),
     ("cipher-alg", CREATE),
@@ -111,7 +114,7 @@ const KEYS: &[(&str, u16)] = &[
     ("sparse", COPY),
     ("state", AMEND),
     ("target-is-zero", COPY),
-    ("threads", COPY),
+    ("threads", COPY | REBASE),
     ("tls", OPEN),
     ("tls-ca", OPEN),
     ("tls-certificate", OPEN),
@@ -166,6 +169,7 @@ impl Options {
             Use::Copy => COPY,
             Use::Snapshot => SNAPSHOT,
             Use::Amend => AMEND,
+            Use::Rebase => REBASE,
         };
         for full in self.0.keys() {
             let mut key = full.as_str();
@@ -193,6 +197,7 @@ impl Options {
                             Use::Copy => "copying",
                             Use::Snapshot => "making a snapshot",
                             Use::Amend => "amending",
+                            Use::Rebase => "rebasing",
                         }
                     )));
                 }
@@ -224,6 +229,14 @@ impl Options {
                 .filter_map(|(k, v)| Some((k.strip_prefix("backing.")?.to_owned(), v.clone())))
                 .collect(),
         )
+    }
+
+    /// All but what is said of the backing image.
+    pub(crate) fn without_backing(&self) -> Self {
+        let of_backing =
+            |k: &str| matches!(k, "backing-file" | "backing-fmt") || k.starts_with("backing.");
+        let rest = self.0.iter().filter(|(k, _)| !of_backing(k));
+        Self(rest.map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 
     /// The settings whose keys begin with `prefix`, by what follows it.

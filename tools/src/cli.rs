@@ -38,6 +38,10 @@ pub enum Command {
     Snapshot(SnapshotArgs),
     /// Change what an image is like: its version, refcounts, backing file's name, keys
     Amend(AmendArgs),
+    /// Write what an image has into its backing file, and empty it
+    Commit(crate::chainwork::CommitArgs),
+    /// Put an image on another backing file
+    Rebase(crate::chainwork::RebaseArgs),
     /// Read bytes of the disk that an image holds
     Read(ReadArgs),
     /// Write bytes of the disk that an image holds

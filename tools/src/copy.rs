@@ -3,12 +3,9 @@
 //! A target that was made here disappears unless the copy was whole, flushed and closed.
 
 use std::ffi::OsStr;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use qblk::block::quoted;
 use qblk::{Image, OpenFlags, Options};
 use serde_json::{Map, json};
@@ -17,9 +14,10 @@ use crate::cli::CopyArgs;
 use crate::failure::{Failure, Result};
 use crate::json;
 use crate::open::{chain, file_id, flags, is_nbd, options, value, with_format};
+use crate::progress;
 use crate::signals;
 use crate::target::{self, HalfMade, backing_settings};
-use crate::units::{human, human_and_exact, percent, shown};
+use crate::units::{human, human_and_exact, shown};
 
 pub fn run(args: &CopyArgs) -> Result<()> {
     signals::catch();
@@ -194,72 +192,12 @@ fn copy_all(
     how: &Options,
     size: u64,
 ) -> Result<u64> {
-    let watch = Mutex::new(Progress::new(args, size));
-    let tell = |done, _| {
-        watch.lock().unwrap_or_else(PoisonError::into_inner).show(done);
-        signals::asked_to_end().is_none()
-    };
-    let copied = qblk::image::copy(source, target, how, false, qblk::block::Progress::new(&tell));
-    watch.into_inner().unwrap_or_else(PoisonError::into_inner).end();
+    let copied = progress::watched(args.told.quiet, args.progress, Some(size), |progress| {
+        qblk::image::copy(source, target, how, false, progress)
+    });
     match (copied, signals::asked_to_end()) {
         (Err(qblk::Error::Canceled) | Ok(_), Some(signal)) => Err(ended(args, signal)),
         (copied, _) => Ok(copied?),
-    }
-}
-
-/// How far it is, for whoever waits.
-enum Progress {
-    Bar(ProgressBar),
-    Lines { size: u64, begun: Instant, shown: Instant },
-    None,
-}
-
-impl Progress {
-    fn new(args: &CopyArgs, size: u64) -> Self {
-        if args.told.quiet {
-            return Self::None;
-        }
-        if std::io::stderr().is_terminal() {
-            let bar = ProgressBar::with_draw_target(Some(size), ProgressDrawTarget::stderr());
-            let look = "{wide_bar} {percent:>3}%  {binary_bytes} of {binary_total_bytes}  \
-                        {binary_bytes_per_sec}  {eta} left";
-            if let Ok(style) = ProgressStyle::with_template(look) {
-                bar.set_style(style.progress_chars("=> "));
-            }
-            return Self::Bar(bar);
-        }
-        let now = Instant::now();
-        match args.progress {
-            true => Self::Lines { size, begun: now, shown: now },
-            false => Self::None,
-        }
-    }
-
-    fn show(&mut self, done: u64) {
-        match self {
-            Self::Bar(bar) => bar.set_position(done),
-            Self::Lines { size, begun, shown } => {
-                if done >= *size || shown.elapsed() >= Duration::from_secs(1) {
-                    *shown = Instant::now();
-                    let text = format!(
-                        "{} of {} ({}) after {:.0} s\n",
-                        human(done),
-                        human(*size),
-                        percent(done, *size),
-                        begun.elapsed().as_secs_f64()
-                    );
-                    // Whoever wanted to watch may have gone; the copy goes on.
-                    let _ = std::io::stderr().write_all(text.as_bytes());
-                }
-            }
-            Self::None => {}
-        }
-    }
-
-    fn end(self) {
-        if let Self::Bar(bar) = self {
-            bar.finish_and_clear();
-        }
     }
 }
 

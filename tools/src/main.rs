@@ -6,6 +6,7 @@
 mod amend;
 mod bench;
 mod bitmap;
+mod chainwork;
 mod cli;
 mod copy;
 mod create;
@@ -18,6 +19,7 @@ mod lock;
 mod map;
 mod open;
 mod place;
+mod progress;
 mod read;
 mod resize;
 mod runner;
@@ -53,6 +55,8 @@ fn main() -> ExitCode {
         Command::Copy(args) => copy::run(&args),
         Command::Resize(args) => resize::run(&args),
         Command::Amend(args) => amend::run(&args),
+        Command::Commit(args) => chainwork::commit(&args),
+        Command::Rebase(args) => chainwork::rebase(&args),
         Command::Read(args) => read::run(&args),
         Command::Snapshot(args) => snapshot::run(&args),
         Command::Write(args) => write::run(&args),

@@ -191,7 +191,7 @@ impl Rebuild<'_> {
                 continue;
             }
             let bytes = l1.len() as u64 * 8;
-            self.shadow.free(image.table_run(s.l1_offset, bytes))?;
+            self.shadow.free(image.clusters_of(s.l1_offset, bytes))?;
             let run = self.write_l1(&l1)?;
             s.l1_offset = run.first << image.cluster_bits;
         }

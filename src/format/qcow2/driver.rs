@@ -165,6 +165,17 @@ impl Driver for Qcow2 {
     fn vm_state_read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
         self.read_vm_state(buf, offset)
     }
+    fn make_empty(&self) -> Result<()> {
+        self.forget_all()
+    }
+
+    fn hold_zeroes(&self, on: bool) {
+        self.hold_zeroes.store(on, Release);
+    }
+
+    fn set_backing(&self, backing: Option<(&[u8], Option<&[u8]>)>) -> Result<()> {
+        self.rename_backing(backing)
+    }
 
     fn allocated(&self) -> Option<u64> {
         let data = match &self.external {

@@ -125,11 +125,6 @@ pub fn first_word(entry: &[u8]) -> u64 {
     entry.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
 }
 
-/// Whether an L2 entry is of a compressed cluster.
-pub fn is_compressed(raw: u64) -> bool {
-    raw & COMPRESSED != 0
-}
-
 /// The host clusters that an L2 entry refers to, whatever it says of them: the first and how many, none
 /// if it has no offset.
 pub fn clusters(raw: u64, cluster_bits: u32) -> Result<Option<(u64, u64)>, &'static str> {

@@ -33,6 +33,7 @@ mod external;
 mod flush;
 mod header;
 mod l2cache;
+mod overlay;
 mod rebuild;
 mod refcount;
 mod resize;
@@ -131,6 +132,8 @@ pub struct Qcow2 {
     features: edit::Features,
     backing: Option<Device>,
     backing_is_named: bool,
+    /// What is below is about to change: zeroes must not depend on it.
+    hold_zeroes: AtomicBool,
     /// Files of the images below, the one right below first, as far down as is known.
     files_below: Vec<Arc<Device>>,
     cluster_bits: u32,
@@ -254,6 +257,7 @@ impl Qcow2 {
             header,
             backing: None,
             backing_is_named: false,
+            hold_zeroes: AtomicBool::new(false),
             files_below: Vec::new(),
             writer,
             bitmaps: bitmap::Bitmaps::new(params.untrusted),
@@ -566,6 +570,7 @@ impl Qcow2 {
     /// names counts, not what is open now.
     fn may_show_below(&self, offset: u64) -> bool {
         match &self.backing {
+            _ if self.hold_zeroes.load(Acquire) => true,
             Some(b) if self.backing_is_named => offset < b.size(),
             open => open.is_some() || self.header.backing.is_some(),
         }

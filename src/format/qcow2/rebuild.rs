@@ -198,7 +198,7 @@ impl Qcow2 {
     }
 
     /// The clusters that a table of `bytes` at `offset` takes.
-    pub(super) fn table_run(&self, offset: u64, bytes: u64) -> Run {
+    pub(super) fn clusters_of(&self, offset: u64, bytes: u64) -> Run {
         let first = offset >> self.cluster_bits;
         Run { first, count: bytes.div_ceil(self.cluster_size()) }
     }
@@ -320,7 +320,7 @@ impl<'a> Rebuild<'a> {
             let (mut bytes, mut changed) = (self.read_table(table)?, false);
             for word in bytes.chunks_exact_mut(width) {
                 let raw = entry::first_word(word);
-                if entry::is_compressed(raw) {
+                if raw & entry::COMPRESSED != 0 {
                     continue;
                 }
                 let Some((cluster, _)) = self.clusters(table, raw)? else { continue };
@@ -385,10 +385,10 @@ impl<'a> Rebuild<'a> {
         let image = self.image;
         let (l1, snapshots) = (image.l1(), old);
         if l1.offset != 0 {
-            self.shadow.free(image.table_run(l1.offset, l1.entries.len() as u64 * 8))?;
+            self.shadow.free(image.clusters_of(l1.offset, l1.entries.len() as u64 * 8))?;
         }
         if snapshots.bytes > 0 {
-            self.shadow.free(image.table_run(snapshots.offset, snapshots.bytes))?;
+            self.shadow.free(image.clusters_of(snapshots.offset, snapshots.bytes))?;
         }
         let l1_run = self.write_l1(&plan.l1)?;
         let bytes = snapshot::serialize(&plan.snapshots, self.name())?;

@@ -450,7 +450,7 @@ impl Rebuild<'_> {
         self.count_clusters(&l1, false)?;
         self.count_tables(&l1, false)?;
         if !l1.is_empty() {
-            self.shadow.free(image.table_run(gone.l1_offset, l1.len() as u64 * 8))?;
+            self.shadow.free(image.clusters_of(gone.l1_offset, l1.len() as u64 * 8))?;
         }
         self.mark_entries(&mut plan.l1)?;
         self.mark_tables(&mut plan.l1)

@@ -4,6 +4,7 @@
 mod amend;
 mod bench;
 mod bitmap;
+mod chainwork;
 mod copy;
 mod create;
 mod data;

@@ -331,6 +331,12 @@ impl<'a> Shadow<'a> {
 
     /// Take `count` free clusters that follow one another.
     pub fn take(&mut self, count: u64) -> Result<Run> {
+        if count == 1 {
+            // The search goes on where the last one ended: many are taken one by one.
+            let first = self.pick()?;
+            self.change(first, true)?;
+            return Ok(Run { first, count });
+        }
         let mut first = self.unused(self.hint)?;
         let mut have = 0;
         while have < count {
@@ -415,6 +421,8 @@ impl<'a> Shadow<'a> {
         old.dirty = 0;
         old.new_blocks.clear();
         old.blocks = None;
+        // Others may share it now, or nobody has it any more.
+        old.tail = None;
         old.hint = self.freed.iter().map(|r| r.first).fold(old.hint, u64::min).max(1);
         if self.freed.len() == MAX_FREED {
             old.hint = 1;
