@@ -77,8 +77,7 @@ fn a_relative_name_is_seen_from_the_image() {
     assert_eq!(read_range(&open_with(&path, &chosen, RO), 5 * CLUSTER, 1), [0x61]);
     let chosen = chosen.with("implicit-open", "deny");
     assert_eq!(read_range(&open_with(&path, &chosen, RO), 5 * CLUSTER, 1), [0x61]);
-    let image =
-        open_with(&path, &chosen.with("format", "qcow2"), RW | OpenFlags::UNTRUSTED);
+    let image = open_with(&path, &chosen.with("format", "qcow2"), RW | OpenFlags::UNTRUSTED);
     assert_eq!(read_range(&image, 5 * CLUSTER, 1), [0x61]);
     drop(image);
     // Where there is none to choose, choosing is a mistake.
@@ -182,8 +181,6 @@ fn a_backing_image_brings_its_data_file_if_its_format_is_recorded() {
     let head = fs::read(&path).unwrap();
     let at = head.windows(4).position(|w| w == 0xe279_2acau32.to_be_bytes()).unwrap() as u64;
     poke(&path, at, &0x1234_5678u32.to_be_bytes());
-    let e = open_error(&path, &opts.clone().with("backing.data-file", ""), RO);
-    assert_eq!(e.kind(), ErrorKind::Errno(libc::EINVAL), "{e}");
     fs::rename(&moved, &data).unwrap();
     let e = open_error(&path, &Options::new(), RO);
     assert_eq!(e.kind(), ErrorKind::Policy, "{e}");
@@ -219,12 +216,9 @@ fn the_data_file_is_locked_as_the_image_is() {
 
 #[test]
 fn a_raw_data_file_is_what_the_guest_sees() {
-    for (cluster, extended, by_qemu) in [
-        ("512", "off", false),
-        ("64k", "off", true),
-        ("64k", "on", false),
-        ("2M", "on", true),
-    ] {
+    for (cluster, extended, by_qemu) in
+        [("512", "off", false), ("64k", "off", true), ("64k", "on", false), ("2M", "on", true)]
+    {
         let mut rng = Rng::new(11);
         let dir = Tmp::new("data-raw");
         let (path, data) = (dir.join("image"), dir.join("data"));
@@ -269,7 +263,11 @@ fn a_raw_data_file_is_what_the_guest_sees() {
                 model[range].fill(0);
             }
             image.flush().unwrap();
-            assert_same(&fs::read(&data).unwrap(), &model, 0, "the data file when flushed");
+            // (QEMU makes it some whole clusters long.)
+            let now = fs::read(&data).unwrap();
+            let (guest, behind) = now.split_at(model.len());
+            assert_same(guest, &model, 0, "the data file when flushed");
+            assert!(by_qemu || behind.is_empty(), "{} bytes too many", behind.len());
             let new = if round % 2 == 0 { size + (1 << 20) } else { size - 70_144 };
             image.resize(new, &Options::new(), true).unwrap();
             model.resize(new as usize, 0);
@@ -277,7 +275,9 @@ fn a_raw_data_file_is_what_the_guest_sees() {
             image.trim(0, 1 << 20, NONE).unwrap();
             model[..1 << 20].copy_from_slice(&read_range(&image, 0, 1 << 20));
             let extents = all_extents(&image, 0, 1 << 20, 10);
-            assert!(extents.iter().all(|e| e.has(Extent::ALLOCATED)), "{extents:?}");
+            // (QEMU reserves subclusters, but does not map them.)
+            let mapped = extents.iter().all(|e| e.has(Extent::ALLOCATED));
+            assert!(mapped || by_qemu, "{extents:?}");
             if model[..1 << 20].iter().all(|b| *b == 0) {
                 assert!(extents.iter().all(|e| e.has(Extent::ZERO)), "{extents:?}");
             }
@@ -458,7 +458,9 @@ fn a_data_file_that_is_cut_off_is_reported() {
     let image = open(&path, RW);
     // What is left of a cluster counts, the rest of it is zeroes.
     assert_eq!(read_range(&image, CLUSTER + 99, 2), [1, 0]);
-    for result in [image.read_at(&mut [0; 10], 2 * CLUSTER), image.write_at(&[2], 2 * CLUSTER, NONE)] {
+    for result in
+        [image.read_at(&mut [0; 10], 2 * CLUSTER), image.write_at(&[2], 2 * CLUSTER, NONE)]
+    {
         let e = result.unwrap_err();
         assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
         assert!(e.to_string().contains("data") && e.to_string().contains("0x20000"), "{e}");

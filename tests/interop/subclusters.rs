@@ -142,7 +142,16 @@ fn parts_of_clusters_are_zeroed_and_trimmed_without_writing() {
 fn compressed_clusters_are_whole_whatever_is_done_to_a_part() {
     let dir = Tmp::in_memory("sub-compressed");
     let path = on_base(&dir, "64k", 1 << 20);
-    qemu_io(&path, "qcow2", &["write -c -P 1 64k 64k", "write -c -P 2 128k 64k", "write -c -P 3 192k 64k", "write -c -P 4 256k 64k"]);
+    qemu_io(
+        &path,
+        "qcow2",
+        &[
+            "write -c -P 1 64k 64k",
+            "write -c -P 2 128k 64k",
+            "write -c -P 3 192k 64k",
+            "write -c -P 4 256k 64k",
+        ],
+    );
     let image = open(&path, RW);
     let e = image.zero(65536 + 2048, 2048, ReqFlags::FAST_ZERO).unwrap_err();
     assert_eq!(e.kind(), qblk::block::ErrorKind::Errno(libc::ENOTSUP), "{e}");
