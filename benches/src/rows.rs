@@ -119,6 +119,18 @@ pub const ROWS: &[Spec] = &[
     },
     Spec { id: "new-4k", title: "4 KiB random write, new image", needs: &[], build: new_image },
     Spec {
+        id: "new-4k-sub",
+        title: "4 KiB random write, new image, extended L2",
+        needs: &[],
+        build: new_subclusters,
+    },
+    Spec {
+        id: "cow-raw-sub",
+        title: "4 KiB random write over raw, extended L2",
+        needs: &[(Raw, Tmpfs), (Raw, Disk)],
+        build: over_subclusters,
+    },
+    Spec {
         id: "unallocated-4k",
         title: "4 KiB random read, unallocated",
         needs: &[(Empty, Tmpfs), (Empty, Disk)],
@@ -147,6 +159,30 @@ pub const ROWS: &[Spec] = &[
         title: "zlib, 4 KiB sequential, per core",
         needs: &[(Zlib, Tmpfs), (Zlib, Disk)],
         build: zlib_4k,
+    },
+    Spec {
+        id: "pack-zlib",
+        title: "compressed writing, zlib, all cores, whole process",
+        needs: &[(Programs, Tmpfs)],
+        build: pack_zlib,
+    },
+    Spec {
+        id: "pack-zstd",
+        title: "compressed writing, zstd, all cores, whole process",
+        needs: &[(Programs, Tmpfs)],
+        build: pack_zstd,
+    },
+    Spec {
+        id: "unpack-zlib",
+        title: "reading all back, zlib, all cores, whole process",
+        needs: &[(Zlib, Tmpfs)],
+        build: unpack_zlib,
+    },
+    Spec {
+        id: "unpack-zstd",
+        title: "reading all back, zstd, all cores, whole process",
+        needs: &[(Zstd, Tmpfs)],
+        build: unpack_zstd,
     },
     Spec {
         id: "zstd-64k",
@@ -385,6 +421,84 @@ fn luks<'a>(images: &'a Images, plan: &'a Plan, block: usize, lead: f64) -> Res<
     Ok(row)
 }
 
+fn pack_zlib<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    pack(images, "zlib", 2.0)
+}
+fn pack_zstd<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    pack(images, "zstd", 1.7)
+}
+
+/// `qblk copy -c` beside `qemu-img convert -c`, from a raw file in memory to a file in memory.
+fn pack<'a>(images: &'a Images, kind: &'static str, lead: f64) -> Res<Row<'a>> {
+    let raw = images.path(Programs, Tmpfs);
+    let (a, b) = (images.output("packed-ours.qcow2"), images.output("packed-qemu.qcow2"));
+    let tool = process::built("qblk-tool", "qblk")?;
+    let how = format!("compression_type={kind}");
+    let ours = ["copy", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", &how];
+    let theirs = ["convert", "-c", "-m", "8", "-W", "-f", "raw", "-O", "qcow2", "-o", &how];
+    let mut row = converts((tool, &ours, raw.clone(), a.clone()), (&theirs, raw, b.clone()), lead)?;
+    // Each is made once before the clock runs, and the sizes must be right.
+    let mut sizes = Vec::new();
+    for (contender, file) in row.contenders.iter_mut().zip([&a, &b]) {
+        (contender.run)()?;
+        sizes.push(at(file, file.metadata())?.len());
+    }
+    if sizes[0] > sizes[1] {
+        return Err(format!("{kind}: {} bytes, qemu-img makes {}", sizes[0], sizes[1]));
+    }
+    let part = |n: u64| n as f64 * 100.0 / images.small as f64;
+    row.remarks = vec![format!(
+        "{} MiB of programs and libraries to {:.1} %, by qemu-img to {:.1} %.",
+        images.small >> 20,
+        part(sizes[0]),
+        part(sizes[1])
+    )];
+    Ok(row)
+}
+
+fn unpack_zlib<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    unpack(images, Zlib, 2.5)
+}
+fn unpack_zstd<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    unpack(images, Zstd, 2.0)
+}
+
+fn unpack<'a>(images: &'a Images, kind: Kind, lead: f64) -> Res<Row<'a>> {
+    let (image, tool) = (images.path(kind, Tmpfs), process::built("qblk-tool", "qblk")?);
+    let (a, b) = (images.output("unpacked-ours.raw"), images.output("unpacked-qemu.raw"));
+    let ours = ["copy", "-q", "-f", "qcow2", "-O", "raw"];
+    let theirs = ["convert", "-m", "8", "-W", "-f", "qcow2", "-O", "raw"];
+    let mut row = converts((tool, &ours, image.clone(), a), (&theirs, image, b), lead)?;
+    row.remarks = vec!["An image that qemu-img has made, to a raw file.".to_owned()];
+    Ok(row)
+}
+
+/// Our tool and qemu-img, each of which makes a file of another.
+fn converts<'a>(
+    (tool, ours, our_source, our_target): (PathBuf, &[&str], PathBuf, PathBuf),
+    (theirs, their_source, their_target): (&[&str], PathBuf, PathBuf),
+    lead: f64,
+) -> Res<Row<'a>> {
+    let args = |words: &[&str], from: PathBuf, to: &Path| -> Vec<PathBuf> {
+        words.iter().map(PathBuf::from).chain([from, to.to_owned()]).collect()
+    };
+    let one = |who, program: PathBuf, args: Vec<PathBuf>, file: PathBuf| Contender {
+        who,
+        run: Box::new(move || process::makes(&program, &args, &file)),
+    };
+    let our_args = args(ours, our_source, &our_target);
+    let their_args = args(theirs, their_source, &their_target);
+    Ok(Row {
+        unit: Unit::Millis,
+        contenders: vec![
+            one(Who::Ours, tool, our_args, our_target),
+            one(Who::QemuTool, "qemu-img".into(), their_args, their_target),
+        ],
+        targets: vec![to_reach(Qemu, lead)],
+        remarks: Vec::new(),
+    })
+}
+
 fn compressed<'a>(
     images: &'a Images,
     plan: &'a Plan,
@@ -431,6 +545,39 @@ fn new_image<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     row.targets =
         vec![to_reach(Imago, 1.3), to_reach(Qemu, 4.0), to_reach(Limit("a sparse raw file"), 0.8)];
     row.remarks = vec!["The limit is a sparse raw file. Every write allocates.".to_owned()];
+    Ok(row)
+}
+
+/// Clusters of which a subcluster is what one write fills.
+const SUBCLUSTERS: &str = "extended_l2=on,cluster_size=128k";
+
+fn new_subclusters<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    let make = |file: &Path, _| create(file, images.size, &[SUBCLUSTERS]);
+    subclusters(images, plan, make, None)
+}
+fn over_subclusters<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    let make = |file: &Path, on| {
+        let below = format!("backing_file={},backing_fmt=raw", images.path(Raw, on).display());
+        create(file, images.size, &[SUBCLUSTERS, &below])
+    };
+    subclusters(images, plan, make, Some(Raw))
+}
+
+fn subclusters<'a>(
+    images: &'a Images,
+    plan: &'a Plan,
+    make: impl Fn(&Path, On) -> Res<()>,
+    below: Option<Kind>,
+) -> Res<Row<'a>> {
+    // Every write is the first to its subcluster, some are to their cluster.
+    let ops = if plan.quick { 4096 } else { 16384 }.min(images.size / 4096 / 8);
+    let work =
+        Work::writes(4096, Pattern::Walk(golden_step(images.size, 4096)), images.size).exactly(ops);
+    let mut row = fresh_row(images, plan, work, make, below)?;
+    // It does not open such images.
+    row.contenders.retain(|c| !matches!(c.who, Who::Imago));
+    row.targets = vec![to_reach(Qemu, 3.0)];
+    row.remarks = vec!["Clusters of 128 KiB, subclusters of 4 KiB; each write fills one.".to_owned()];
     Ok(row)
 }
 

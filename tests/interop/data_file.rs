@@ -286,11 +286,11 @@ fn a_raw_data_file_is_what_the_guest_sees() {
             assert_same(&fs::read(&data).unwrap(), &model, 0, "the data file when closed");
             check_same(&path, "qcow2", &model, &dir.join("model"));
             // QEMU takes clusters away from the tables; they come back, zeroes in the file as well.
-            let commands = ["write -P 9 130k 3k", "write -z -u 256k 256k", "discard 1M 64k"];
+            // (What it discards it leaves in the file.)
+            let commands = ["write -P 9 130k 3k", "write -z -u 256k 256k"];
             qemu_io(&path, "qcow2", &commands);
             model[130 << 10..133 << 10].fill(9);
             model[256 << 10..512 << 10].fill(0);
-            model[1 << 20..(1 << 20) + (64 << 10)].fill(0);
             let image = open(&path, RW);
             image.write_at(&[1], (256 << 10) + 7, NONE).unwrap();
             model[(256 << 10) + 7] = 1;
