@@ -577,7 +577,8 @@ fn subclusters<'a>(
     // It does not open such images.
     row.contenders.retain(|c| !matches!(c.who, Who::Imago));
     row.targets = vec![to_reach(Qemu, 3.0)];
-    row.remarks = vec!["Clusters of 128 KiB, subclusters of 4 KiB; each write fills one.".to_owned()];
+    row.remarks =
+        vec!["Clusters of 128 KiB, subclusters of 4 KiB; each write fills one.".to_owned()];
     Ok(row)
 }
 
