@@ -9,7 +9,7 @@ use qblk::block::{Device, InFlight, NewSnapshot, OneIov, Prealloc, ReqFlags, Res
 use qblk::crypto::Secret;
 use qblk::format::{BackingRef, Params, luks, qcow2};
 
-use super::disk::{Disk, SECTOR};
+use super::disk::{Disk, Files, SECTOR};
 use super::{Rng, run};
 
 /// What the guest does; places are sectors.
@@ -36,6 +36,8 @@ pub struct Scenario {
     pub encrypted: bool,
     /// L2 entries with subclusters.
     pub extended: bool,
+    /// Data lies in another file; `true`: which is always what the guest sees.
+    pub data_file: Option<bool>,
     pub backing: bool,
     /// Largest size, sectors.
     pub sectors: u64,
@@ -57,6 +59,7 @@ pub const PLAIN: Scenario = Scenario {
     refcount_order: 4,
     encrypted: false,
     extended: false,
+    data_file: None,
     backing: false,
     sectors: 2048,
     most: 64,
@@ -116,6 +119,17 @@ pub fn scenarios() -> Vec<Scenario> {
             snapshots: 4,
             ..PLAIN
         },
+        Scenario { name: "data file", data_file: Some(false), weights: all, ..PLAIN },
+        Scenario {
+            name: "data file over a backing file, subclusters",
+            data_file: Some(false),
+            extended: true,
+            cluster_bits: 14,
+            backing: true,
+            weights: all,
+            ..PLAIN
+        },
+        Scenario { name: "raw data file", data_file: Some(true), weights: all, ..PLAIN },
         Scenario { name: "compressed", pack: 8, ..PLAIN },
         Scenario {
             name: "compressed, with everything else, over a backing file",
@@ -198,13 +212,16 @@ impl Scenario {
                 .then(|| BackingRef { name: b"below".to_vec(), format: Some(b"raw".to_vec()) }),
             prealloc: Prealloc::Off,
             extended: self.extended,
-            data_file: None,
+            data_file: self.data_file.map(|raw| qcow2::DataFile { name: b"data".to_vec(), raw }),
         }
     }
 
     /// Make the image.
     pub fn create(&self) -> Disk {
-        let disk = Disk::new(Vec::new());
+        // What is in a data file at first is nobody's.
+        let data = if self.data_file == Some(false) { 0xee } else { 0 };
+        let len = if self.data_file.is_some() { self.first_size() * SECTOR } else { 0 };
+        let disk = Disk::new([Vec::new(), vec![data; len as usize]]);
         qcow2::create(&disk.device(), self.first_size() * SECTOR, &self.geometry()).unwrap();
         disk
     }
@@ -222,8 +239,11 @@ impl Scenario {
             calls: Arc::new(InFlight::default()),
         };
         let mut image = qcow2::Qcow2::open(disk.device(), params)?;
+        if self.data_file.is_some() {
+            image.attach_data(disk.data());
+        }
         if let Some(content) = self.below() {
-            image.attach(Disk::new(content).device(), true);
+            image.attach(Disk::new([content, Vec::new()]).device(), true);
         }
         Ok(Device::new(Box::new(image)))
     }
@@ -474,10 +494,12 @@ pub fn read_all(image: &Device) -> Result<Vec<u8>> {
 
 /// The image that `content` is must be sound, by qemu-img's judgement too if it is given a place for
 /// it, and hold what the guest may count on.
-pub fn judge(content: Vec<u8>, guest: &Guest, scenario: &Scenario, qemu: Option<&Path>) {
+pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&Path>) {
     if let Some(path) = qemu {
-        fs::write(path, &content).unwrap();
-        let out = qemu_check(path, scenario.encrypted);
+        fs::write(path, &content[0]).unwrap();
+        let data = path.with_extension("data");
+        fs::write(&data, &content[1]).unwrap();
+        let out = qemu_check(path, scenario, &data);
         // 0 is sound, 3 has leaks only.
         let sound = matches!(out.status.code(), Some(0 | 3));
         let told = |text: &[u8]| String::from_utf8_lossy(text).into_owned();
@@ -499,8 +521,16 @@ impl Drop for About {
     }
 }
 
-fn qemu_check(path: &Path, encrypted: bool) -> Output {
-    if !encrypted {
+fn qemu_check(path: &Path, scenario: &Scenario, data: &Path) -> Output {
+    if scenario.data_file.is_some() {
+        let opts = format!(
+            "driver=qcow2,file.driver=file,file.filename={},data-file.driver=file,data-file.filename={}",
+            path.display(),
+            data.display()
+        );
+        return run("qemu-img", &[&"check", &"--image-opts", &opts]);
+    }
+    if !scenario.encrypted {
         return run("qemu-img", &[&"check", &"-f", &"qcow2", &path]);
     }
     let opts = format!(
