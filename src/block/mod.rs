@@ -3,6 +3,7 @@
 //!
 //! This room knows nobody else's names: no files, no formats.
 
+mod check;
 mod device;
 mod error;
 mod extent;
@@ -16,6 +17,7 @@ mod range_lock;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+pub use check::{CheckReport, Repair};
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
@@ -287,6 +289,12 @@ pub trait Driver: Send + Sync {
     /// Change the size; bytes that come into being read as zeroes.
     fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {
         Err(Error::NotSupported("resize"))
+    }
+    /// Check the image, and mend what `repair` says. Before, everything that was written is made to be
+    /// in the file; no other call is under way. When the report says `changed`, what the driver knows of
+    /// the image may be out of date: it must be opened anew before it is used for anything else.
+    fn check(&self, _repair: Repair, _progress: Progress<'_>) -> Result<CheckReport> {
+        Err(Error::NotSupported("checking images of this format"))
     }
     /// Bytes in use on the host; `None` if not known.
     fn allocated(&self) -> Option<u64> {

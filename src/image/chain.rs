@@ -301,7 +301,7 @@ impl<'a> Opening<'a> {
     /// and what takes more room is done in functions that return before that.
     fn image(&mut self, this: Box<Part>) -> Result<(Device, bool)> {
         let (mut opened, probed) = self.one(&this)?;
-        let next = match this.flags.has(OpenFlags::INFO_ONLY) {
+        let next = match this.flags.0 & OpenFlags::NO_DATA != 0 {
             true => None,
             false => self.backing(&opened, &this)?,
         };
@@ -362,7 +362,10 @@ impl<'a> Opening<'a> {
             key,
             calls: self.calls.clone(),
         };
-        let opened = format::open(kind, file, params)?;
+        let opened = match flags.has(OpenFlags::CHECK) {
+            true => format::open_to_check(kind, file, params)?,
+            false => format::open(kind, file, params)?,
+        };
         if has_key && !opened.is_encrypted() {
             return Err(key::no_use(opened.name()));
         }

@@ -109,6 +109,14 @@ impl Driver for Qcow2 {
         self.change_size(size, prealloc)
     }
 
+    fn check(&self, repair: Repair, progress: Progress<'_>) -> Result<CheckReport> {
+        // What is in memory belongs to what is checked, unless nothing is written any more.
+        if !self.is_fenced() {
+            self.settle()?;
+        }
+        super::check::run(&self.file, repair, progress)
+    }
+
     fn allocated(&self) -> Option<u64> {
         self.file.driver().allocated()
     }

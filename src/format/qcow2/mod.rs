@@ -17,6 +17,7 @@
 //! then `Features::turn` (one writer of header fields).
 
 mod chain;
+pub mod check;
 mod compressed;
 mod create;
 mod data;
@@ -25,6 +26,7 @@ mod driver;
 mod edit;
 mod entry;
 mod flush;
+mod guard;
 mod header;
 mod l2cache;
 mod refcount;
@@ -32,7 +34,7 @@ mod resize;
 mod write;
 
 use std::ptr;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering::*};
 
 use parking_lot::{Condvar, Mutex};
@@ -95,8 +97,10 @@ struct Writer {
     ended: AtomicU64,
     /// A mapping has changed since the last flush: a write in place may depend on it.
     changed: AtomicBool,
-    /// The error number of a flush that failed: writes are refused from then on.
+    /// The error number of a flush that failed, or [`guard::CORRUPT`]: writes are refused from then on.
     failed: AtomicI32,
+    /// What was found that makes the image corrupt.
+    corrupt: OnceLock<String>,
 }
 
 /// An open qcow2 image.
@@ -125,6 +129,8 @@ pub struct Qcow2 {
     cache: L2Cache,
     compressed: compressed::Store,
     writer: Option<Writer>,
+    /// Where metadata is; of a writable image only.
+    areas: Arc<guard::Areas>,
     calls: Arc<InFlight>,
 }
 
@@ -148,7 +154,7 @@ impl Drop for Qcow2 {
 impl Qcow2 {
     /// Open the image in `file`; its backing image, if any, is attached afterwards.
     pub fn open(file: Device, params: Params) -> Result<Self> {
-        let header = Header::read(&file)?;
+        let mut header = Header::read(&file)?;
         if !params.info_only
             && let Some(feature) = header.unsupported()
         {
@@ -156,6 +162,10 @@ impl Qcow2 {
         }
         if params.write {
             Self::check_writable(&file, &header)?;
+            if header.incompatible & incompat::DIRTY != 0 {
+                check::repair_dirty(&file)?;
+                header = Header::read(&file)?;
+            }
         }
         let l1_bytes = u64::from(header.l1_entries) * 8;
         if params.untrusted && l1_bytes > MAX_UNTRUSTED_L1 && !params.info_only {
@@ -178,7 +188,10 @@ impl Qcow2 {
         };
         let slices = (l1.entries.len() as u64) << (l2_bits - slice_bits);
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
-        let writer = if params.write { Some(Self::writer(&file, &header)?) } else { None };
+        let expected = if params.write { l1.entries.len() as u64 } else { 0 };
+        let areas = Arc::new(guard::Areas::new(expected));
+        let writer =
+            if params.write { Some(Self::writer(&file, &header, areas.clone())?) } else { None };
         // An image that can grow gets a cache that can, too: memory is taken as it is used.
         let used =
             if params.write { used.max(l2cache::DEFAULT_MAX >> (slice_bits + 3)) } else { used };
@@ -206,8 +219,12 @@ impl Qcow2 {
             backing_is_named: false,
             files_below: Vec::new(),
             writer,
+            areas,
             calls: params.calls,
         };
+        if image.writer.is_some() {
+            image.note_l2_tables();
+        }
         Ok(image)
     }
 
@@ -216,13 +233,7 @@ impl Qcow2 {
         if header.incompatible & incompat::CORRUPT != 0 {
             return Err(Error::corrupt(
                 name,
-                "it is marked as corrupt; it can be read, or repaired with qemu-img check -r all",
-            ));
-        }
-        if header.incompatible & incompat::DIRTY != 0 {
-            return Err(Error::unsupported(
-                name,
-                "writing to an image that was not closed cleanly (dirty bit; its refcounts need a repair)",
+                "it is marked as corrupt; it can be read, or repaired with qblk check --repair=all",
             ));
         }
         if header.has_bitmaps && header.autoclear & header::AUTOCLEAR_BITMAPS != 0 {
@@ -255,14 +266,16 @@ impl Qcow2 {
         Ok(L1 { offset: header.l1_offset, entries })
     }
 
-    fn writer(file: &Device, header: &Header) -> Result<Writer> {
+    fn writer(file: &Device, header: &Header, areas: Arc<guard::Areas>) -> Result<Writer> {
         let mut refs = Refcounts::load(
             file,
             header.cluster_bits,
             header.refcount_order,
             header.reftable_offset,
             header.reftable_clusters,
+            areas.clone(),
         )?;
+        guard::note_snapshots(file, header, &areas)?;
         refs.protect(refcount::Run {
             first: header.l1_offset >> header.cluster_bits,
             count: (u64::from(header.l1_entries) * 8).div_ceil(1 << header.cluster_bits),
@@ -290,6 +303,7 @@ impl Qcow2 {
             ended: AtomicU64::new(0),
             changed: AtomicBool::new(false),
             failed: AtomicI32::new(0),
+            corrupt: OnceLock::new(),
         })
     }
 
@@ -334,8 +348,14 @@ impl Qcow2 {
             self.writer.as_ref().ok_or_else(|| Error::ReadOnly(self.file.name().clone()))?;
         match writer.failed.load(Acquire) {
             0 => Ok(writer),
+            guard::CORRUPT => Err(guard::fenced(self.file.name(), writer.corrupt.get())),
             errno => Err(Error::Failed { file: self.file.name().clone(), errno }),
         }
+    }
+
+    /// Whether nothing is written any more.
+    fn is_fenced(&self) -> bool {
+        self.writer.as_ref().is_some_and(|w| w.failed.load(Acquire) != 0)
     }
 
     /// Look up a guest offset: the entry of its cluster, and how far it goes on alike.
@@ -363,7 +383,7 @@ impl Qcow2 {
                 match self.load_slice(slice) {
                     Ok(()) => continue,
                     // No room for it, ever again; reading goes on without.
-                    Err(Error::Failed { .. }) => {
+                    Err(_) if self.is_fenced() => {
                         return self.lookup_on_disk(cluster, in_cluster, count);
                     }
                     Err(e) => return Err(e),
@@ -414,13 +434,10 @@ impl Qcow2 {
 
     #[cold]
     fn bad_entry(&self, cluster: u64, raw: u64, what: &str) -> Error {
-        Error::corrupt(
-            self.file.name(),
-            format!(
-                "the L2 entry of guest offset {:#x} {what}: found {raw:#018x}",
-                cluster << self.cluster_bits
-            ),
-        )
+        self.found_corrupt(format!(
+            "the L2 entry of guest offset {:#x} {what}: found {raw:#018x}",
+            cluster << self.cluster_bits
+        ))
     }
 
     /// Bring a slice into the cache.
@@ -455,10 +472,7 @@ impl Qcow2 {
         let l1_index = slice >> (self.l2_bits - self.slice_bits);
         let raw = self.l1().entries.get(l1_index as usize).map_or(0, |e| e.load(Acquire));
         let (table, _) = entry::decode_l1(raw, self.cluster_bits).map_err(|what| {
-            Error::corrupt(
-                self.file.name(),
-                format!("L1 entry {l1_index} {what}: found {raw:#018x}"),
-            )
+            self.found_corrupt(format!("L1 entry {l1_index} {what}: found {raw:#018x}"))
         })?;
         let within = slice & ((1 << (self.l2_bits - self.slice_bits)) - 1);
         Ok((table != 0).then(|| table + (within << (self.slice_bits + 3))))
@@ -508,13 +522,6 @@ impl refcount::Host for Qcow2 {
     }
 
     fn switch_table(&self, run: refcount::Run, content: &[u8]) -> Result<()> {
-        let offset = run.first << self.cluster_bits;
-        self.file.write_slice(content, offset, ReqFlags::NONE)?;
-        self.file.flush()?;
-        let mut field = [0; 12];
-        field[..8].copy_from_slice(&offset.to_be_bytes());
-        field[8..].copy_from_slice(&(run.count as u32).to_be_bytes());
-        self.file.write_slice(&field, header::at::REFTABLE, ReqFlags::NONE)?;
-        self.file.flush()
+        refcount::write_table(&self.file, run.first << self.cluster_bits, run.count, content)
     }
 }

@@ -5,9 +5,11 @@
 //!
 //! Source: "Host cluster management" of the QCOW2 specification.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::sync::Arc;
 
-use super::header::MAX_REFTABLE_BYTES;
+use super::guard::{Areas, Kind};
+use super::header::{MAX_REFTABLE_BYTES, at};
 use crate::block::*;
 
 /// Clean slices kept.
@@ -65,11 +67,10 @@ pub struct Refcounts {
     limit: u64,
     /// Table entries set since they were last written.
     new_blocks: Vec<usize>,
-    /// Clusters of all blocks; made when first needed.
-    blocks: Option<HashSet<u64>>,
-    /// Clusters of the L1 table.
-    l1: Run,
-    keys: Run,
+    /// An entry of the table that is there twice.
+    twice: Option<u64>,
+    /// Where metadata is: clusters that are never handed out.
+    areas: Arc<Areas>,
 }
 
 /// What [`Refcounts::allocate`] needs of the image around it.
@@ -88,6 +89,7 @@ impl Refcounts {
         order: u32,
         table_offset: u64,
         table_clusters: u32,
+        areas: Arc<Areas>,
     ) -> Result<Self> {
         let mut raw = vec![0; (u64::from(table_clusters) << cluster_bits) as usize];
         if table_offset >= file.size() {
@@ -101,6 +103,10 @@ impl Refcounts {
         }
         file.read_slice(&mut raw, table_offset)?;
         let mut table = Vec::with_capacity(raw.len() / 8);
+        let mut twice = None;
+        areas.add(Kind::Header, 0);
+        let own = Run { first: table_offset >> cluster_bits, count: table_clusters.into() };
+        areas.replace(Kind::RefcountTable, &[own]);
         for (i, e) in raw.chunks_exact(8).enumerate() {
             let entry = u64::from_be_bytes(e.try_into().unwrap_or_default());
             if entry & ((1 << cluster_bits) - 1) != 0 || entry >> 56 != 0 {
@@ -112,6 +118,13 @@ impl Refcounts {
                         table_offset + 8 * i as u64
                     ),
                 ));
+            }
+            if entry != 0 {
+                let cluster = entry >> cluster_bits;
+                if areas.kind_at(cluster) == Some(Kind::RefcountBlock) {
+                    twice = Some(entry);
+                }
+                areas.add(Kind::RefcountBlock, cluster);
             }
             table.push(entry);
         }
@@ -128,9 +141,8 @@ impl Refcounts {
             virgin: if grows { size.div_ceil(1 << cluster_bits) } else { u64::MAX },
             limit: if grows { 1 << (56 - cluster_bits) } else { size >> cluster_bits },
             new_blocks: Vec::new(),
-            blocks: None,
-            l1: Run { first: 0, count: 0 },
-            keys: Run { first: 0, count: 0 },
+            twice,
+            areas,
         })
     }
 
@@ -234,6 +246,36 @@ impl Refcounts {
         Ok(left)
     }
 
+    /// Add a reference to `cluster`, which has one; the count that it has then. Nothing has changed where
+    /// its width has no room for another.
+    pub fn retain(&mut self, file: &Device, cluster: u64) -> Result<u64> {
+        let count = self.get(file, cluster)?;
+        let bad = |what: &str| {
+            let offset = cluster << self.cluster_bits;
+            format!("the cluster at {offset:#x} {what}")
+        };
+        if count == 0 {
+            return Err(Error::corrupt(file.name(), bad("is in use but has a refcount of 0")));
+        }
+        if count == self.max() {
+            let bits = 1 << self.order;
+            return Err(Error::TooBig {
+                file: file.name().clone(),
+                what: bad(&format!("has {count} references, as many as {bits} bits can count")),
+            });
+        }
+        self.set(file, cluster, count + 1)?;
+        Ok(count + 1)
+    }
+
+    /// The largest count that there is room for.
+    pub fn max(&self) -> u64 {
+        match self.order {
+            6 => u64::MAX,
+            order => (1 << (1u32 << order)) - 1,
+        }
+    }
+
     /// Take up to `want` free clusters that follow one another, the first that are found. Also says
     /// whether the host has nothing but zeroes there.
     pub fn allocate(&mut self, file: &Device, want: u64) -> std::result::Result<(Run, bool), Stop> {
@@ -266,7 +308,8 @@ impl Refcounts {
             return Err(no_space(file).into());
         }
         for cluster in run.first..run.first + run.count {
-            if self.is_table(cluster, file)? {
+            self.check_blocks(file)?;
+            if self.is_table(cluster) {
                 return Err(in_use(file, cluster << self.cluster_bits).into());
             }
         }
@@ -277,41 +320,30 @@ impl Refcounts {
         Ok((run, self.hand_out(run)))
     }
 
-    /// Whether `cluster` holds the header or a table that this type or the image's owner knows of,
-    /// whatever its count says.
-    fn is_table(&mut self, cluster: u64, file: &Device) -> Result<bool> {
-        if self.blocks.is_none() {
-            let mut blocks = HashSet::with_capacity(64);
-            for entry in self.table.iter().filter(|e| **e != 0) {
-                if !blocks.insert(entry >> self.cluster_bits) {
-                    return Err(Error::corrupt(
-                        file.name(),
-                        format!("two refcount table entries point to the block at {entry:#x}"),
-                    ));
-                }
-            }
-            self.blocks = Some(blocks);
+    /// Refuse to allocate where two entries of the table name the same block.
+    fn check_blocks(&self, file: &Device) -> Result<()> {
+        match self.twice {
+            None => Ok(()),
+            Some(entry) => Err(Error::corrupt(
+                file.name(),
+                format!("two refcount table entries point to the block at {entry:#x}"),
+            )),
         }
-        let per_cluster = 1u64 << (self.cluster_bits - 3);
-        let table = self.table_offset >> self.cluster_bits;
-        let tables = [
-            Run { first: 0, count: 1 },
-            Run { first: table, count: self.table.len() as u64 / per_cluster },
-            self.l1,
-            self.keys,
-        ];
-        Ok(tables.iter().any(|r| (r.first..r.first + r.count).contains(&cluster))
-            || self.blocks.as_ref().is_some_and(|b| b.contains(&cluster)))
+    }
+
+    /// Whether `cluster` holds metadata, whatever its count says.
+    fn is_table(&self, cluster: u64) -> bool {
+        self.areas.kind_at(cluster).is_some()
     }
 
     /// Where the L1 table lies: clusters that are never handed out.
     pub fn protect(&mut self, l1: Run) {
-        self.l1 = l1;
+        self.areas.replace(Kind::L1, &[l1]);
     }
 
     /// Where the LUKS header and its keys lie; as [`Self::protect`].
     pub fn protect_keys(&mut self, keys: Run) {
-        self.keys = keys;
+        self.areas.replace(Kind::Luks, &[keys]);
     }
 
     fn hand_out(&mut self, run: Run) -> bool {
@@ -380,8 +412,8 @@ impl Refcounts {
         for b in 0..blocks {
             self.table[(index + b) as usize] = (first + b) << self.cluster_bits;
             self.new_blocks.push((index + b) as usize);
+            self.areas.add(Kind::RefcountBlock, first + b);
         }
-        self.blocks = None;
         for cluster in first..first + blocks + count {
             self.set(file, cluster, 1)?;
         }
@@ -413,14 +445,15 @@ impl Refcounts {
         if first >= self.limit {
             return Err(no_space(file).into());
         }
-        if index == 0 || self.is_table(first, file)? {
+        self.check_blocks(file)?;
+        if index == 0 || self.is_table(first) {
             return Err(in_use(file, first << self.cluster_bits).into());
         }
         // What the file has there is of no use to anyone; the block must read as zeroes.
         file.zero(first << self.cluster_bits, 1 << self.cluster_bits, ReqFlags::NONE)?;
         self.hand_out(Run { first, count: 1 });
         self.table[index as usize] = first << self.cluster_bits;
-        self.blocks.get_or_insert_default().insert(first);
+        self.areas.add(Kind::RefcountBlock, first);
         self.new_blocks.push(index as usize);
         self.set(file, first, 1)?;
         self.hint = self.hint.max(first + 1);
@@ -481,7 +514,9 @@ impl Refcounts {
         }
         self.hand_out(all);
         self.new_blocks.clear();
-        self.blocks = None;
+        let own = Run { first: first + blocks, count: clusters };
+        self.areas.replace(Kind::RefcountTable, &[own]);
+        (first..first + blocks).for_each(|c| self.areas.add(Kind::RefcountBlock, c));
         self.table_offset = (first + blocks) << self.cluster_bits;
         self.hint = self.hint.max(first + all.count);
         for cluster in old.0..old.0 + old.1 {
@@ -568,8 +603,19 @@ fn no_space(file: &Device) -> Error {
     }
 }
 
+/// Write a refcount table of `clusters` clusters to `offset`, and make the header name it.
+pub(super) fn write_table(file: &Device, offset: u64, clusters: u64, content: &[u8]) -> Result<()> {
+    file.write_slice(content, offset, ReqFlags::NONE)?;
+    file.flush()?;
+    let mut field = [0; 12];
+    field[..8].copy_from_slice(&offset.to_be_bytes());
+    field[8..].copy_from_slice(&(clusters as u32).to_be_bytes());
+    file.write_slice(&field, at::REFTABLE, ReqFlags::NONE)?;
+    file.flush()
+}
+
 /// Count `index` of a slice; counts below a byte fill a byte from its low end.
-fn read_count(data: &[u8], index: u64, order: u32) -> u64 {
+pub(super) fn read_count(data: &[u8], index: u64, order: u32) -> u64 {
     let i = index as usize;
     match order {
         0..3 => {
@@ -585,7 +631,7 @@ fn read_count(data: &[u8], index: u64, order: u32) -> u64 {
     }
 }
 
-fn write_count(data: &mut [u8], index: u64, order: u32, count: u64) {
+pub(super) fn write_count(data: &mut [u8], index: u64, order: u32, count: u64) {
     let i = index as usize;
     match order {
         0..3 => {
