@@ -422,8 +422,11 @@ impl Qcow2 {
         let slice = cluster >> self.slice_bits;
         let mut raw = [0; 8];
         if let Some(offset) = self.slice_offset(slice)? {
-            let index = cluster & ((1 << self.slice_bits) - 1);
-            self.file.read_slice(&mut raw, offset + 8 * index)?;
+            let at = offset + 8 * (cluster & ((1 << self.slice_bits) - 1));
+            if at + 8 > self.file.size() {
+                return Err(self.cut_off("the end of an L2 table", at + 8));
+            }
+            self.file.read_slice(&mut raw, at)?;
         }
         let raw = u64::from_be_bytes(raw);
         let entry = entry::decode(raw, self.cluster_bits, self.v3)
@@ -457,7 +460,8 @@ impl Qcow2 {
                 return Ok(());
             };
             if offset + bytes.len() as u64 > self.file.size() {
-                return Err(self.cut_off("the end of an L2 table", offset + bytes.len() as u64));
+                let cut = self.cut_off("the end of an L2 table", offset + bytes.len() as u64);
+                return self.or_corrupt(Err(cut));
             }
             self.file.read_slice(bytes, offset)?;
             if self.writer.is_none() {

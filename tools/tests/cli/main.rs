@@ -2,6 +2,7 @@
 //! status and what qemu-img says of the images.
 
 mod bench;
+mod check;
 mod copy;
 mod create;
 mod data;
