@@ -18,9 +18,10 @@ fn check_has_the_exit_status_of_qemu_img_and_repairs() {
     assert!(text.contains("no errors were found"), "{text}");
     assert!(text.contains("2 of 16 clusters allocated"), "{text}");
 
-    // A cluster that nobody has: the refcount of one behind the last.
+    // A cluster behind the last, which nobody has.
     std::fs::copy(dir.path("a.qcow2"), dir.path("leak.qcow2")).unwrap();
-    poke(&dir, "leak.qcow2", 2 * 65536 + 2 * 5, &[0, 2]);
+    poke(&dir, "leak.qcow2", 8 * 65536 - 1, &[1]);
+    poke(&dir, "leak.qcow2", 2 * 65536 + 2 * 7, &[0, 1]);
     assert_eq!(dir.qblk("check leak.qcow2").status, Some(3));
     dir.qblk("check leak.qcow2 --repair=leaks").good();
     dir.qblk("check leak.qcow2").good();
