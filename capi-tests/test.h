@@ -26,13 +26,18 @@
 
 #include <qblk.h>
 
-/* _exit: a failed check in a thread must not wait for the others, nor hide behind exit handlers. */
+static inline void test_end_(void);
+
+/* _exit: a failed check in a thread must not wait for the others, nor hide behind exit handlers. The
+ * directory goes all the same, unless QBLK_TEST_KEEP is set. */
 #define FAIL_(...) \
     do { \
         fflush(stdout); \
         fprintf(stderr, "%s:%d: ", __FILE__, __LINE__); \
         fprintf(stderr, __VA_ARGS__); \
         fputc('\n', stderr); \
+        if (!getenv("QBLK_TEST_KEEP")) \
+            test_end_(); \
         _exit(1); \
     } while (0)
 

@@ -25,8 +25,8 @@
  *   result    0, or a negative errno. -EBUSY, -EAGAIN and -ETIMEDOUT say that somebody else has a
  *             resource (the program sees QBLK_ELOCKED); -ESTALE that the lease is lost; all others
  *             that the manager itself failed (the program sees that code).
- *   threads   the calls on one lease come one after the other, from a thread of the library's; calls
- *             on different leases may come at the same time.
+ *   threads   the calls on one lease come one after the other, from a thread of the library's, in
+ *             which all signals are blocked; calls on different leases may come at the same time.
  *   time      a call that does not return in time is given up (see docs/options.md,
  *             lock-manager-timeout). If it returns later all the same, its lease is released.
  *   fork      nothing is called in a child of fork.

@@ -19,6 +19,7 @@ pub mod image;
 pub mod lockmgr;
 pub mod log;
 pub mod nbd;
+mod thread;
 
 pub use block::{Error, Extent, ReqFlags, Result};
 pub use image::{Image, Info, OpenFlags, Options};

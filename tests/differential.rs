@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use common::*;
-use geometry::{Chain, Setup};
+use geometry::{Chain, Data, Setup, data_file};
 use qblk::block::ErrorKind;
 use qblk::{Extent, Image, Options, ReqFlags};
 
@@ -377,6 +377,10 @@ impl Round {
         self.close();
         if self.setup.format == "qcow2" {
             check_clean(&self.path);
+            if self.setup.data == Data::Raw {
+                let data = std::fs::read(data_file(&self.path)).unwrap();
+                assert_same(&data, &self.model, 0, "the raw data file");
+            }
         } else {
             assert_eq!(std::fs::metadata(&self.path).unwrap().len(), size);
         }
@@ -413,10 +417,23 @@ impl Round {
     fn crash_copy(&self) -> PathBuf {
         let copy = self.dir.join("crashed");
         std::fs::copy(&self.path, &copy).unwrap();
-        if self.setup.format == "qcow2" {
+        if self.setup.data != Data::InImage {
+            let data = data_file(&copy);
+            std::fs::copy(data_file(&self.path), &data).unwrap();
+            check_no_corruption_with(&copy, &data);
+        } else if self.setup.format == "qcow2" {
             check_no_corruption(&copy);
         }
         copy
+    }
+
+    /// What [`Self::crash_copy`] has made.
+    fn open_crashed(&self, copy: &std::path::Path) -> Image {
+        let mut opts = self.options();
+        if self.setup.data != Data::InImage {
+            opts.set("data-file", Some(data_file(copy).as_os_str().as_encoded_bytes()));
+        }
+        open_with(copy, &opts, RO)
     }
 
     fn crash(&mut self) {
@@ -427,7 +444,7 @@ impl Round {
         }
         let copy = self.crash_copy();
         if flush {
-            let image = open_with(&copy, &self.options(), RO);
+            let image = self.open_crashed(&copy);
             assert_same(&read_all(&image), &self.model, 0, "flushed, then crashed");
         }
     }
@@ -445,7 +462,7 @@ impl Round {
         self.image().write_at(&data, from, ReqFlags::FUA).unwrap();
         self.model[from as usize..][..n as usize].copy_from_slice(&data);
         let copy = self.crash_copy();
-        let image = open_with(&copy, &self.options(), RO);
+        let image = self.open_crashed(&copy);
         assert_same(&read_range(&image, from, n), &data, from, "written with FUA, then crashed");
     }
 
@@ -474,7 +491,8 @@ impl Round {
 
     fn snapshot(&mut self) {
         let s = &self.setup;
-        if s.format != "qcow2" || s.refcount_bits < 4 || self.snapshots.len() >= 2 {
+        let can = s.format == "qcow2" && s.data == Data::InImage && s.refcount_bits >= 4;
+        if !can || self.snapshots.len() >= 2 {
             return;
         }
         let name = format!("s{}", self.snapshots.len());

@@ -33,17 +33,26 @@ fn source(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(name)
 }
 
-/// The manager that ships. Compiled once for each process that asks, or handed down to hosts.
+/// The manager that ships. Compiled once for each process that asks, or handed down to hosts, which are
+/// killed and could not clean up.
 pub fn lease_manager() -> &'static Path {
-    static MADE: OnceLock<(Tmp, PathBuf)> = OnceLock::new();
-    let made = MADE.get_or_init(|| {
-        let dir = Tmp::new("lease-so");
-        if let Some(given) = std::env::var_os("QBLK_TEST_MANAGER") {
-            return (dir, given.into());
+    static MADE: OnceLock<(Option<Tmp>, PathBuf)> = OnceLock::new();
+    // Nobody drops a static.
+    extern "C" fn remove() {
+        if let Some((Some(dir), _)) = MADE.get() {
+            let _ = fs::remove_dir_all(dir.path());
         }
+    }
+    let made = MADE.get_or_init(|| {
+        if let Some(given) = std::env::var_os("QBLK_TEST_MANAGER") {
+            return (None, given.into());
+        }
+        let dir = Tmp::new("lease-so");
+        // SAFETY: the function needs nothing but the static, which is there to the end.
+        unsafe { libc::atexit(remove) };
         let out = dir.join("libqblk-lockmgr-lease.so");
         compile(&out, &[source("lockmgr-lease/lease.c"), source("lockmgr-lease/record.c")]);
-        (dir, out)
+        (Some(dir), out)
     });
     &made.1
 }

@@ -62,6 +62,7 @@ pub fn add_qemu<'a>(
     plan: &'a Plan,
     kind: Kind,
     work: Work,
+    options: &'static [(&'static str, &'static str)],
 ) -> Res<()> {
     let mut ready = Vec::new();
     for &(how, on) in QEMU.iter().filter(|w| w.1 == Tmpfs || images.has_disk()) {
@@ -84,7 +85,7 @@ pub fn add_qemu<'a>(
             who: Who::OursDisk,
             run: Box::new(move || {
                 refresh(&path)?;
-                drive(&Ours::open(&path, work.write, &[])?, &work, plan.seconds)
+                drive(&Ours::open(&path, work.write, options)?, &work, plan.seconds)
             }),
         });
     }

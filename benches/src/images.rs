@@ -51,6 +51,8 @@ pub enum Kind {
     Zlib,
     /// Compressed.
     Zstd,
+    /// The bytes of [`Kind::Raw`], encrypted with LUKS.
+    Luks,
     /// Raw, for servers to read.
     Served,
     /// The same bytes as qcow2.
@@ -70,6 +72,7 @@ impl Kind {
             Self::Tib => "tib.qcow2",
             Self::Zlib => "zlib.qcow2",
             Self::Zstd => "zstd.qcow2",
+            Self::Luks => "luks.qcow2",
             Self::Served => "served.raw",
             Self::ServedQcow2 => "served.qcow2",
             Self::Taken => "taken.raw",
@@ -254,6 +257,13 @@ impl Images {
                     at(path, file.write_all(&noise(offset, CLUSTER as usize)))?;
                 }
                 Ok(())
+            }
+            Kind::Luks => {
+                let raw = self.tmpfs.join("plain.raw");
+                self.build(Kind::Raw, &raw)?;
+                let made = qemu::encrypt(&raw, path, self.size);
+                let _ = std::fs::remove_file(raw);
+                made
             }
             Kind::Tib => {
                 create(path, TIB, &["preallocation=metadata"])?;

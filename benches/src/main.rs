@@ -7,6 +7,7 @@
 //! used more than half a processor is taken again.
 
 mod contenders;
+mod durable;
 mod images;
 mod load;
 mod locking;

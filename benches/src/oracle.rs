@@ -220,6 +220,12 @@ impl Plain {
         Ok(Self { file, path: path.to_owned() })
     }
 
+    /// A file that is there, for writing.
+    pub fn open(path: &Path) -> Res<Self> {
+        let file = at(path, File::options().read(true).write(true).open(path))?;
+        Ok(Self { file, path: path.to_owned() })
+    }
+
     /// Open, read `buf` at `offset`, close.
     pub fn visit(path: &Path, buf: &mut [u8], offset: u64) -> Res<()> {
         let file = at(path, File::open(path))?;
@@ -233,6 +239,9 @@ impl Device for Plain {
     }
     fn write(&self, buf: &[u8], offset: u64) -> Res<()> {
         at(&self.path, self.file.write_all_at(buf, offset))
+    }
+    fn flush(&self) -> Res<()> {
+        at(&self.path, self.file.sync_data())
     }
 }
 

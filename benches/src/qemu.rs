@@ -58,10 +58,13 @@ pub fn missing(program: &str, e: &std::io::Error) -> String {
 
 /// Feed a script to `qemu-io` on a qcow2 image.
 pub fn io_script(image: &Path, script: &str) -> Res<()> {
+    feed(Command::new("qemu-io").args(["-f", "qcow2", "-t", "writeback"]).arg(image), script)
+}
+
+/// Run `qemu-io` with these commands.
+fn feed(command: &mut Command, script: &str) -> Res<()> {
     use std::io::Write;
-    let mut child = Command::new("qemu-io")
-        .args(["-f", "qcow2", "-t", "writeback"])
-        .arg(image)
+    let mut child = command
         .stdin(Stdio::piped())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -77,8 +80,36 @@ pub fn io_script(image: &Path, script: &str) -> Res<()> {
     }
 }
 
+/// The key of images that are encrypted.
+pub const KEY: &str = "secret";
+
+/// What an encrypted image is named by.
+fn encrypted(image: &Path) -> Option<(String, String)> {
+    image.file_name()?.to_str()?.starts_with("luks").then(|| {
+        let opts = format!("driver=qcow2,encrypt.key-secret=s,file.filename={}", image.display());
+        (format!("secret,id=s,data={KEY}"), opts)
+    })
+}
+
+/// An image encrypted with LUKS that holds the bytes of the raw file `from`.
+pub fn encrypt(from: &Path, image: &Path, size: u64) -> Res<()> {
+    let (secret, opts) = encrypted(image).ok_or("not named as an encrypted image")?;
+    let how = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10";
+    let (from, image) = (from.display().to_string(), image.display().to_string());
+    let size = size.to_string();
+    run(
+        "qemu-img",
+        &["create", "-q", "--object", &secret, "-f", "qcow2", "-o", how, &image, &size],
+    )?;
+    let args = ["convert", "-n", "--object", &secret, "--target-image-opts", "-f", "raw"];
+    run("qemu-img", &[&args[..], &[&from, &opts]].concat()).map(drop)
+}
+
 /// One run of `count` requests. Its own time is what counts, so that starting the program does not.
 pub fn bench(image: &Path, work: &Work, how: How, count: u64) -> Res<Sample> {
+    if let Some((secret, opts)) = encrypted(image) {
+        return io_bench(&secret, &opts, work, how, count);
+    }
     let step = match work.pattern {
         Pattern::Sequential => work.block as u64,
         Pattern::Random => crate::work::golden_step(work.size, work.block as u64),
@@ -93,6 +124,9 @@ pub fn bench(image: &Path, work: &Work, how: How, count: u64) -> Res<Sample> {
     cmd.args(["-s", &work.block.to_string(), "-S", &step.to_string()]);
     if work.write {
         cmd.arg("-w");
+    }
+    if work.flush {
+        cmd.arg("--flush-interval=1");
     }
     cmd.arg(image).stdin(Stdio::null());
     let (before, start) = (children(), Load::now());
@@ -111,6 +145,35 @@ pub fn bench(image: &Path, work: &Work, how: How, count: u64) -> Res<Sample> {
         }),
         _ => Err(format!("qemu-img bench failed: {}", String::from_utf8_lossy(&out.stderr).trim())),
     }
+}
+
+/// As [`bench`], by `qemu-io`, since `qemu-img bench` can not be given a key. It reads its commands
+/// from a file; what it needs to start and end, most of it for the key, is measured and taken off.
+fn io_bench(secret: &str, opts: &str, work: &Work, how: How, count: u64) -> Res<Sample> {
+    let mut offsets = crate::work::Offsets::new(work, 0);
+    let mut script = String::new();
+    for i in 1..=count {
+        let verb = if how.depth > 1 { "aio_read" } else { "read" };
+        script += &format!("{verb} -q {} {}\n", offsets.next(), work.block);
+        if how.depth > 1 && i % u64::from(how.depth) == 0 {
+            script += "aio_flush\n";
+        }
+    }
+    let aio = if how.uring { "io_uring" } else { "threads" };
+    let args = ["-r", "-t", "writeback", "-i", aio, "--object", secret, "--image-opts", opts];
+    let once = |script: &str| -> Res<(f64, f64, f64)> {
+        let (before, start) = (children(), Load::now());
+        feed(Command::new("qemu-io").args(args), script)?;
+        let used = start.used();
+        Ok((used.wall, children() - before, used.foreign))
+    };
+    let (idle_wall, idle_cpu, _) = once("")?;
+    let (wall, cpu, foreign) = once(&script)?;
+    Ok(Sample {
+        value: count as f64 / (wall - idle_wall).max(1e-3),
+        cpu_us: (cpu - idle_cpu).max(0.0) / count as f64 * 1e6,
+        foreign,
+    })
 }
 
 /// How many requests fill `seconds`, found by a short run.

@@ -58,6 +58,9 @@ impl Device for Ours {
     fn write(&self, buf: &[u8], offset: u64) -> Res<()> {
         self.0.write_at(buf, offset, ReqFlags::NONE).map_err(text)
     }
+    fn flush(&self) -> Res<()> {
+        self.0.flush().map_err(text)
+    }
 }
 
 /// libqblk, by the functions that a C program calls.
@@ -132,5 +135,9 @@ impl Device for Imago {
     }
     fn write(&self, buf: &[u8], offset: u64) -> Res<()> {
         self.0.write(buf, offset).map_err(text)
+    }
+    fn flush(&self) -> Res<()> {
+        // The first writes what it keeps in memory, the second makes the host write it.
+        self.0.flush().and_then(|()| self.0.sync()).map_err(text)
     }
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::Plan;
 use crate::contenders::*;
+use crate::durable;
 use crate::images::{CLUSTER, Images, Kind, On, PIECE, create, overlay};
 use crate::oracle::{CopyOnWrite, Oracle, Plain, TwoReads, Zeroes, at};
 use crate::process;
@@ -159,6 +160,36 @@ pub const ROWS: &[Spec] = &[
         needs: &[(Zstd, Tmpfs), (Zstd, Disk)],
         build: zstd_4k,
     },
+    Spec {
+        id: "overwrite-flush",
+        title: "4 KiB overwrite, each flushed, on a disk",
+        needs: &[(Full, Disk)],
+        build: durable::overwrite,
+    },
+    Spec {
+        id: "flush-16",
+        title: "4 KiB overwrite, each flushed, 16 threads, on a disk",
+        needs: &[(Full, Disk)],
+        build: durable::sixteen,
+    },
+    Spec {
+        id: "new-flush",
+        title: "4 KiB random write, new image, each flushed, on a disk",
+        needs: &[],
+        build: durable::allocate,
+    },
+    Spec {
+        id: "luks-4k",
+        title: "4 KiB random read, LUKS",
+        needs: &[(Luks, Tmpfs), (Luks, Disk)],
+        build: luks_4k,
+    },
+    Spec {
+        id: "luks-1m",
+        title: "1 MiB random read, LUKS",
+        needs: &[(Luks, Tmpfs), (Luks, Disk)],
+        build: luks_1m,
+    },
 ];
 
 /// Ours must lead so much.
@@ -175,7 +206,7 @@ fn read_4k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     same_bytes(images, Full, 4096, images.size, &[])?;
     let work = Work::reads(4096, Pattern::Random, images.size);
     let mut row = plain(images, plan, work);
-    add_qemu(&mut row, images, plan, Full, work)?;
+    add_qemu(&mut row, images, plan, Full, work, &[])?;
     row.targets = vec![to_reach(Limit("pread"), 0.95), to_reach(Imago, 1.0), to_reach(Qemu, 2.2)];
     Ok(row)
 }
@@ -296,7 +327,7 @@ fn unallocated<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
         targets: vec![to_reach(Imago, 1.0), to_reach(Qemu, 3.0), to_know(Limit("memset"))],
         remarks: vec!["The limit is a memset.".to_owned()],
     };
-    add_qemu(&mut row, images, plan, Empty, work)?;
+    add_qemu(&mut row, images, plan, Empty, work, &[])?;
     Ok(row)
 }
 
@@ -316,7 +347,7 @@ fn tib<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
             "The limit is two preads of 4 KiB, of an L2 table and of the data.".to_owned(),
         ],
     };
-    add_qemu(&mut row, images, plan, Tib, work)?;
+    add_qemu(&mut row, images, plan, Tib, work, &[])?;
     Ok(row)
 }
 
@@ -331,6 +362,27 @@ fn zstd_64k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
 }
 fn zstd_4k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     compressed(images, plan, Zstd, 4096, Pattern::Sequential, 10.0)
+}
+
+fn luks_4k<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    luks(images, plan, 4096, 2.0)
+}
+fn luks_1m<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    luks(images, plan, 1 << 20, 1.3)
+}
+
+fn luks<'a>(images: &'a Images, plan: &'a Plan, block: usize, lead: f64) -> Res<Row<'a>> {
+    const KEY: &[(&str, &str)] = &[("key", crate::qemu::KEY)];
+    let work = Work::reads(block, Pattern::Random, images.size);
+    let path = images.path(Luks, Tmpfs);
+    let mut row = Row {
+        unit: Unit::PerSecond,
+        contenders: vec![anew(Who::Ours, plan, work, move || Ours::open(&path, false, KEY))],
+        targets: vec![to_reach(Qemu, lead)],
+        remarks: vec!["LUKS in qcow2, aes-256 xts-plain64, made by qemu-img.".to_owned()],
+    };
+    add_qemu(&mut row, images, plan, Luks, work, KEY)?;
+    Ok(row)
 }
 
 fn compressed<'a>(
@@ -358,7 +410,7 @@ fn compressed<'a>(
         row.remarks
             .push(format!("imago does not open it ({}).", why.rsplit(": ").next().unwrap_or("")));
     }
-    add_qemu(&mut row, images, plan, kind, work)?;
+    add_qemu(&mut row, images, plan, kind, work, &[])?;
     Ok(row)
 }
 

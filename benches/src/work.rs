@@ -16,6 +16,10 @@ pub trait Device: Sync {
     fn read(&self, buf: &mut [u8], offset: u64) -> Res<()>;
     /// Write `buf` at `offset`.
     fn write(&self, buf: &[u8], offset: u64) -> Res<()>;
+    /// Make what was written survive a power cut.
+    fn flush(&self) -> Res<()> {
+        Err("does not flush".to_owned())
+    }
 }
 
 /// Which offsets, in which order.
@@ -42,6 +46,8 @@ pub struct Work {
     pub size: u64,
     /// Write, not read.
     pub write: bool,
+    /// Flush after each write.
+    pub flush: bool,
     /// How many requests; `None` = as many as fit in the time of a sample.
     pub ops: Option<u64>,
     /// Requests before the clock starts, at least.
@@ -53,7 +59,7 @@ pub struct Work {
 impl Work {
     /// Reads of `block` bytes until the time is up, by one thread.
     pub fn reads(block: usize, pattern: Pattern, size: u64) -> Self {
-        Self { block, pattern, size, write: false, ops: None, warm: 64, threads: 1 }
+        Self { block, pattern, size, write: false, flush: false, ops: None, warm: 64, threads: 1 }
     }
     /// Writes of `block` bytes until the time is up, by one thread.
     pub fn writes(block: usize, pattern: Pattern, size: u64) -> Self {
@@ -62,6 +68,10 @@ impl Work {
     /// `ops` requests exactly, the first of them measured too.
     pub fn exactly(self, ops: u64) -> Self {
         Self { ops: Some(ops), warm: 0, ..self }
+    }
+    /// Each followed by a flush.
+    pub fn flushed(self) -> Self {
+        Self { flush: true, ..self }
     }
     /// By `threads` threads on one handle.
     pub fn by(self, threads: usize) -> Self {
@@ -253,6 +263,9 @@ fn run(
             } else {
                 device.read(buf, offset)?
             };
+            if work.flush {
+                device.flush()?;
+            }
         }
         done += batch;
         if done >= ops && start.elapsed().as_secs_f64() >= seconds {

@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 pub use check::{CheckReport, Repair};
 pub use device::Device;
+pub(crate) use error::last_errno;
 pub use error::{Error, ErrorKind, Result};
 pub use extent::{Extent, ExtentList};
 pub use fence::Fence;
@@ -100,6 +101,9 @@ pub struct Caps {
     pub cache: bool,
     /// `extents` knows more than "all data".
     pub extents: bool,
+    /// What it maps as data may have holes below, which are its own: it is worth asking what holds the
+    /// bytes.
+    pub sparse: bool,
     /// The medium turns.
     pub rotational: bool,
     /// Bytes pass through the host's page cache (or are memory): a write is as a rule a copy in memory,
@@ -121,6 +125,7 @@ impl Default for Caps {
             zero: false,
             cache: false,
             extents: false,
+            sparse: false,
             rotational: false,
             cached: false,
         }

@@ -8,11 +8,12 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::lock::{NAMES, UNSHARED, USED, meaning, number};
+use super::lock::{NAMES, UNSHARED, USED, meaning};
 use super::{How, Source, os_io, sys};
 use crate::block::{Name, Result, quoted};
 
@@ -150,7 +151,7 @@ fn list() -> String {
 /// By which numbers locks on this file are listed.
 fn key(file: &File, id: (u64, u64)) -> Option<String> {
     let marked = sys::lock_bytes(file, libc::F_RDLCK, MARK, 1).is_ok();
-    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", number(file)));
+    let info = fs::read_to_string(format!("/proc/self/fdinfo/{}", file.as_raw_fd()));
     if marked {
         let _ = sys::lock_bytes(file, libc::F_UNLCK, MARK, 1);
     }

@@ -17,7 +17,6 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -544,11 +543,6 @@ pub(super) fn creating(file: &Arc<File>, name: &Name, how: Locking) -> Result<Op
         }
         pause.sleep(left);
     }
-}
-
-/// For messages and for tests: the number of a descriptor.
-pub(super) fn number(file: &File) -> i32 {
-    file.as_raw_fd()
 }
 
 #[cfg(test)]

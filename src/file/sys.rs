@@ -7,6 +7,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::{c_int, iovec, off_t};
 
+use crate::block::last_errno;
+
 /// A system call's error number, positive.
 pub type Errno = i32;
 
@@ -15,10 +17,6 @@ const _: () = assert!(size_of::<off_t>() == 8);
 
 /// The largest offset, and so the largest size, that a file can have.
 pub const MAX_SIZE: u64 = i64::MAX as u64;
-
-fn last_errno() -> Errno {
-    std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
-}
 
 /// Repeat a call that answers -1 for an error while it was only interrupted.
 pub fn retry<T: Copy + PartialEq + From<i8>>(mut call: impl FnMut() -> T) -> Result<T, Errno> {

@@ -63,6 +63,13 @@ pub struct BackingRef {
     pub format: Option<Vec<u8>>,
 }
 
+/// The data file that an image says it has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DataRef {
+    /// As recorded, if it is.
+    pub name: Option<Vec<u8>>,
+}
+
 /// An image whose own file is open, and whose backing image may be attached.
 pub enum Opened {
     /// Raw.
@@ -167,6 +174,21 @@ impl Opened {
         match self {
             Self::Raw(_) | Self::Luks(_) | Self::Examined(_) => None,
             Self::Qcow2(q) => q.backing_ref(),
+        }
+    }
+
+    /// The data file that the image needs.
+    pub fn data(&self) -> Option<DataRef> {
+        match self {
+            Self::Raw(_) | Self::Luks(_) | Self::Examined(_) => None,
+            Self::Qcow2(q) => q.data_ref(),
+        }
+    }
+
+    /// Put its data file beneath an image that needs one.
+    pub fn attach_data(&mut self, data: Device) {
+        if let Self::Qcow2(q) = self {
+            q.attach_data(data);
         }
     }
 

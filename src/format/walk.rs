@@ -94,8 +94,10 @@ fn describe(
     let mut e = Extent::new(offset, found.len, 0);
     e.depth = found.depth;
     match found.place {
-        Place::At { dev, offset: host } if owner.driver().kind() == "raw" => {
-            // A raw image has the holes of its file.
+        Place::At { dev, offset: host }
+            if owner.caps().sparse || owner.driver().kind() == "raw" =>
+        {
+            // A raw image, or one that keeps its data raw, has the holes of its file.
             return holes(dev, host, offset, found, out);
         }
         Place::Own => return holes(owner, offset, offset, found, out),

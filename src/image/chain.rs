@@ -4,19 +4,21 @@
 use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::how::{Implicit, check, implicit};
 use super::managed;
+pub(super) use super::named::beside;
+use super::named::{Role, allowed, may_name, named_error, none_of_its_kind};
 use super::remote::{self, Remote};
 use super::{Again, OpenFlags, Options, Tree, key};
 use crate::block::*;
 use crate::file::{self, Locking, Locks};
 pub use crate::format::Probe;
-use crate::format::{self, BackingRef, Params};
+use crate::format::{self, Params};
 use crate::lockmgr::Resource;
 
 /// Images in a chain, at most.
@@ -29,17 +31,13 @@ pub(super) enum Source<'a> {
     Remote(Remote),
 }
 
-/// A backing image that an image names, and that may be opened.
-enum Allowed {
-    Path(PathBuf),
-    Remote(Remote),
-}
-
 /// One image on its way to being opened, and those above it.
 struct Opening<'a> {
     calls: &'a Arc<InFlight>,
     /// Files of the chain so far: device and inode numbers.
     seen: Vec<(u64, u64)>,
+    /// Images of the chain so far.
+    images: usize,
     implicit: Implicit,
     /// On the files of the chain so far.
     locks: Locks,
@@ -47,6 +45,8 @@ struct Opening<'a> {
     locking: Locking,
     /// The files of the chain so far, as a lock manager is told of them.
     parts: Vec<Resource>,
+    /// How many of them belong to the uppermost image.
+    own_parts: usize,
 }
 
 /// A file of a chain that is open, and how the image in it is to be.
@@ -242,10 +242,12 @@ impl<'a> Opening<'a> {
         Self {
             calls,
             seen: Vec::new(),
+            images: 0,
             implicit,
             locks,
             locking: Locking::default(),
             parts: Vec::new(),
+            own_parts: 0,
         }
     }
 
@@ -278,6 +280,7 @@ impl<'a> Opening<'a> {
             in_use,
             lease: None,
             parts: std::mem::take(&mut self.parts),
+            own_parts: self.own_parts,
         })
     }
 
@@ -287,7 +290,7 @@ impl<'a> Opening<'a> {
             if self.seen.contains(&id) {
                 return Err(Error::policy(
                     named_by,
-                    format!("its backing chain is a loop: {path} is in it already"),
+                    format!("its chain is a loop: {path} is in it already"),
                 ));
             }
             self.seen.push(id);
@@ -301,6 +304,9 @@ impl<'a> Opening<'a> {
     /// and what takes more room is done in functions that return before that.
     fn image(&mut self, this: Box<Part>) -> Result<(Device, bool)> {
         let (mut opened, probed) = self.one(&this)?;
+        if let Some(data) = self.data(&opened, &this)? {
+            opened.attach_data(data);
+        }
         let next = match this.flags.0 & OpenFlags::NO_DATA != 0 {
             true => None,
             false => self.backing(&opened, &this)?,
@@ -311,7 +317,7 @@ impl<'a> Opening<'a> {
                 Ok((device, _)) => {
                     opened.attach(device, this.options.get("backing-file").is_none());
                 }
-                Err(e) if named => return Err(none_of_its_kind(e, &above)),
+                Err(e) if named => return Err(none_of_its_kind(e, &above, Role::Backing)),
                 Err(e) => return Err(e),
             }
         }
@@ -349,7 +355,8 @@ impl<'a> Opening<'a> {
         if kind != format::Kind::Raw {
             self.locks.tighten(file.driver().identity(), self.locking)?;
         }
-        managed::note(&mut self.parts, &file, &format!("{kind:?}").to_lowercase());
+        self.images += 1;
+        self.note_part(&file, &format!("{kind:?}").to_lowercase());
         let info_only = flags.has(OpenFlags::INFO_ONLY);
         let key = if info_only { None } else { key::read(options)? };
         let has_key = key.is_some();
@@ -376,7 +383,7 @@ impl<'a> Opening<'a> {
     #[inline(never)]
     fn backing(&mut self, opened: &format::Opened, this: &Part) -> Result<Option<Box<Part>>> {
         let (name, recorded) = (&opened.name().clone(), opened.backing());
-        let (options, flags, guessing) = (&this.options, this.flags, this.guessing);
+        let (options, flags) = (&this.options, this.flags);
         if flags.has(OpenFlags::NO_BACKING) {
             return Ok(None);
         }
@@ -396,31 +403,9 @@ impl<'a> Opening<'a> {
         let Some(recorded) = recorded else {
             return Ok(None);
         };
-        if flags.has(OpenFlags::UNTRUSTED) {
-            return Err(Error::policy(
-                name,
-                format!(
-                    "names the backing file {}, which QBLK_OPEN_UNTRUSTED does not open; \
-                     QBLK_OPEN_NO_BACKING or the option 'backing-file' settles it",
-                    quoted(&recorded.name)
-                ),
-            ));
-        }
-        if guessing {
-            return Err(Error::policy(
-                name,
-                format!(
-                    "its overlay does not record its format, so it must not name the backing file {}; \
-                     option backing-fmt says the format",
-                    quoted(&recorded.name)
-                ),
-            ));
-        }
-        let allowed = self.allowed(name, recorded)?;
-        let source = match &allowed {
-            Allowed::Path(path) => Source::Path(path.as_os_str()),
-            Allowed::Remote(remote) => Source::Remote(remote.clone()),
-        };
+        may_name(name, &recorded.name, Role::Backing, flags, this.guessing)?;
+        let allowed = allowed(name, &recorded.name, Role::Backing, self.implicit)?;
+        let source = allowed.source();
         if below.get("format").is_none()
             && let Some(fmt) = recorded.format.as_ref().filter(|f| !f.is_empty())
         {
@@ -434,44 +419,76 @@ impl<'a> Opening<'a> {
         }
         let guess = below.get("format").is_none();
         let below = self.below(name, source, &below, flags, guess, true);
-        below.map(Some).map_err(|e| none_of_its_kind(e, name))
+        below.map(Some).map_err(|e| none_of_its_kind(e, name, Role::Backing))
     }
 
-    /// What leads to the backing file that an image names, if the policy lets it be opened.
-    fn allowed(&self, name: &Name, recorded: &BackingRef) -> Result<Allowed> {
-        let denied = |why: &str| {
-            Error::policy(
-                name,
-                format!(
-                    "names the backing file {}, {why}; option implicit-open, QBLK_OPEN_NO_BACKING or \
-                     the option 'backing-file' settles it",
-                    quoted(&recorded.name)
-                ),
-            )
+    /// Tell a lock manager of a file of the image that was opened last.
+    fn note_part(&mut self, file: &Device, format: &str) {
+        managed::note(&mut self.parts, file, format);
+        if self.images == 1 {
+            self.own_parts = self.parts.len();
+        }
+    }
+
+    /// Open the data file of an image that has one: for writing, if the image is.
+    #[inline(never)]
+    fn data(&mut self, opened: &format::Opened, this: &Part) -> Result<Option<Device>> {
+        let (name, options, flags) = (&opened.name().clone(), &this.options, this.flags);
+        if flags.has(OpenFlags::CHECK) {
+            return Ok(None);
+        }
+        let chosen = options.os("data-file");
+        let Some(data) = opened.data() else {
+            return match chosen {
+                None => Ok(None),
+                Some(_) => Err(Error::invalid(format!(
+                    "{name}: option 'data-file' has no use here (the image has no external data file)"
+                ))),
+            };
         };
-        if self.implicit == Implicit::Deny {
-            return Err(denied("which implicit-open=deny does not open"));
+        if flags.has(OpenFlags::INFO_ONLY) {
+            return Ok(None);
         }
-        let bytes = recorded.name.strip_prefix(b"file:").unwrap_or(&recorded.name);
-        if bytes.is_empty() || bytes.contains(&0) {
-            return Err(denied("which is no file name"));
+        if let Some(chosen) = chosen {
+            return self.open_data(name, parse_name(chosen)?, options, flags).map(Some);
         }
-        if recorded.name == bytes && looks_like_uri(bytes) {
-            // Never a command: what an image names does not start programs.
-            if self.implicit == Implicit::Any
-                && let Ok(Some(remote @ Remote::Uri(_))) = Remote::parse(bytes)
-            {
-                return Ok(Allowed::Remote(remote));
+        let Some(recorded) = data.name.filter(|n| !n.is_empty()) else {
+            return Err(Error::invalid(format!(
+                "{name}: has an external data file and does not name it; the option 'data-file' does"
+            )));
+        };
+        may_name(name, &recorded, Role::Data, flags, this.guessing)?;
+        let allowed = allowed(name, &recorded, Role::Data, self.implicit)?;
+        let file = self.open_data(name, allowed.source(), options, flags);
+        file.map(Some).map_err(|e| none_of_its_kind(e, name, Role::Data))
+    }
+
+    fn open_data(
+        &mut self,
+        above: &Name,
+        source: Source<'_>,
+        options: &Options,
+        flags: OpenFlags,
+    ) -> Result<Device> {
+        let driver = match source {
+            Source::Memory(size) => file::from_memory(file::memory(size)?)?,
+            Source::Remote(remote) => remote.open(&remote.name(), &Options::new(), flags)?,
+            Source::Path(path) => {
+                let how = file::How {
+                    write: flags.has(OpenFlags::RDWR),
+                    direct: flags.has(OpenFlags::DIRECT),
+                    mmap: options.get("io") == Some(b"mmap"),
+                };
+                // As the image itself, whose bytes these are.
+                let lock = Locking { wanted: self.locking.wanted.below(), ..self.locking };
+                file::open_locked(&Name::from(path.to_owned()), how, lock, &mut self.locks)
+                    .map_err(|e| named_error(e, above, Role::Data))?
             }
-            return Err(match self.implicit {
-                Implicit::Any => Error::unsupported(
-                    name,
-                    format!("the backing file {}: not a path", quoted(&recorded.name)),
-                ),
-                _ => denied("which is not a local file"),
-            });
-        }
-        Ok(Allowed::Path(beside(name.as_path(), Path::new(OsStr::from_bytes(bytes)))))
+        };
+        self.note(driver.identity(), driver.name(), above)?;
+        let file = Device::new(driver);
+        self.note_part(&file, "raw");
+        Ok(file)
     }
 
     fn below(
@@ -483,7 +500,7 @@ impl<'a> Opening<'a> {
         guessing: bool,
         named: bool,
     ) -> Result<Box<Part>> {
-        if self.seen.len() >= MAX_DEPTH {
+        if self.images >= MAX_DEPTH {
             return Err(Error::policy(
                 above,
                 format!("its chain is deeper than {MAX_DEPTH} images"),
@@ -505,69 +522,15 @@ impl<'a> Opening<'a> {
         }
         let driver = match source {
             Source::Memory(size) => file::from_memory(file::memory(size)?)?,
-            Source::Remote(remote) => {
-                let name = match &remote {
-                    Remote::Uri(uri) => Name::from(uri.to_string()),
-                    Remote::Command(_) => Name::from("nbd+exec:"),
-                };
-                remote.open(&name, options, flags)?
-            }
+            Source::Remote(remote) => remote.open(&remote.name(), options, flags)?,
             Source::Path(path) => {
                 let path = Name::from(path.to_owned());
                 file::open_locked(&path, how.file, how.lock, &mut self.locks)
-                    .map_err(|e| backing_error(e, above))?
+                    .map_err(|e| named_error(e, above, Role::Backing))?
             }
         };
         self.note(driver.identity(), driver.name(), above)?;
         let (driver, options) = (Some(driver).into(), options.clone());
         Ok(Box::new(Part { driver, options, flags, guessing, named }))
-    }
-}
-
-/// What an image names is there, but neither a regular file nor a block device.
-fn none_of_its_kind(e: Error, name: &Name) -> Error {
-    match e {
-        Error::Invalid(what) => {
-            Error::policy(name, format!("names a backing file that is none: {what}"))
-        }
-        e => e,
-    }
-}
-
-/// Say whose backing file it was that could not be opened.
-fn backing_error(e: Error, above: &Name) -> Error {
-    match e {
-        Error::Os { op: _, file, errno } => {
-            let name = format!(
-                "{} (backing file of {})",
-                file.as_path().display(),
-                above.as_path().display()
-            );
-            Error::Os { op: "open", file: Name::from(name), errno }
-        }
-        Error::Locked { file, what } => {
-            let what = format!("{what} (backing file of {})", above.as_path().display());
-            Error::Locked { file, what }
-        }
-        e => e,
-    }
-}
-
-/// Whether a name that an image gives is something other than a path: `scheme:` before any slash.
-fn looks_like_uri(name: &[u8]) -> bool {
-    let end = name.iter().position(|&b| b == b'/').unwrap_or(name.len());
-    match name[..end].iter().position(|&b| b == b':') {
-        None | Some(0) => false,
-        Some(i) => name[..i].iter().all(|&b| b.is_ascii_alphanumeric() || b"+-.".contains(&b)),
-    }
-}
-
-/// A path that an image gives, seen from the directory that the image is in.
-pub(super) fn beside(image: &Path, path: &Path) -> PathBuf {
-    let image = image.as_os_str().as_bytes();
-    let image = Path::new(OsStr::from_bytes(image.strip_prefix(b"file:").unwrap_or(image)));
-    match image.parent() {
-        Some(dir) if path.is_relative() && !dir.as_os_str().is_empty() => dir.join(path),
-        _ => PathBuf::from(std::ffi::OsString::from_vec(path.as_os_str().as_bytes().to_vec())),
     }
 }

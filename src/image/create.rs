@@ -92,14 +92,27 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
         }
         Kind::Qcow2 => {
             let geometry = qcow2_options(&path, size, options)?;
+            let data = match &geometry.data_file {
+                Some(data) => {
+                    // Encrypted sectors are whole.
+                    let sector = if geometry.encrypt.is_some() { 512 } else { 1 };
+                    let size = size.next_multiple_of(sector);
+                    Some(data_file(&path, data, size, exclusive, lock)?)
+                }
+                None => None,
+            };
             let file = file::create_locked(&path, exclusive, lock)?;
             let device = Device::new(file.open()?);
             qcow2::create(&device, size, &geometry)?;
+            let data_device = data.as_ref().map(file::Creating::open).transpose()?.map(Device::new);
             if geometry.prealloc != Prealloc::Off {
                 let key = if geometry.encrypt.is_some() { key::read(options)? } else { None };
-                preallocate(device, size, geometry.prealloc, key)?;
+                preallocate(device, data_device, size, geometry.prealloc, key)?;
             } else {
                 device.driver().close()?;
+            }
+            if let Some(data) = data {
+                data.keep();
             }
             file.keep();
             Ok(())
@@ -154,7 +167,13 @@ fn too_small(path: &Name, has: u64, wants: u64) -> Error {
 }
 
 /// Give a new, empty image its clusters.
-fn preallocate(device: Device, size: u64, prealloc: Prealloc, key: Option<Secret>) -> Result<()> {
+fn preallocate(
+    device: Device,
+    data: Option<Device>,
+    size: u64,
+    prealloc: Prealloc,
+    key: Option<Secret>,
+) -> Result<()> {
     let params = format::Params {
         write: true,
         info_only: false,
@@ -164,7 +183,10 @@ fn preallocate(device: Device, size: u64, prealloc: Prealloc, key: Option<Secret
         key,
         calls: Arc::new(InFlight::default()),
     };
-    let image = qcow2::Qcow2::open(device, params)?;
+    let mut image = qcow2::Qcow2::open(device, params)?;
+    if let Some(data) = data {
+        image.attach_data(data);
+    }
     image.preallocate(0, size, prealloc)?;
     image.settle()
 }
@@ -178,12 +200,6 @@ pub(super) fn preallocation(options: &Options) -> Result<Prealloc> {
 
 fn qcow2_options(path: &Name, size: u64, options: &Options) -> Result<qcow2::Geometry> {
     options.refuse("format qcow2, whose options begin with 'encrypt.'", &[LUKS_ONLY])?;
-    for key in ["data-file", "data-file-raw", "extended-l2"] {
-        let off = matches!(options.get(key), None | Some(b"off"));
-        if !off {
-            return Err(Error::unsupported(path, format!("creating with option '{key}'")));
-        }
-    }
     let encrypt = encryption(path, options)?;
     let v3 = match options.one_of("compat", &["0.10", "v2", "1.1", "v3"])? {
         Some(i) => i >= 2,
@@ -204,6 +220,17 @@ fn qcow2_options(path: &Name, size: u64, options: &Options) -> Result<qcow2::Geo
             "compat=0.10 has refcount-bits=16, lazy-refcounts=off and compression-type=zlib only",
         ));
     }
+    let extended = options.switch("extended-l2")?.unwrap_or(false);
+    let data_file = data_file_options(options)?;
+    if !v3 && (extended || data_file.is_some()) {
+        return Err(Error::invalid("compat=0.10 has extended-l2=off and no data-file"));
+    }
+    if extended && cluster_size < 16384 {
+        return Err(Error::invalid(format!(
+            "option 'extended-l2': clusters of {cluster_size} bytes are too small for subclusters (at \
+             least 16k)"
+        )));
+    }
     let backing = match options.get("backing-file") {
         None | Some(b"") if options.get("backing-fmt").is_some() => {
             return Err(Error::invalid("option 'backing-fmt' has no use without 'backing-file'"));
@@ -211,10 +238,21 @@ fn qcow2_options(path: &Name, size: u64, options: &Options) -> Result<qcow2::Geo
         None | Some(b"") => None,
         Some(name) => Some(backing(path, name, options)?),
     };
-    let prealloc = preallocation(options)?;
-    if prealloc != Prealloc::Off && backing.is_some() {
+    let is_raw = data_file.as_ref().is_some_and(|d| d.raw);
+    if is_raw && backing.is_some() {
         return Err(Error::invalid(
-            "option 'preallocation' with 'backing-file': allocated clusters would hide the backing file",
+            "option 'data-file-raw' with 'backing-file': the data file alone would not hold the data",
+        ));
+    }
+    let prealloc = match preallocation(options)? {
+        // Only clusters that are mapped are what the data file says.
+        Prealloc::Off if is_raw => Prealloc::Metadata,
+        how => how,
+    };
+    if prealloc != Prealloc::Off && backing.is_some() && !extended {
+        return Err(Error::invalid(
+            "option 'preallocation' with 'backing-file': allocated clusters would hide the backing file \
+             (with 'extended-l2' they do not)",
         ));
     }
     let geometry = qcow2::Geometry {
@@ -226,9 +264,53 @@ fn qcow2_options(path: &Name, size: u64, options: &Options) -> Result<qcow2::Geo
         encrypt,
         backing,
         prealloc,
+        extended,
+        data_file,
     };
     geometry.check(path, size)?;
     Ok(geometry)
+}
+
+/// The data file that a new image is to have.
+fn data_file_options(options: &Options) -> Result<Option<qcow2::DataFile>> {
+    let raw = options.switch("data-file-raw")?.unwrap_or(false);
+    match options.get("data-file") {
+        None if raw => Err(Error::invalid("option 'data-file-raw' has no use without 'data-file'")),
+        None => Ok(None),
+        Some(b"") => Err(Error::invalid("option 'data-file': the name is empty")),
+        Some(name) => Ok(Some(qcow2::DataFile { name: name.to_vec(), raw })),
+    }
+}
+
+/// Make the data file of a new image, as long as that.
+fn data_file(
+    path: &Name,
+    data: &qcow2::DataFile,
+    size: u64,
+    exclusive: bool,
+    lock: Locking,
+) -> Result<file::Creating> {
+    use std::os::unix::ffi::OsStrExt;
+    let Source::Path(name) = chain::parse_name(OsStr::from_bytes(&data.name))? else {
+        return Err(Error::unsupported(path, "making a data file that is not a local one"));
+    };
+    // Where it will be looked for when the image is opened.
+    let name = Name::from(chain::beside(path.as_path(), Path::new(name)));
+    let same = |a: &Path, b: &Path| {
+        std::fs::canonicalize(a).is_ok_and(|a| std::fs::canonicalize(b).is_ok_and(|b| a == b))
+    };
+    if name.as_path() == path.as_path() || same(name.as_path(), path.as_path()) {
+        return Err(Error::invalid(format!("{path}: can not be its own data file")));
+    }
+    let file = file::create_locked(&name, exclusive, lock)?;
+    let driver = file.open()?;
+    if driver.kind() == "file" {
+        driver.resize(size, Prealloc::Off, true)?;
+    } else if driver.size() < size {
+        return Err(too_small(&name, driver.size(), size));
+    }
+    driver.close()?;
+    Ok(file)
 }
 
 /// What the data of a new qcow2 image is encrypted with.

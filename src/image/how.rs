@@ -1,7 +1,7 @@
 //! What the flags and options of an open ask for, and what can be refused before anything is opened.
 
 use super::{OpenFlags, Options, Use, remote};
-use crate::block::{Error, Name, Result};
+use crate::block::{Error, Result};
 use crate::file::{self, Locking, Permissions, Policy};
 
 /// Which files that an image names are opened.
@@ -48,9 +48,6 @@ pub(super) fn check(
         if !remote && options.get(key).is_some() {
             return Err(Error::invalid(format!("option '{key}' has no use here (not an NBD URI)")));
         }
-    }
-    if options.get("data-file").is_some() {
-        return Err(Error::unsupported(&Name::from("option"), "option 'data-file'"));
     }
     let mmap = options.one_of("io", &["auto", "mmap"])? == Some(1);
     // A description is read through a plain read-only descriptor, whatever else is asked.

@@ -40,11 +40,6 @@ pub(super) fn read(options: &Options) -> Result<Option<Secret>> {
             let mut len = 0;
             loop {
                 if len == room.len() {
-                    if len > MAX_LEN {
-                        return Err(Error::invalid(format!(
-                            "{name}: a key file has at most {MAX_LEN} bytes"
-                        )));
-                    }
                     let mut more = crypto::blank(2 * len);
                     more[..len].copy_from_slice(&room);
                     room = more;
@@ -55,11 +50,10 @@ pub(super) fn read(options: &Options) -> Result<Option<Secret>> {
                     Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
                     Err(e) => return Err(failed("reading the key file")(e)),
                 }
-            }
-            if len > MAX_LEN {
-                return Err(Error::invalid(format!(
-                    "{name}: a key file has at most {MAX_LEN} bytes"
-                )));
+                if len > MAX_LEN {
+                    let what = format!("{name}: a key file has at most {MAX_LEN} bytes");
+                    return Err(Error::invalid(what));
+                }
             }
             Ok(Some(Secret::new(room[..len].to_vec())))
         }

@@ -178,8 +178,8 @@ impl Tree {
     fn resources(&self, flags: OpenFlags) -> Vec<Resource> {
         let mut parts = self.parts.clone();
         for (i, part) in parts.iter_mut().enumerate() {
-            // Only the uppermost is written.
-            let write = i == 0 && flags.has(OpenFlags::RDWR);
+            // Only the uppermost image is written.
+            let write = i < self.own_parts && flags.has(OpenFlags::RDWR);
             part.flags = if write { 0 } else { READ_ONLY };
             part.flags |= if flags.has(OpenFlags::SHARED) { SHARED } else { 0 };
         }

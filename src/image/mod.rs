@@ -14,6 +14,7 @@ mod how;
 mod key;
 mod life;
 mod managed;
+mod named;
 mod options;
 mod remote;
 
@@ -152,6 +153,8 @@ pub(crate) struct Tree {
     locks: Vec<Arc<FileLock>>,
     /// Its files, as a lock manager is told of them.
     parts: Vec<crate::lockmgr::Resource>,
+    /// How many of them belong to the top image.
+    own_parts: usize,
     /// What a lock manager has given, for the whole chain.
     lease: Option<Arc<Lease>>,
     /// Of a description, which takes no lock: somebody has locked the file.
@@ -565,7 +568,9 @@ impl Image {
 fn no_data(tree: &Tree) -> Error {
     match tree.flags.has(OpenFlags::INFO_ONLY) {
         true => info_only(&tree.name),
-        false => Error::BadHandle(format!("{}: opened to be checked only (QBLK_OPEN_CHECK)", tree.name)),
+        false => {
+            Error::BadHandle(format!("{}: opened to be checked only (QBLK_OPEN_CHECK)", tree.name))
+        }
     }
 }
 

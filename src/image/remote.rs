@@ -47,6 +47,14 @@ pub(super) enum Remote {
 }
 
 impl Remote {
+    /// For people.
+    pub(super) fn name(&self) -> Name {
+        match self {
+            Self::Uri(uri) => Name::from(uri.to_string()),
+            Self::Command(_) => Name::from("nbd+exec:"),
+        }
+    }
+
     /// Read a name that begins like an NBD URI; `None` if it does not.
     pub(super) fn parse(name: &[u8]) -> Result<Option<Self>> {
         if let Some(rest) = name.strip_prefix(b"nbd+exec:") {

@@ -12,7 +12,9 @@ use parking_lot::Mutex;
 use super::ffi::list;
 use super::{Manager, Owner, READ_ONLY, Resource};
 use crate::block::{Error, Fence, InFlight, Name, Result};
+use crate::crypto;
 use crate::log::{Level, log};
+use crate::thread;
 
 /// Room for what a manager says.
 const TEXT: usize = 1024;
@@ -101,12 +103,11 @@ impl Request {
         let (manager, patience) = (self.manager.clone(), self.patience);
         let (limit, settings) = (self.wait.saturating_add(patience), self.settings.clone());
         let (worker_state, held) = (state.clone(), resources.clone());
-        std::thread::Builder::new()
-            .name("qblk-lease".into())
-            .spawn(move || Worker::run(self, &resources, &worker_state, &inbox, &say))
-            .map_err(|e| {
-                manager.error("starting a thread", e.raw_os_error().unwrap_or(libc::EAGAIN))
-            })?;
+        // The usual stack: most of what runs there is the manager's.
+        let work = move || Worker::run(self, &resources, &worker_state, &inbox, &say);
+        thread::spawn("qblk-lease", None, work).map_err(|e| {
+            manager.error("starting a thread", e.raw_os_error().unwrap_or(libc::EAGAIN))
+        })?;
         let answer = answer.recv_timeout(limit);
         match answer {
             Ok(Ok(())) => {}
@@ -448,7 +449,11 @@ fn acquire(request: &Request, all: &[Resource]) -> std::result::Result<*mut c_vo
     let functions = &request.manager.functions;
     let resources: Vec<_> = all.iter().map(Resource::as_c).collect();
     let (first, count) = (resources.as_ptr(), resources.len());
-    let owner = request.owner.as_c(random());
+    let mut unique = [0; 8];
+    if let Err(errno) = crypto::random(&mut unique) {
+        return Err((errno.saturating_neg(), b"no random number is to be had".to_vec()));
+    }
+    let owner = request.owner.as_c(u64::from_ne_bytes(unique));
     let options = list(&request.settings);
     let wait = u32::try_from(request.wait.as_millis()).unwrap_or(u32::MAX);
     let mut text = vec![0; TEXT];
@@ -482,12 +487,4 @@ fn acquire(request: &Request, all: &[Resource]) -> std::result::Result<*mut c_vo
         0 => Ok(lease),
         code => Err((code, until_nul(text))),
     }
-}
-
-/// A number that nobody else has.
-fn random() -> u64 {
-    let mut number = 0u64;
-    // SAFETY: eight bytes of ours.
-    unsafe { libc::getrandom((&raw mut number).cast(), size_of::<u64>(), 0) };
-    number
 }

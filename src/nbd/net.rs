@@ -16,8 +16,9 @@ use self::sys::{SockAddr, Told};
 use super::uri::{Address, check_socket_path};
 use crate::block::{Error, Name, Result};
 
-pub use listen::{Peer, accept, listen};
+pub use listen::{Peer, accept, listen, local_address, peer};
 pub use stream::Stream;
+pub use sys::{get_option, set_nonblocking};
 
 /// When an address has not answered for so long, the next one is tried beside it (RFC 8305 asks for
 /// 250 ms): one that is a black hole costs no more than that.
@@ -181,7 +182,7 @@ fn start(to: &SockAddr) -> io::Result<(OwnedFd, bool)> {
 
 /// A connected socket as the others want it.
 fn finish(fd: OwnedFd) -> io::Result<OwnedFd> {
-    sys::set_blocking(&fd)?;
+    sys::set_nonblocking(&fd, false)?;
     if let Ok(from) = sys::local_address(&fd) {
         tune(&fd, &from);
     }

@@ -111,6 +111,20 @@ impl Uri {
         scheme(name).is_some()
     }
 
+    /// The URI of the default export at an address, without TLS.
+    pub fn to(address: Address) -> Self {
+        Self {
+            tls: false,
+            address,
+            export: Vec::new(),
+            user: None,
+            tls_certificates: None,
+            tls_psk_file: None,
+            tls_hostname: None,
+            tls_verify_peer: None,
+        }
+    }
+
     /// Read a URI. All that can be wrong with one is [`Error::Invalid`].
     pub fn parse(text: &[u8]) -> Result<Self> {
         let bad = |what: String| Error::invalid(format!("NBD URI {}: {what}", quoted(text)));
@@ -148,17 +162,8 @@ impl Uri {
             let what = format!("the export name has {} bytes", export.len());
             return Err(bad(format!("{what}, expected at most {MAX_STRING}")));
         }
-        let mut uri = Self {
-            tls,
-            // Changed below.
-            address: Address::Unix(PathBuf::new()),
-            export,
-            user: None,
-            tls_certificates: None,
-            tls_psk_file: None,
-            tls_hostname: None,
-            tls_verify_peer: None,
-        };
+        // The address is told below.
+        let mut uri = Self { tls, export, ..Self::to(Address::Unix(PathBuf::new())) };
         let socket = uri.set_parameters(query.unwrap_or(b"")).map_err(bad)?;
         if transport == Transport::Unix {
             if !authority.is_empty() {
@@ -363,16 +368,8 @@ fn digits_of(text: &[u8]) -> Option<u64> {
 /// Say how a name in the old form of QEMU (`nbd:host:port:exportname=x`, `nbd:unix:path`) is
 /// written as a URI.
 fn old_form(name: &str, transport: Transport, rest: &[u8]) -> String {
-    let mut uri = Uri {
-        tls: name.starts_with("nbds"),
-        address: Address::Unix(PathBuf::new()),
-        export: Vec::new(),
-        user: None,
-        tls_certificates: None,
-        tls_psk_file: None,
-        tls_hostname: None,
-        tls_verify_peer: None,
-    };
+    let mut uri = Uri::to(Address::Unix(PathBuf::new()));
+    uri.tls = name.starts_with("nbds");
     const MARK: &[u8] = b":exportname=";
     let mut rest = rest;
     if let Some(at) = rest.windows(MARK.len()).position(|w| w == MARK) {

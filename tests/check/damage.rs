@@ -65,7 +65,10 @@ pub fn damage(r: &mut Rng, made: &Made, path: &Path) -> String {
             let old = word(path, at);
             let new = new_value(r, old);
             poke(path, at, &new.to_be_bytes());
-            format!("{}: {old:#x} -> {new:#x} at {at:#x}", ["L1", "L2", "L2", "L2", "reftable"][which as usize])
+            format!(
+                "{}: {old:#x} -> {new:#x} at {at:#x}",
+                ["L1", "L2", "L2", "L2", "reftable"][which as usize]
+            )
         }
         5 | 6 => {
             let block = word(path, used(r, &reftable)) & !(made.cluster - 1);

@@ -7,7 +7,8 @@ use qblk::block::{CheckReport, Progress, Repair};
 
 /// What `qemu-img check` found; `None` if it gave up.
 pub fn qemu(path: &Path, repair: Repair) -> (Option<i32>, CheckReport, String) {
-    let mut args: Vec<&dyn AsRef<std::ffi::OsStr>> = vec![&"check", &"--output=json", &"-f", &"qcow2"];
+    let mut args: Vec<&dyn AsRef<std::ffi::OsStr>> =
+        vec![&"check", &"--output=json", &"-f", &"qcow2"];
     match repair {
         Repair::Nothing => {}
         Repair::Leaks => args.extend([&"-r" as &dyn AsRef<_>, &"leaks"]),

@@ -10,6 +10,8 @@ pub struct Made {
     pub path: PathBuf,
     pub cluster: u64,
     pub what: String,
+    /// It has both bitmaps and snapshots.
+    pub both: bool,
 }
 
 /// Bytes of the disks.
@@ -64,7 +66,8 @@ pub fn make(r: &mut Rng, dir: &Path, name: &str) -> Made {
         run("qemu-io", &args);
     };
     writes(r, 12);
-    if v3 && r.one_in(3) {
+    let bitmaps = v3 && r.one_in(3);
+    if bitmaps {
         for i in 0..1 + r.below(2) {
             qemu_img!("bitmap", "--add", "-g", "64k", path, format!("b{i}"));
             writes(r, 3);
@@ -77,5 +80,6 @@ pub fn make(r: &mut Rng, dir: &Path, name: &str) -> Made {
             writes(r, 4);
         }
     }
-    Made { path, cluster, what: options }
+    let both = bitmaps && peek_u32(&path, 60) != 0;
+    Made { path, cluster, what: options, both }
 }

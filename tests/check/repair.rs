@@ -19,6 +19,10 @@ fn what_qemu_can_mend_is_mended_to_the_same_data() {
     let [a, b] = [dir.join("by-qemu"), dir.join("by-us")];
     while Instant::now() < until || tried < 20 {
         let made = make(&mut r, dir.path(), "image");
+        if made.both {
+            // QEMU 10 writes the header anew for the bitmaps, before it knows of the snapshots: they are lost.
+            continue;
+        }
         for i in 0..20 {
             let repair = if r.one_in(4) { Repair::Leaks } else { Repair::All };
             fs::copy(&made.path, &a).unwrap();
@@ -33,7 +37,8 @@ fn what_qemu_can_mend_is_mended_to_the_same_data() {
             }
             let (code, want, told) = qemu(&a, repair);
             let found = ours(&b, repair);
-            let about = format!("{about}\n{before:?}\nQEMU's repair: {told}\n{want:?}\nours: {found:?}");
+            let about =
+                format!("{about}\n{before:?}\nQEMU's repair: {told}\n{want:?}\nours: {found:?}");
             // It is not worse than QEMU's.
             let left = status(&found);
             let worse = match code {

@@ -2,6 +2,9 @@
 // Each test program uses some of it.
 #![allow(dead_code, unused_imports, unused_macros)]
 
+pub mod disk;
+pub mod workload;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -186,6 +189,18 @@ pub fn check_clean(image: &Path) {
 /// No corruptions; leaks are allowed (as after a crash).
 pub fn check_no_corruption(image: &Path) {
     let out = run("qemu-img", &[&"check", &"-f", &"qcow2", &image]);
+    let fine = matches!(out.status.code(), Some(0 | 3));
+    assert!(fine, "qemu-img check {}: {}", image.display(), told(&out));
+}
+
+/// [`check_no_corruption`] of an image with another data file than it names.
+pub fn check_no_corruption_with(image: &Path, data: &Path) {
+    let opts = format!(
+        "driver=qcow2,file.driver=file,file.filename={},data-file.driver=file,data-file.filename={}",
+        image.display(),
+        data.display()
+    );
+    let out = run("qemu-img", &[&"check", &"--image-opts", &opts]);
     let fine = matches!(out.status.code(), Some(0 | 3));
     assert!(fine, "qemu-img check {}: {}", image.display(), told(&out));
 }

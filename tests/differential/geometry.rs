@@ -18,6 +18,16 @@ pub enum Chain {
     Deep,
 }
 
+/// Where the data of the image lies.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Data {
+    InImage,
+    /// In a data file, which may have anything where the image says nothing.
+    Apart,
+    /// In a data file that is always to be what the guest sees.
+    Raw,
+}
+
 #[derive(Clone, Debug)]
 pub struct Setup {
     pub format: &'static str,
@@ -25,6 +35,8 @@ pub struct Setup {
     pub cluster_bits: u32,
     pub refcount_bits: u32,
     pub zstd: bool,
+    pub extended: bool,
+    pub data: Data,
     pub chain: Chain,
     pub size: u64,
     pub backing_size: u64,
@@ -45,6 +57,12 @@ impl Setup {
             3 => Chain::Raw,
             4 | 5 => Chain::Qcow2 { compressed: rng.one_in(2), zstd: rng.one_in(2) },
             _ => Chain::Deep,
+        };
+        let extended = !raw && v3 && cluster_bits >= 14 && rng.one_in(2);
+        let data = match rng.below(8) {
+            0 if !raw && v3 => Data::Apart,
+            1 if !raw && v3 => Data::Raw,
+            _ => Data::InImage,
         };
         let size_unit = match rng.below(3) {
             0 => 1 << cluster_bits,
@@ -67,13 +85,15 @@ impl Setup {
             cluster_bits,
             refcount_bits: if v3 { rng.pick(&[1, 2, 4, 8, 16, 16, 32, 64]) } else { 16 },
             zstd: v3 && rng.one_in(2),
-            chain: if raw { Chain::None } else { chain },
+            extended,
+            data,
+            chain: if raw || data == Data::Raw { Chain::None } else { chain },
             size,
             backing_size,
             l2_cache: rng.pick(&[None, None, Some("1"), Some("64k")]),
             direct: rng.one_in(6),
             by_qemu: rng.one_in(3),
-            some_compressed: rng.one_in(3),
+            some_compressed: data == Data::InImage && rng.one_in(3),
         }
     }
 
@@ -102,6 +122,17 @@ impl Setup {
         let mut pairs = vec![("compat", compat), ("cluster-size", &cluster)];
         if self.v3 {
             pairs.extend([("refcount-bits", &bits[..]), ("compression-type", kind)]);
+        }
+        if self.extended {
+            pairs.push(("extended-l2", "on"));
+        }
+        // QEMU looks for it from where it is run.
+        let data = data_file(&path).to_str().unwrap().to_owned();
+        if self.data != Data::InImage {
+            pairs.push(("data-file", &data));
+        }
+        if self.data == Data::Raw {
+            pairs.push(("data-file-raw", "on"));
         }
         let backing_name;
         if let Some((name, format)) = &backing {
@@ -173,17 +204,24 @@ impl Setup {
                 convert(rng, &raw, &low, true, rng.clone().one_in(2));
                 let high = dir.join("high.qcow2");
                 let size = sectors(self.backing_size * 2 / 3 + rng.below(self.backing_size));
-                let bits = rng.pick(&["512", "4k", "64k"]);
-                create(
-                    &high,
-                    "qcow2",
-                    size,
-                    &[
-                        ("backing-file", "low.qcow2"),
-                        ("backing-fmt", "qcow2"),
-                        ("cluster-size", bits),
-                    ],
-                );
+                let (bits, extended) = rng.pick(&[
+                    ("512", "off"),
+                    ("4k", "off"),
+                    ("64k", "off"),
+                    ("16k", "on"),
+                    ("64k", "on"),
+                ]);
+                let mut pairs = vec![
+                    ("backing-file", "low.qcow2"),
+                    ("backing-fmt", "qcow2"),
+                    ("cluster-size", bits),
+                    ("extended-l2", extended),
+                ];
+                let data = data_file(&high).to_str().unwrap().to_owned();
+                if rng.one_in(4) {
+                    pairs.push(("data-file", &data));
+                }
+                create(&high, "qcow2", size, &pairs);
                 for _ in 0..rng.below(20) {
                     let at = rng.below(size / 512) * 512;
                     let n = (rng.range(1, 100) * 512).min(size - at);
@@ -219,6 +257,11 @@ impl Setup {
     }
 }
 
+/// Where the data file of an image is, if it has one.
+pub fn data_file(image: &Path) -> PathBuf {
+    image.with_extension("data")
+}
+
 /// Bytes with data and holes.
 fn patchy(rng: &mut Rng, size: u64) -> Vec<u8> {
     let mut out = vec![0; size as usize];
@@ -237,7 +280,7 @@ fn patchy(rng: &mut Rng, size: u64) -> Vec<u8> {
 }
 
 fn convert(rng: &mut Rng, from: &Path, to: &Path, compressed: bool, zstd: bool) {
-    let cluster = rng.pick(&["4k", "64k", "64k", "512k"]);
+    let cluster = rng.pick(&["4k", "64k", "64k", "512k", "32k,extended_l2=on"]);
     let kind = if zstd { "zstd" } else { "zlib" };
     let opts = format!("cluster_size={cluster},compression_type={kind}");
     if compressed {

@@ -44,13 +44,25 @@ fn round(rng: &mut Rng) {
     let (path, base) = (dir.join("top"), dir.join("base"));
     let cluster_bits = rng.pick(&[9, 12, 14, 16, 16, 18, 21]);
     let v3 = !rng.one_in(4);
+    let extended = v3 && cluster_bits >= 14 && rng.one_in(2);
+    let data = if v3 { rng.below(4) } else { 9 };
     let stripe = 4096 << rng.below(5);
     let size = stripe * THREADS * (8 << 20 >> 12) / (stripe >> 12) / THREADS;
     let cluster = (1u64 << cluster_bits).to_string();
     let mut pairs =
         vec![("cluster-size", &cluster[..]), ("compat", if v3 { "1.1" } else { "0.10" })];
+    if extended {
+        pairs.push(("extended-l2", "on"));
+    }
+    let data_file = dir.join("data").to_str().unwrap().to_owned();
+    if data < 2 {
+        pairs.push(("data-file", &data_file));
+    }
+    if data == 0 {
+        pairs.push(("data-file-raw", "on"));
+    }
     let mut model = vec![0; size as usize];
-    if rng.one_in(2) {
+    if data != 0 && rng.one_in(2) {
         let data = rng.bytes(size as usize * 3 / 4);
         model[..data.len()].copy_from_slice(&data);
         std::fs::write(&base, &data).unwrap();
@@ -118,6 +130,9 @@ fn round(rng: &mut Rng) {
     image.close().unwrap();
     check_clean(&path);
     check_same(&path, "qcow2", &model, &dir.join("model"));
+    if data == 0 {
+        assert_same(&std::fs::read(&data_file).unwrap(), &model, 0, "the raw data file");
+    }
 }
 
 fn work(image: &Image, mut rng: Rng, mine: Stripes, mut model: Vec<u8>, ops: u64) -> Vec<u8> {

@@ -39,9 +39,12 @@ pub fn alone<F: FnOnce()>(work: F) {
     // The crate, the module, the function, and the closure in it.
     let path = std::any::type_name::<F>();
     let test = path.split_once("::").unwrap().1.trim_end_matches("::{{closure}}");
+    // What it leaves if it is killed goes with this.
+    let tmp = Tmp::new("alone");
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
         .args([test, "--exact", "--include-ignored", "--nocapture", "--test-threads=1"])
+        .env("TMPDIR", tmp.path())
         .env(CHILD, "1");
     // SAFETY: alarm(2) may be called after fork; it stays set in the new program.
     unsafe {

@@ -175,6 +175,8 @@ impl Daemon {
         let log = ready.with_extension("log");
         let file = fs::File::create(&log).unwrap();
         command.stdout(file.try_clone().unwrap()).stderr(file);
+        // What one that is killed leaves goes with the test's directory.
+        command.env("TMPDIR", ready.parent().unwrap());
         let mut daemon = Self { child: spawn(&mut command), log: Some(log) };
         let end = Instant::now() + LIMIT;
         while fs::read(ready).map_or(true, |b| !b.ends_with(b"\n")) {
@@ -226,8 +228,9 @@ impl Drop for Daemon {
         if std::thread::panicking() && self.log.is_some() {
             eprintln!("a server of this test said: {}", self.told());
         }
-        // Asked first: nbdkit has files in /tmp that it removes.
-        let end = Instant::now() + Duration::from_secs(1);
+        // Asked first, with patience on a busy machine: nbdkit has files in /tmp, whatever TMPDIR says,
+        // which it removes.
+        let end = Instant::now() + Duration::from_secs(10);
         for signal in [libc::SIGTERM, libc::SIGCONT] {
             if matches!(self.child.try_wait(), Ok(None)) {
                 // SAFETY: our child, which nobody has waited for.

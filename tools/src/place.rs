@@ -1,10 +1,8 @@
 //! The places where `qblk serve` listens: URIs, sockets that systemd hands over, a private one.
 
 use std::ffi::{OsStr, OsString};
-use std::net::TcpListener;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use qblk::block::quoted;
@@ -46,7 +44,7 @@ impl Place {
 
     /// A Unix socket.
     pub fn unix(path: &OsStr) -> Self {
-        Self { uri: Some(plain(Address::Unix(path.into()))), fd: None }
+        Self { uri: Some(Uri::to(Address::Unix(path.into()))), fd: None }
     }
 
     /// The path of the Unix socket, if it is one.
@@ -85,26 +83,13 @@ impl Place {
 
     /// The URI of an export here; `None` is one that answers to every name.
     pub fn uri_of(&self, export: Option<&[u8]>, tls: bool) -> Option<String> {
-        let mut uri = plain(self.uri.as_ref()?.address.clone());
+        let mut uri = Uri::to(self.uri.as_ref()?.address.clone());
         uri.tls = tls;
         uri.export = match export {
             Some(name) => name.to_vec(),
             None => self.uri.as_ref()?.export.clone(),
         };
         Some(uri.to_string())
-    }
-}
-
-fn plain(address: Address) -> Uri {
-    Uri {
-        tls: false,
-        address,
-        export: Vec::new(),
-        user: None,
-        tls_certificates: None,
-        tls_psk_file: None,
-        tls_hostname: None,
-        tls_verify_peer: None,
     }
 }
 
@@ -159,16 +144,7 @@ fn adopt(fd: i32) -> Result<Place> {
     unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) };
     // SAFETY: it is open, as was just seen, and by the protocol it is ours.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    Ok(Place { uri: address(&fd).map(plain), fd: Some(fd) })
-}
-
-/// Where a socket listens.
-fn address(fd: &OwnedFd) -> Option<Address> {
-    if let Ok(at) = TcpListener::from(fd.try_clone().ok()?).local_addr() {
-        return Some(Address::Tcp { host: at.ip().to_string(), port: at.port() });
-    }
-    let at = UnixListener::from(fd.try_clone().ok()?).local_addr().ok()?;
-    at.as_pathname().map(|path| Address::Unix(path.to_owned()))
+    Ok(Place { uri: net::local_address(&fd).map(Uri::to), fd: Some(fd) })
 }
 
 /// A directory that is ours alone, with a socket in it; it goes with us.

@@ -3,7 +3,7 @@
 //! Images below never change while they are open. So an image that is only read itself remembers,
 //! in its cached L2 slices, where below a cluster was found that it has not got: the next read goes
 //! straight to the file that has it. What is remembered is never written anywhere, and a cluster is
-//! remembered only if it lies in one piece. The top image of a writable chain remembers nothing, but
+//! remembered only if it lies in one piece. (An extended L2 entry has no room for that.) The top image of a writable chain remembers nothing, but
 //! the one below it does, so that two look-ups lead to any depth.
 
 use super::*;
@@ -66,7 +66,7 @@ impl Qcow2 {
                         true
                     }
                     // What is below is looked up, and remembered, by the plain way.
-                    Some(_) if self.writer.is_none() => false,
+                    Some(_) if self.writer.is_none() && !self.shape.extended => false,
                     Some(below) => {
                         len = len.min(below.size().saturating_sub(offset)).max(1);
                         below.read_now(part(len), offset)?
@@ -92,7 +92,7 @@ impl Qcow2 {
         len = len.min(below.size().saturating_sub(offset)).max(1);
         // Without a table there is no slice to note anything in, and finding that out is quick.
         let slice = (offset >> self.cluster_bits) >> self.slice_bits;
-        if self.writer.is_some() || self.slice_offset(slice)?.is_none() {
+        if self.writer.is_some() || self.shape.extended || self.slice_offset(slice)?.is_none() {
             below.read(buf.split_at(len as usize).0, offset)?;
             return Ok(len);
         }

@@ -25,6 +25,19 @@ pub struct Geometry {
     pub backing: Option<BackingRef>,
     /// What is allocated at once.
     pub prealloc: Prealloc,
+    /// L2 entries with subclusters.
+    pub extended: bool,
+    /// Data lies in another file.
+    pub data_file: Option<DataFile>,
+}
+
+/// The data file that a new image names.
+#[derive(Clone, Debug)]
+pub struct DataFile {
+    /// As recorded.
+    pub name: Vec<u8>,
+    /// It is always to hold what the guest sees.
+    pub raw: bool,
 }
 
 /// Where a new image's parts lie.
@@ -38,7 +51,12 @@ struct Places {
 
 impl Geometry {
     fn l1_entries(&self, size: u64) -> u64 {
-        size.div_ceil(1 << (2 * self.cluster_bits - 3))
+        size.div_ceil(1 << self.table_bits())
+    }
+
+    /// Bytes that an L2 table maps, as a power of two.
+    fn table_bits(&self) -> u32 {
+        2 * self.cluster_bits - if self.extended { 4 } else { 3 }
     }
 
     /// Refuse what no image can be.
@@ -50,7 +68,7 @@ impl Geometry {
                     "{size} bytes are too many for clusters of {} bytes (at most {}); larger clusters \
                      allow more",
                     1u64 << self.cluster_bits,
-                    (MAX_L1_BYTES / 8) << (2 * self.cluster_bits - 3)
+                    (MAX_L1_BYTES / 8) << self.table_bits()
                 ),
             });
         }
@@ -61,12 +79,14 @@ impl Geometry {
                     b.name.len()
                 )));
             }
-            if self.header(Places::default(), size).len() > 1 << self.cluster_bits {
-                return Err(Error::invalid(format!(
-                    "the backing file's name does not fit into a header cluster of {} bytes",
-                    1u64 << self.cluster_bits
-                )));
-            }
+        }
+        // Without any names it always fits.
+        if self.header(Places::default(), size).len() > 1 << self.cluster_bits {
+            return Err(Error::invalid(format!(
+                "the name of the backing file or of the data file does not fit into a header cluster of \
+                 {} bytes",
+                1u64 << self.cluster_bits
+            )));
         }
         Ok(())
     }
@@ -75,7 +95,11 @@ impl Geometry {
     fn header(&self, places: Places, size: u64) -> Vec<u8> {
         let mut h = Vec::with_capacity(1024);
         let lazy = if self.lazy { COMPAT_LAZY } else { 0 };
-        let incompatible = if self.zstd { incompat::COMPRESSION } else { 0 };
+        let incompatible = if self.zstd { incompat::COMPRESSION } else { 0 }
+            | if self.extended { incompat::EXTENDED_L2 } else { 0 }
+            | if self.data_file.is_some() { incompat::DATA_FILE } else { 0 };
+        let is_raw = self.data_file.as_ref().is_some_and(|d| d.raw);
+        let autoclear = if is_raw { AUTOCLEAR_RAW } else { 0 };
         h.extend(MAGIC);
         h.extend((if self.v3 { 3u32 } else { 2 }).to_be_bytes());
         h.extend([0; 12]); // the backing file's name: below
@@ -90,7 +114,7 @@ impl Geometry {
         if self.v3 {
             h.extend(incompatible.to_be_bytes());
             h.extend(lazy.to_be_bytes());
-            h.extend(0u64.to_be_bytes());
+            h.extend(autoclear.to_be_bytes());
             h.extend(self.refcount_order.to_be_bytes());
             h.extend(112u32.to_be_bytes());
             h.extend([u8::from(self.zstd), 0, 0, 0, 0, 0, 0, 0]);
@@ -107,6 +131,9 @@ impl Geometry {
         if let Some(locking) = &self.encrypt {
             let (at, len) = (places.luks.to_be_bytes(), locking.header_len().to_be_bytes());
             extension(EXT_LUKS, &[at, len].concat());
+        }
+        if let Some(data) = &self.data_file {
+            extension(EXT_DATA_FILE, &data.name);
         }
         if self.v3 && self.cluster_bits > 12 {
             extension(EXT_FEATURE_NAMES, &feature_names());

@@ -1,7 +1,7 @@
 //! Data clusters: where their bytes lie, and as what.
 //!
 //! Tables are read from and written to the image's file; data goes by way of `data`. That is the file
-//! as well, or, where LUKS encrypts the data, the file seen through the cipher: sectors are numbered
+//! as well (or the external data file), or, where LUKS encrypts the data, that file seen through the cipher: sectors are numbered
 //! by their place on the host, so that one device serves for all clusters. The old AES encryption
 //! numbers sectors as the guest does; a device by host offsets can not know that number, and so it is
 //! done here.
@@ -27,12 +27,16 @@ pub(super) struct Encryption {
     pub(super) aes: Option<Crypt>,
     /// The header of LUKS.
     pub(super) luks: Option<luks::Header>,
+    /// What an external data file is to be seen through.
+    pub(super) veil: Option<Crypt>,
 }
 
 impl Encryption {
     /// Find out how the data of the image in `file` is encrypted.
     pub(super) fn open(file: &Arc<Device>, header: &Header, params: &Params) -> Result<Self> {
-        let plain = Self { data: file.clone(), aes: None, luks: None };
+        let external = header.incompatible & incompat::DATA_FILE != 0;
+        let data = if external { external::missing(file.name()) } else { file.clone() };
+        let plain = Self { data, aes: None, luks: None, veil: None };
         let name = file.name();
         match header.crypt {
             0 => Ok(plain),
@@ -59,8 +63,12 @@ impl Encryption {
                 let luks = luks::Header::read(file, area)?;
                 let key = params.key.as_ref();
                 let crypt = luks::open_key(file, area, &luks, key, params.untrusted)?;
+                let luks = Some(luks);
+                if external {
+                    return Ok(Self { luks, veil: Some(crypt), ..plain });
+                }
                 let data = Device::new(Box::new(Veiled::new(file.clone(), crypt)));
-                Ok(Self { data: Arc::new(data), aes: None, luks: Some(luks) })
+                Ok(Self { data: Arc::new(data), luks, ..plain })
             }
         }
     }
@@ -82,7 +90,7 @@ impl Qcow2 {
     pub(super) fn place_of(&self, host: u64) -> Place<'_> {
         match &self.aes {
             None => Place::At { dev: &self.data, offset: host },
-            Some(_) => Place::Encrypted { dev: &self.file, offset: host },
+            Some(_) => Place::Encrypted { dev: &self.data, offset: host },
         }
     }
 
@@ -91,7 +99,7 @@ impl Qcow2 {
     pub(super) fn read_host(&self, buf: Dst<'_>, host: u64, guest: u64) -> Result<()> {
         match &self.aes {
             None => self.data.read(buf, host),
-            Some(aes) => aes.read(&self.file, buf, host, guest / SECTOR as u64),
+            Some(aes) => aes.read(&self.data, buf, host, guest / SECTOR as u64),
         }
     }
 
@@ -99,7 +107,7 @@ impl Qcow2 {
     pub(super) fn read_host_now(&self, buf: Dst<'_>, host: u64, guest: u64) -> Result<bool> {
         match &self.aes {
             None => self.data.read_now(buf, host),
-            Some(aes) => aes.read_now(&self.file, buf, host, guest / SECTOR as u64),
+            Some(aes) => aes.read_now(&self.data, buf, host, guest / SECTOR as u64),
         }
     }
 
@@ -114,7 +122,7 @@ impl Qcow2 {
     ) -> Result<()> {
         match &self.aes {
             None => self.data.write(buf, host, flags),
-            Some(aes) => aes.write(&self.file, buf, host, guest / SECTOR as u64, flags),
+            Some(aes) => aes.write(&self.data, buf, host, guest / SECTOR as u64, flags),
         }
     }
 

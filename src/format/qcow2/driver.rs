@@ -10,19 +10,21 @@ impl Driver for Qcow2 {
         "qcow2"
     }
     fn caps(&self) -> Caps {
-        let below = self.file.caps();
+        let below = self.data.caps();
+        let tables = self.file.caps();
         Caps {
             align: self.unit() as u32,
             read_only: self.writer.is_none(),
             optimal_io: self.cluster_size() as u32,
-            fua: self.file.can_fua() != Can::Not,
-            flush: below.flush,
+            fua: self.file.can_fua() != Can::Not && self.data.can_fua() != Can::Not,
+            flush: below.flush && tables.flush,
             trim: true,
             zero: true,
             cache: true,
             extents: true,
             rotational: below.rotational,
-            cached: below.cached,
+            cached: below.cached && tables.cached,
+            sparse: self.is_raw && self.external.is_some() && !self.is_encrypted(),
             ..Caps::default()
         }
     }
@@ -118,7 +120,11 @@ impl Driver for Qcow2 {
     }
 
     fn allocated(&self) -> Option<u64> {
-        self.file.driver().allocated()
+        let data = match &self.external {
+            Some(data) => data.driver().allocated()?,
+            None => 0,
+        };
+        self.file.driver().allocated()?.checked_add(data)
     }
 
     fn close(&self) -> Result<()> {

@@ -3,18 +3,21 @@
 //! Source: "Cluster mapping" of the QCOW2 specification.
 
 /// Bits 9 to 55 of an L1 or standard L2 entry: a host offset.
-const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
+pub const OFFSET_MASK: u64 = 0x00ff_ffff_ffff_fe00;
 /// The refcount of what the entry points to is exactly one.
 pub const COPIED: u64 = 1 << 63;
-const COMPRESSED: u64 = 1 << 62;
-const ZERO: u64 = 1;
+/// What the entry points to inflates to the cluster.
+pub const COMPRESSED: u64 = 1 << 62;
+/// It reads as zeroes.
+pub const ZERO: u64 = 1;
 /// Bits 56 to 61, reserved on disk. In the cache of an image that is only read they say in which image
 /// below a cluster was found that is not here: 1 = the one right below, [`BELOW_ZERO`] = none, zeroes.
 const BELOW_SHIFT: u32 = 56;
 const BELOW_MASK: u64 = 63 << BELOW_SHIFT;
 const BELOW_ZERO: u64 = 63;
 const L1_RESERVED: u64 = 0x7f00_0000_0000_01ff;
-const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
+/// Bits of a standard L2 entry that mean nothing.
+pub const L2_RESERVED: u64 = 0x3f00_0000_0000_01fe;
 
 /// What an L2 entry says of a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,7 +40,8 @@ pub enum Entry {
 #[inline]
 pub fn decode(raw: u64, cluster_bits: u32, v3: bool) -> Result<Entry, &'static str> {
     if raw & COMPRESSED != 0 {
-        return decode_compressed(raw, cluster_bits);
+        let (offset, len) = decode_compressed(raw, cluster_bits)?;
+        return Ok(Entry::Compressed { offset, len });
     }
     let host = raw & OFFSET_MASK;
     if raw & L2_RESERVED != 0 || host & ((1 << cluster_bits) - 1) != 0 || (raw & ZERO != 0 && !v3) {
@@ -51,7 +55,8 @@ pub fn decode(raw: u64, cluster_bits: u32, v3: bool) -> Result<Entry, &'static s
     })
 }
 
-fn decode_compressed(raw: u64, cluster_bits: u32) -> Result<Entry, &'static str> {
+/// Where the compressed form of a cluster begins, and its bytes.
+pub fn decode_compressed(raw: u64, cluster_bits: u32) -> Result<(u64, u64), &'static str> {
     if raw & COPIED != 0 {
         return Err("is compressed and marked as writable in place");
     }
@@ -61,11 +66,12 @@ fn decode_compressed(raw: u64, cluster_bits: u32) -> Result<Entry, &'static str>
         return Err("points past 2^56");
     }
     let sectors = (raw & (COMPRESSED - 1)) >> x;
-    Ok(Entry::Compressed { offset, len: (sectors + 1) * 512 - offset % 512 })
+    Ok((offset, (sectors + 1) * 512 - offset % 512))
 }
 
+/// What is wrong with a standard entry.
 #[cold]
-fn complaint(raw: u64, cluster_bits: u32) -> &'static str {
+pub fn complaint(raw: u64, cluster_bits: u32) -> &'static str {
     let host = raw & OFFSET_MASK;
     if raw & L2_RESERVED != 0 {
         "has reserved bits set"
@@ -133,12 +139,6 @@ pub fn normal(host: u64) -> u64 {
     host | COPIED
 }
 
-/// The entry of a cluster that reads as zeroes, with space kept at `host` (0 = none).
-#[inline]
-pub fn zero(host: u64) -> u64 {
-    if host == 0 { ZERO } else { host | COPIED | ZERO }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -149,7 +149,7 @@ mod tests {
         let at = 5 << 16;
         assert_eq!(decode(normal(at), 16, true), Ok(Entry::Normal { host: at, copied: true }));
         assert_eq!(decode(1, 16, true), Ok(Entry::Zero { host: 0, copied: false }));
-        assert_eq!(decode(zero(at), 16, true), Ok(Entry::Zero { host: at, copied: true }));
+        assert_eq!(decode(normal(at) | ZERO, 16, true), Ok(Entry::Zero { host: at, copied: true }));
         assert!(decode(1, 16, false).is_err());
         assert!(decode(at | 2, 16, true).is_err());
         assert!(decode(512, 16, true).is_err());

@@ -2,7 +2,7 @@
 //!
 //! 1. refcount blocks (references are only added before what uses them, and only taken away after)
 //! 2. — sync, if there are new blocks — then their entries in the refcount table
-//! 3. — sync: data, refcounts and new L2 tables are there before anything points to them
+//! 3. — sync (an external data file first): data, refcounts and new L2 tables are there before anything points to them
 //! 4. L2 slices
 //! 5. — sync, if L1 entries changed — then those
 //! 6. — sync: nothing on disk points any more to what was unmapped; only now may refcounts drop
@@ -55,7 +55,7 @@ impl Qcow2 {
             return Ok(());
         }
         let number = writer.begun.fetch_add(1, SeqCst) + 1;
-        self.or_fail(writer, self.write_tables(writer, counts).and_then(|()| self.file.flush()))?;
+        self.or_fail(writer, self.write_tables(writer, counts).and_then(|()| self.sync()))?;
         writer.ended.store(number, SeqCst);
         let meta = writer.meta.lock();
         if meta.tables_written() {
@@ -82,7 +82,7 @@ impl Qcow2 {
     ) -> Result<T> {
         let _turn = writer.turn.lock();
         loop {
-            let written = self.write_tables(writer, true).and_then(|()| self.file.flush());
+            let written = self.write_tables(writer, true).and_then(|()| self.sync());
             self.or_fail(writer, written)?;
             let mut meta = writer.meta.lock();
             if meta.tables_written() {
@@ -172,7 +172,7 @@ impl Qcow2 {
             }
         }
         if points {
-            self.file.flush()?;
+            self.sync()?;
             self.write_sorted(s.l2)?;
         }
         if !s.l1.is_empty() {
@@ -303,7 +303,7 @@ impl Qcow2 {
             self.file.driver().resize(end, Prealloc::Off, true)?;
         }
         drop(meta);
-        self.file.flush()?;
+        self.sync()?;
         // Only now do the refcounts on disk say all.
         if all { self.set_incompatible(incompat::DIRTY, false) } else { Ok(()) }
     }

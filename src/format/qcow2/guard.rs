@@ -201,6 +201,9 @@ impl Qcow2 {
     /// Refuse to write `len` bytes of data at `host` of the image's file where metadata is.
     #[inline]
     pub(super) fn check_data(&self, host: u64, len: u64) -> Result<()> {
+        if self.shape.external {
+            return Ok(());
+        }
         let last = (host + len.max(1) - 1) >> self.cluster_bits;
         for cluster in host >> self.cluster_bits..=last {
             if let Some(kind) = self.areas.kind_at(cluster) {
@@ -241,7 +244,9 @@ impl Qcow2 {
     /// As [`Qcow2::found_corrupt`], where an error says so of this image.
     pub(super) fn or_corrupt<T>(&self, result: Result<T>) -> Result<T> {
         match result {
-            Err(Error::Corrupt { file, what }) if self.writer.is_some() && file == *self.file.name() => {
+            Err(Error::Corrupt { file, what })
+                if self.writer.is_some() && file == *self.file.name() =>
+            {
                 Err(self.found_corrupt(what))
             }
             other => other,
@@ -277,15 +282,22 @@ pub(super) fn note_snapshots(file: &Device, header: &Header, areas: &Areas) -> R
         if len <= header::MAX_L1_BYTES && l1 < file.size() {
             l1s.push(clusters(l1, len));
         }
-        at = at.saturating_add(40 + word(&entry, 36, 4) + word(&entry, 12, 2) + word(&entry, 14, 2));
+        at =
+            at.saturating_add(40 + word(&entry, 36, 4) + word(&entry, 12, 2) + word(&entry, 14, 2));
     }
-    areas.replace(Kind::SnapshotTable, &[clusters(begin, at.min(file.size()).saturating_sub(begin))]);
+    areas.replace(
+        Kind::SnapshotTable,
+        &[clusters(begin, at.min(file.size()).saturating_sub(begin))],
+    );
     // Those that several have are noted once: a hostile table may name one for each of 65536.
     l1s.sort_unstable_by_key(|r| (r.first, r.count));
     l1s.dedup();
     let all: u64 = l1s.iter().map(|r| r.count).sum();
     if all > file.size() >> bits {
-        return Err(Error::corrupt(file.name(), "the L1 tables of its snapshots lie over one another"));
+        return Err(Error::corrupt(
+            file.name(),
+            "the L1 tables of its snapshots lie over one another",
+        ));
     }
     areas.replace(Kind::SnapshotL1, &l1s);
     Ok(())

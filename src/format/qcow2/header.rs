@@ -7,6 +7,8 @@ use crate::block::*;
 use crate::format::BackingRef;
 use crate::format::luks::Area;
 
+use super::cluster::Shape;
+
 /// The first bytes of an image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 
@@ -52,7 +54,8 @@ pub const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
 /// Where persistent bitmaps are.
 pub const EXT_BITMAPS: u32 = 0x2385_2875;
 pub const EXT_LUKS: u32 = 0x0537_be77;
-const EXT_DATA_FILE: u32 = 0x4441_5441;
+/// Name of the external data file.
+pub const EXT_DATA_FILE: u32 = 0x4441_5441;
 
 /// Where fields lie that are written by themselves.
 pub mod at {
@@ -336,15 +339,8 @@ impl Header {
                 if zstd_bit { "set" } else { "clear" }
             ));
         }
-        if self.autoclear & AUTOCLEAR_RAW != 0 && self.incompatible & incompat::DATA_FILE == 0 {
-            // The bit means nothing without a data file; QEMU ignores it too.
-            crate::log::log(
-                crate::log::Level::Debug,
-                format_args!("{name}: raw data file bit without a data file"),
-            );
-        }
-        let entry_bits = if self.incompatible & incompat::EXTENDED_L2 != 0 { 4 } else { 3 };
-        if entry_bits == 4 && self.cluster_bits < 14 {
+        let entry_bits = self.shape().entry_bits();
+        if self.shape().extended && self.cluster_bits < 14 {
             return bad(format!(
                 "cluster bits at offset 20: found {}, expected at least 14 with subclusters",
                 self.cluster_bits
@@ -418,6 +414,16 @@ impl Header {
         Ok(())
     }
 
+    /// How its L2 entries are to be read.
+    pub fn shape(&self) -> Shape {
+        Shape {
+            cluster_bits: self.cluster_bits,
+            v3: self.version >= 3,
+            extended: self.incompatible & incompat::EXTENDED_L2 != 0,
+            external: self.incompatible & incompat::DATA_FILE != 0,
+        }
+    }
+
     /// Where the LUKS header of the image in `file` may lie.
     pub fn luks_area(&self, file: &Device) -> Result<Area> {
         let bad = |what: String| Err(Error::corrupt(file.name(), what));
@@ -453,18 +459,11 @@ impl Header {
         if self.unknown.is_some() {
             return self.unknown.clone();
         }
-        let what = match () {
-            _ if self.crypt > 2 => return Some(format!("encryption method {}", self.crypt)),
-            _ if self.compression > 1 => {
-                return Some(format!("compression type {}", self.compression));
-            }
-            _ if self.incompatible & incompat::DATA_FILE != 0 => "an external data file",
-            _ if self.incompatible & incompat::EXTENDED_L2 != 0 => {
-                "extended L2 entries (subclusters)"
-            }
-            _ => return None,
-        };
-        Some(what.to_owned())
+        match () {
+            _ if self.crypt > 2 => Some(format!("encryption method {}", self.crypt)),
+            _ if self.compression > 1 => Some(format!("compression type {}", self.compression)),
+            _ => None,
+        }
     }
 }
 

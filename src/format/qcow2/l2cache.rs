@@ -333,6 +333,21 @@ impl Held<'_> {
         self.word(index).store(value.to_be(), Release);
     }
 
+    /// Change entries `index` and `index + 1` as one: who has found the slice and may have seen only one
+    /// of them looks again.
+    pub fn set_pair(&self, index: usize, values: [u64; 2]) {
+        let tag = &self.cache.memory.tags()[self.slot];
+        let old = tag.load(Relaxed);
+        let generation = (old + 1) & ((1 << GENERATION_BITS) - 1);
+        // As when a slot is filled: the slice is not to be found meanwhile, and who misses it waits for
+        // the fill lock, which is held.
+        tag.store(generation, Relaxed);
+        fence(Release);
+        self.set(index, values[0]);
+        self.set(index + 1, values[1]);
+        tag.store(old >> GENERATION_BITS << GENERATION_BITS | generation, Release);
+    }
+
     fn word(&self, index: usize) -> &AtomicU64 {
         &self.cache.memory.entries(self.slot)[index & ((1 << self.cache.slice_bits) - 1)]
     }
@@ -367,6 +382,47 @@ mod tests {
         }
         assert!(!cache.still(hit));
         assert!(cache.find(0).is_none());
+    }
+
+    #[test]
+    fn who_has_found_a_slice_notices_that_a_pair_has_changed() {
+        let cache = L2Cache::new(&Name::from("test"), 9, 1 << 20, Some(32 << 10)).unwrap();
+        let held = cache.hold(5, fill(7)).unwrap().ok().unwrap();
+        let hit = cache.find(5).unwrap();
+        held.set_pair(4, [1, 2]);
+        assert!(!cache.still(hit));
+        let hit = cache.find(5).unwrap();
+        assert_eq!([3, 4, 5, 6].map(|i| cache.entry(hit, i)), [7, 1, 2, 7]);
+        assert!(cache.still(hit));
+    }
+
+    #[test]
+    fn pairs_are_seen_whole_by_all_threads() {
+        let cache = L2Cache::new(&Name::from("test"), 9, 1 << 20, Some(32 << 10)).unwrap();
+        drop(cache.hold(5, fill(0)).unwrap());
+        std::thread::scope(|s| {
+            let readers: Vec<_> = (0..2)
+                .map(|_| {
+                    s.spawn(|| {
+                        let mut seen = 0;
+                        while seen < 20_000 {
+                            let Some(hit) = cache.find(5) else { continue };
+                            let pair = [cache.entry(hit, 8), cache.entry(hit, 9)];
+                            if cache.still(hit) {
+                                assert_eq!(pair[0], pair[1]);
+                                assert!(pair[0] >= seen);
+                                seen = pair[0];
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let mut n = 0;
+            while readers.iter().any(|r| !r.is_finished()) {
+                n += 1;
+                cache.hold(5, fill(0)).unwrap().ok().unwrap().set_pair(8, [n, n]);
+            }
+        });
     }
 
     #[test]

@@ -18,6 +18,7 @@
 
 mod chain;
 pub mod check;
+mod cluster;
 mod compressed;
 mod create;
 mod data;
@@ -25,6 +26,8 @@ mod discard;
 mod driver;
 mod edit;
 mod entry;
+mod extended;
+mod external;
 mod flush;
 mod guard;
 mod header;
@@ -34,15 +37,16 @@ mod resize;
 mod write;
 
 use std::ptr;
-use std::sync::{Arc, OnceLock};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering::*};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
 
 use super::crypt::Crypt;
-use super::{BackingRef, Params, luks, walk};
+use super::{BackingRef, DataRef, Params, luks, walk};
 use crate::block::*;
-pub use create::{Geometry, create};
+use cluster::Shape;
+pub use create::{DataFile, Geometry, create};
 use data::Encryption;
 use entry::{COPIED, Entry};
 pub use header::MAGIC;
@@ -106,8 +110,15 @@ struct Writer {
 /// An open qcow2 image.
 pub struct Qcow2 {
     file: Arc<Device>,
-    /// What data clusters are read from and written to, at the same offsets as in `file`.
+    /// What data clusters are read from and written to: `file` or the data file, perhaps seen through a
+    /// cipher.
     data: Arc<Device>,
+    /// The data file as it is, if the image has one and it is open.
+    external: Option<Arc<Device>>,
+    /// The data file is always to hold what the guest sees.
+    is_raw: bool,
+    /// The cipher through which the data file is to be seen when it is attached.
+    veil: Option<Crypt>,
     /// The old encryption, which needs to know where the guest has the data.
     aes: Option<Crypt>,
     luks: Option<luks::Header>,
@@ -123,6 +134,10 @@ pub struct Qcow2 {
     l2_bits: u32,
     /// Entries in a cached slice of one, as a power of two.
     slice_bits: u32,
+    /// How L2 entries are to be read.
+    shape: Shape,
+    /// They are not plain standard entries.
+    is_special: bool,
     v3: bool,
     size: AtomicU64,
     l1: AtomicPtr<L1>,
@@ -136,7 +151,7 @@ pub struct Qcow2 {
 
 /// What was found for a guest offset.
 struct Found {
-    /// The first cluster's entry.
+    /// The first cluster's entry, or what it would be if all of the cluster were as the subcluster is.
     entry: Entry,
     /// Bytes from the offset on for which it goes on alike.
     len: u64,
@@ -152,13 +167,22 @@ impl Drop for Qcow2 {
 }
 
 impl Qcow2 {
-    /// Open the image in `file`; its backing image, if any, is attached afterwards.
+    /// Open the image in `file`; its data file and backing image, if any, are attached afterwards.
     pub fn open(file: Device, params: Params) -> Result<Self> {
         let mut header = Header::read(&file)?;
         if !params.info_only
             && let Some(feature) = header.unsupported()
         {
             return Err(Error::unsupported(file.name(), feature));
+        }
+        if !params.info_only
+            && header.autoclear & header::AUTOCLEAR_RAW != 0
+            && header.incompatible & incompat::DATA_FILE == 0
+        {
+            return Err(Error::corrupt(
+                file.name(),
+                "the autoclear bit for a raw data file (offset 88, bit 1) is set, but it has no data file",
+            ));
         }
         if params.write {
             Self::check_writable(&file, &header)?;
@@ -177,10 +201,11 @@ impl Qcow2 {
             ));
         }
         let file = Arc::new(file);
-        let Encryption { data, aes, luks } = Encryption::open(&file, &header, &params)?;
+        let Encryption { data, aes, luks, veil } = Encryption::open(&file, &header, &params)?;
         let cluster_bits = header.cluster_bits;
-        let l2_bits = cluster_bits - 3;
-        let slice_bits = cluster_bits.min(12) - 3;
+        let shape = header.shape();
+        let l2_bits = cluster_bits - shape.entry_bits();
+        let slice_bits = cluster_bits.min(12) - shape.entry_bits();
         let l1 = if params.info_only {
             L1 { offset: 0, entries: Box::new([]) }
         } else {
@@ -193,8 +218,8 @@ impl Qcow2 {
         let writer =
             if params.write { Some(Self::writer(&file, &header, areas.clone())?) } else { None };
         // An image that can grow gets a cache that can, too: memory is taken as it is used.
-        let used =
-            if params.write { used.max(l2cache::DEFAULT_MAX >> (slice_bits + 3)) } else { used };
+        let slice_bytes = slice_bits + shape.entry_bits();
+        let used = if params.write { used.max(l2cache::DEFAULT_MAX >> slice_bytes) } else { used };
         let limit = match (params.info_only, params.untrusted) {
             (true, _) => Some(0),
             (_, true) => Some(params.l2_cache.unwrap_or(u64::MAX).min(MAX_UNTRUSTED_CACHE)),
@@ -204,13 +229,18 @@ impl Qcow2 {
             cluster_bits,
             l2_bits,
             slice_bits,
+            shape,
+            is_special: shape.is_special(),
             v3: header.version >= 3,
             size: AtomicU64::new(header.size),
             l1: AtomicPtr::new(Box::into_raw(Box::new(l1))),
-            cache: L2Cache::new(file.name(), slice_bits, used, limit)?,
+            cache: L2Cache::new(file.name(), slice_bytes - 3, used, limit)?,
             compressed: compressed::Store::new(header.compression, cluster_bits),
             file,
             data,
+            external: None,
+            is_raw: shape.external && header.autoclear & header::AUTOCLEAR_RAW != 0,
+            veil,
             aes,
             luks,
             features: edit::Features::new(&header),
@@ -234,6 +264,12 @@ impl Qcow2 {
             return Err(Error::corrupt(
                 name,
                 "it is marked as corrupt; it can be read, or repaired with qblk check --repair=all",
+            ));
+        }
+        if header.snapshots > 0 && header.incompatible & incompat::DATA_FILE != 0 {
+            return Err(Error::unsupported(
+                name,
+                "writing to an image with both internal snapshots and an external data file",
             ));
         }
         if header.has_bitmaps && header.autoclear & header::AUTOCLEAR_BITMAPS != 0 {
@@ -310,12 +346,13 @@ impl Qcow2 {
     /// Clear the autoclear bits that a program which does not know them must clear before it writes.
     /// To be called when nothing else can fail any more.
     pub(super) fn clear_autoclear(&self) -> Result<()> {
-        // None of the features is kept right while writing, so all bits go. (Where bitmaps are in
-        // use, `check_writable` has refused.)
+        // A raw data file is kept right while writing; nothing else is, so all other bits go. (Where
+        // bitmaps are in use, `check_writable` has refused.)
         if self.writer.is_none() {
             return Ok(());
         }
-        self.set_autoclear(u64::MAX, false)
+        let kept = if self.is_raw { header::AUTOCLEAR_RAW } else { 0 };
+        self.set_autoclear(!kept, false)
     }
 
     /// What the image says it is backed by.
@@ -373,6 +410,9 @@ impl Qcow2 {
             return Ok(Found { entry: Entry::Unallocated, len, own_table: false });
         }
         let own_table = raw & COPIED != 0;
+        if self.is_special {
+            return self.lookup_special(offset, count, own_table);
+        }
         let slice = cluster >> self.slice_bits;
         let index = (cluster & ((1 << self.slice_bits) - 1)) as usize;
         let in_cluster = offset & (self.cluster_size() - 1);
@@ -380,14 +420,10 @@ impl Qcow2 {
         let most = (wanted as usize).min((1 << self.slice_bits) - index);
         loop {
             let Some(hit) = self.cache.find(slice) else {
-                match self.load_slice(slice) {
-                    Ok(()) => continue,
-                    // No room for it, ever again; reading goes on without.
-                    Err(_) if self.is_fenced() => {
-                        return self.lookup_on_disk(cluster, in_cluster, count);
-                    }
-                    Err(e) => return Err(e),
+                if self.load_slice(slice)? {
+                    continue;
                 }
+                return self.lookup_on_disk(offset, count);
             };
             let first = self.cache.entry(hit, index);
             // Only where nothing is written is a slice sanitized, and may it have such entries.
@@ -416,25 +452,6 @@ impl Qcow2 {
         }
     }
 
-    /// Look up one cluster whose slice is not in the cache, and so has no changes that are not written.
-    #[cold]
-    fn lookup_on_disk(&self, cluster: u64, in_cluster: u64, count: u64) -> Result<Found> {
-        let slice = cluster >> self.slice_bits;
-        let mut raw = [0; 8];
-        if let Some(offset) = self.slice_offset(slice)? {
-            let at = offset + 8 * (cluster & ((1 << self.slice_bits) - 1));
-            if at + 8 > self.file.size() {
-                return Err(self.cut_off("the end of an L2 table", at + 8));
-            }
-            self.file.read_slice(&mut raw, at)?;
-        }
-        let raw = u64::from_be_bytes(raw);
-        let entry = entry::decode(raw, self.cluster_bits, self.v3)
-            .map_err(|what| self.bad_entry(cluster, raw, what))?;
-        let len = count.min(self.cluster_size() - in_cluster);
-        Ok(Found { entry, len, own_table: false })
-    }
-
     #[cold]
     fn bad_entry(&self, cluster: u64, raw: u64, what: &str) -> Error {
         self.found_corrupt(format!(
@@ -443,13 +460,16 @@ impl Qcow2 {
         ))
     }
 
-    /// Bring a slice into the cache.
+    /// Bring a slice into the cache; `false` if there is no room for it, ever again, because changes
+    /// can not be written. Who writes is told; reading goes on without.
     #[cold]
-    fn load_slice(&self, slice: u64) -> Result<()> {
+    fn load_slice(&self, slice: u64) -> Result<bool> {
         while self.hold(slice)?.is_err() {
-            self.writeback()?;
+            if self.writeback().is_err() {
+                return Ok(false);
+            }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Hold the set of a slice with the slice in it.
@@ -464,7 +484,7 @@ impl Qcow2 {
                 return self.or_corrupt(Err(cut));
             }
             self.file.read_slice(bytes, offset)?;
-            if self.writer.is_none() {
+            if self.writer.is_none() && !self.shape.extended {
                 entry::sanitize(bytes);
             }
             Ok(())
@@ -479,16 +499,17 @@ impl Qcow2 {
             self.found_corrupt(format!("L1 entry {l1_index} {what}: found {raw:#018x}"))
         })?;
         let within = slice & ((1 << (self.l2_bits - self.slice_bits)) - 1);
-        Ok((table != 0).then(|| table + (within << (self.slice_bits + 3))))
+        let bytes = self.slice_bits + self.shape.entry_bits();
+        Ok((table != 0).then(|| table + (within << bytes)))
     }
 
     /// How much of a run of data clusters from `host` on, of which the first `skip` bytes do not
-    /// matter, is in the file. A last cluster that is only partly there counts: the rest is zeroes.
+    /// matter, is in the file that holds them. A last cluster that is only partly there counts: the rest is zeroes.
     #[inline]
     fn present(&self, host: u64, skip: u64, len: u64) -> Result<u64> {
-        let size = self.file.size();
+        let size = self.data.size();
         if host >= size {
-            return Err(self.cut_off("a data cluster", host));
+            return Err(self.data_cut_off(host));
         }
         let end = size.checked_next_multiple_of(self.cluster_size()).unwrap_or(u64::MAX);
         Ok(len.min(end - host - skip))

@@ -411,12 +411,15 @@ impl Refcounts {
         file.zero(first << self.cluster_bits, blocks << self.cluster_bits, ReqFlags::NONE)?;
         for b in 0..blocks {
             self.table[(index + b) as usize] = (first + b) << self.cluster_bits;
-            self.new_blocks.push((index + b) as usize);
-            self.areas.add(Kind::RefcountBlock, first + b);
         }
-        for cluster in first..first + blocks + count {
-            self.set(file, cluster, 1)?;
+        if let Err(e) = (first..first + blocks + count).try_for_each(|c| self.set(file, c, 1)) {
+            // Blocks that do not count themselves must not come into the table on disk.
+            self.table[index as usize..=last as usize].fill(0);
+            self.forget_slices_from(index);
+            return Err(e);
         }
+        (first..first + blocks).for_each(|c| self.areas.add(Kind::RefcountBlock, c));
+        self.new_blocks.extend((index..=last).map(|b| b as usize));
         self.hand_out(Run { first, count: blocks + count });
         Ok(Run { first: first + blocks, count })
     }
@@ -452,6 +455,10 @@ impl Refcounts {
         // What the file has there is of no use to anyone; the block must read as zeroes.
         file.zero(first << self.cluster_bits, 1 << self.cluster_bits, ReqFlags::NONE)?;
         self.hand_out(Run { first, count: 1 });
+        // Its first slice is known: nothing can fail from here on, or the block would not be counted.
+        let data = vec![0; self.slice_bytes()].into_boxed_slice();
+        let slice = Slice { data, dirty: false, writing: false };
+        self.slices.insert(first >> self.slice_bits(), slice);
         self.table[index as usize] = first << self.cluster_bits;
         self.areas.add(Kind::RefcountBlock, first);
         self.new_blocks.push(index as usize);
@@ -507,9 +514,7 @@ impl Refcounts {
         });
         if let Err(e) = switched {
             self.table = before;
-            let block_bits = self.block_bits() - self.slice_bits();
-            self.slices.retain(|s, _| s >> block_bits < first_block);
-            self.dirty = self.slices.values().filter(|s| s.dirty).count();
+            self.forget_slices_from(first_block);
             return Err(e);
         }
         self.hand_out(all);
@@ -523,6 +528,13 @@ impl Refcounts {
             self.release(file, cluster)?;
         }
         Ok(())
+    }
+
+    /// Give up what is cached of the block of table entry `index` and those after it.
+    fn forget_slices_from(&mut self, index: u64) {
+        let per_block = self.block_bits() - self.slice_bits();
+        self.slices.retain(|s, _| s >> per_block < index);
+        self.dirty = self.slices.values().filter(|s| s.dirty).count();
     }
 
     /// Write all changed slices, and sync: a table names blocks that are in the file. They stay dirty,

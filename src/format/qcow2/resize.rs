@@ -46,7 +46,8 @@ impl Qcow2 {
         let result = self
             .drop_clusters(whole(new), whole(old), Fate::Forget)
             .and_then(|()| self.flush_all())
-            .and_then(|()| self.record_size(new));
+            .and_then(|()| self.record_size(new))
+            .and_then(|()| self.shrink_data(new));
         if result.is_err() {
             self.size.store(old, Release);
             return result;
@@ -63,6 +64,7 @@ impl Qcow2 {
         if entries > self.l1().entries.len() as u64 {
             self.grow_l1(writer, entries)?;
         }
+        self.grow_data(old, new)?;
         // Counted as a call: clusters that are written to in place must not be freed meanwhile.
         let _call = self.calls.enter();
         // What lies past the old end in its last cluster, or in a longer image below, must not show.
@@ -71,6 +73,11 @@ impl Qcow2 {
         if old_end < new {
             self.cover(old_end, new.next_multiple_of(self.cluster_size()))?;
         }
+        // What is not mapped would not be in a raw data file.
+        let prealloc = match prealloc {
+            Prealloc::Off if self.is_raw => Prealloc::Metadata,
+            how => how,
+        };
         if prealloc != Prealloc::Off {
             self.preallocate(old_end, new, prealloc)?;
         }

@@ -3,10 +3,15 @@
 //! A cluster that only this image points to is written in place, without any lock. Else the write
 //! takes a [`Grant`]: clusters on the host, and the claim on the guest clusters, for which other
 //! writes wait. No lock is held while data moves. A grant that is dropped gives everything back.
+//!
+//! What a write does not fill of the first and last cluster (with extended L2 entries, of the first and
+//! last subcluster) that it allocates is filled with what was there. With an external data file nothing
+//! is taken on the host: a cluster goes where the guest has it.
 
 use libc::iovec;
 use parking_lot::MutexGuard;
 
+use super::cluster::{ALL, Cluster, Plain, SUB_BITS};
 use super::guard::Kind;
 use super::refcount::{Run, Stop};
 use super::*;
@@ -44,14 +49,24 @@ pub(super) struct Grant<'a> {
     first: u64,
     /// Where on the host it goes, and how many follow.
     host: Run,
+    /// The part of them that is to have data, in guest offsets: whole clusters or subclusters that have
+    /// none, or whose data is to be copied.
+    start: u64,
+    end: u64,
     /// The file has nothing but zeroes there.
     blank: bool,
-    /// The space was kept for these clusters all along.
+    /// The space is these clusters' already.
     kept: bool,
     committed: bool,
 }
 
 impl Grant<'_> {
+    /// Where a guest offset goes.
+    fn host_of(&self, offset: u64) -> u64 {
+        let bits = self.image.cluster_bits;
+        (self.host.first << bits) + (offset - (self.first << bits))
+    }
+
     /// Let other writes at the guest clusters.
     fn settle(&mut self, meta: &mut Meta) {
         let mine = (self.first, self.first + self.host.count);
@@ -114,8 +129,7 @@ impl Qcow2 {
                     Err(e) => return Err(e),
                     Ok(Step::Again) => 0,
                     Ok(Step::Granted(grant)) => {
-                        let end = (grant.first + grant.host.count) << self.cluster_bits;
-                        let part = buf.split_at((end - offset) as usize).0;
+                        let part = buf.split_at((grant.end - offset) as usize).0;
                         match self.fill(&grant, part, offset) {
                             Ok(()) => self.commit(grant)?,
                             Err(e) if e.is_no_space() && !retried => {
@@ -250,68 +264,115 @@ impl Qcow2 {
         let slice = first >> self.slice_bits;
         let slice_end = (slice + 1) << self.slice_bits;
         let most = (MAX_GRANT >> self.cluster_bits).max(1);
-        let end = (offset + count).div_ceil(self.cluster_size()).min(slice_end).min(first + most);
+        let last = (offset + count).div_ceil(self.cluster_size()).min(slice_end).min(first + most);
         let mut meta = writer.meta.lock();
         if meta.busy.iter().any(|b| (b.0..b.1).contains(&first)) {
             writer.settled.wait(&mut meta);
             return Ok(Step::Again);
         }
-        let end = meta.busy.iter().map(|b| b.0).filter(|b| *b > first).fold(end, u64::min);
+        let last = meta.busy.iter().map(|b| b.0).filter(|b| *b > first).fold(last, u64::min);
         self.own_table(&mut meta, first >> self.l2_bits)?;
         let Ok(held) = self.hold(slice)? else {
             drop(meta);
             self.writeback()?;
             return Ok(Step::Again);
         };
-        let read = |cluster: u64| {
-            let raw = held.get(cluster as usize);
-            entry::decode(raw, self.cluster_bits, self.v3)
-                .map_err(|what| self.bad_entry(cluster, raw, what))
+        let grain = self.grain();
+        let end = (offset + count).next_multiple_of(grain).min(last << self.cluster_bits);
+        let (start, mut end) = (offset & !(grain - 1), end);
+        let old = self.entry_of(&held, first)?;
+        let ours = match old {
+            Cluster::Plain(p) => self.own_space(&mut meta, p)?,
+            Cluster::Compressed { .. } => None,
         };
-        let only_ours = |meta: &mut Meta, copied: bool, host: u64| -> Result<bool> {
-            Ok(copied || meta.refs.get(&self.file, host >> self.cluster_bits)? == 1)
-        };
-        match read(first)? {
-            Entry::Normal { host, copied } if only_ours(&mut meta, copied, host)? => {
-                if !copied {
-                    held.set(first as usize, entry::normal(host));
+        if let (Cluster::Plain(p), Some(host)) = (old, ours) {
+            let sub = self.shape.sub(start);
+            let free = (!p.alloc >> sub).trailing_ones();
+            if free == 0 {
+                // It has data there: others may be writing to it in place, and so may this.
+                if !p.copied {
+                    self.set_entry(&held, first, Plain { copied: true, ..p });
                     self.dirtied(writer, &mut meta, &held);
                 }
                 return Ok(Step::Again);
             }
-            Entry::Zero { host, copied } if host != 0 && only_ours(&mut meta, copied, host)? => {
-                self.check_data(host, 1)?;
-                let host = Run { first: host >> self.cluster_bits, count: 1 };
-                meta.busy.push((first, first + 1));
-                let (image, blank, kept, committed) = (self, false, true, false);
-                return Ok(Step::Granted(Grant {
-                    image,
-                    writer,
-                    first,
-                    host,
-                    blank,
-                    kept,
-                    committed,
-                }));
-            }
-            _ => {}
+            let stop = (first << self.cluster_bits)
+                + (u64::from(sub + free) << (self.cluster_bits - SUB_BITS));
+            let host = Run { first: host >> self.cluster_bits, count: 1 };
+            drop(held);
+            self.check_data(host.first << self.cluster_bits, 1)?;
+            return Ok(self.grant(writer, meta, first, host, (start, end.min(stop)), false, true));
         }
         let mut want = 1;
-        while first + want < end
-            && !matches!(
-                read(first + want)?,
-                Entry::Normal { copied: true, .. } | Entry::Zero { host: 1.., .. }
-            )
-        {
+        while first + want < last && self.joins(self.entry_of(&held, first + want)?) {
             want += 1;
         }
+        let (start, to) = self.with_old_data(old, first, start, end);
+        if to != end {
+            (want, end) = (1, to);
+        }
         drop(held);
+        if self.shape.external {
+            let host = Run { first, count: want };
+            return Ok(self.grant(writer, meta, first, host, (start, end), false, true));
+        }
         let (host, blank) = self.allocate(&mut meta, want)?;
         // Zeroes in the file are not zeroes to a cipher.
         let blank = blank && !self.is_encrypted();
+        let end = end.min((first + host.count) << self.cluster_bits);
+        Ok(self.grant(writer, meta, first, host, (start, end), blank, false))
+    }
+
+    /// Give out host clusters, and claim the guest clusters from `first` on.
+    #[allow(clippy::too_many_arguments)]
+    fn grant<'a>(
+        &'a self,
+        writer: &'a Writer,
+        mut meta: MutexGuard<'_, Meta>,
+        first: u64,
+        host: Run,
+        (start, end): (u64, u64),
+        blank: bool,
+        kept: bool,
+    ) -> Step<'a> {
         meta.busy.push((first, first + host.count));
-        let (image, kept, committed) = (self, false, false);
-        Ok(Step::Granted(Grant { image, writer, first, host, blank, kept, committed }))
+        let (image, committed) = (self, false);
+        Step::Granted(Grant { image, writer, first, host, start, end, blank, kept, committed })
+    }
+
+    /// The space of a cluster, if nothing else points there.
+    fn own_space(&self, meta: &mut Meta, p: Plain) -> Result<Option<u64>> {
+        Ok(match p.host {
+            Some(_) if p.copied || self.shape.external => p.host,
+            Some(host) if meta.refs.get(&self.file, host >> self.cluster_bits)? == 1 => p.host,
+            _ => None,
+        })
+    }
+
+    /// Whether a cluster may follow another in a grant of new space.
+    fn joins(&self, cluster: Cluster) -> bool {
+        match cluster {
+            Cluster::Plain(Plain { host: None, .. }) => true,
+            // What is there is copied, of which only whole clusters are filled with.
+            Cluster::Plain(p) => !self.shape.is_special() && !p.copied && p.alloc != 0,
+            Cluster::Compressed { .. } => !self.shape.extended,
+        }
+    }
+
+    /// What is to be filled of a cluster that is given new space, if `start..end` is what is written:
+    /// also that which has data now. The rest stays as it is, not here.
+    fn with_old_data(&self, old: Cluster, first: u64, start: u64, end: u64) -> (u64, u64) {
+        let base = first << self.cluster_bits;
+        let bits = self.cluster_bits - SUB_BITS;
+        let alloc = match old {
+            _ if !self.shape.extended => return (start, end),
+            Cluster::Compressed { .. } => ALL,
+            Cluster::Plain(Plain { alloc: 0, .. }) => return (start, end),
+            Cluster::Plain(p) => p.alloc,
+        };
+        let from = base + (u64::from(alloc.trailing_zeros()) << bits);
+        let to = base + (u64::from(u32::BITS - alloc.leading_zeros()) << bits);
+        (start.min(from), end.min(base + self.cluster_size()).max(to))
     }
 
     /// Try to win back what was freed but not yet given up, once.
@@ -333,15 +394,17 @@ impl Qcow2 {
 
     /// Put `part`, and around it what its clusters held before, into granted clusters.
     fn fill(&self, grant: &Grant<'_>, part: Src<'_>, offset: u64) -> Result<()> {
-        let start = grant.first << self.cluster_bits;
-        let end = (grant.first + grant.host.count) << self.cluster_bits;
         let part_end = offset + part.len() as u64;
-        let host = grant.host.first << self.cluster_bits;
+        // A data file ends where the guest does (or did, when the write began).
+        let (start, end) = (grant.start, grant.end.min(self.data_end().max(part_end)));
+        let host = grant.host_of(start);
         if start == offset && end == part_end {
             return self.write_host(part, host, offset, ReqFlags::NONE);
         }
         // A small write into a cluster: let the kernel copy the cluster, then write over it.
-        let small = grant.host.count == 1 && part.len() as u64 <= self.cluster_size() / 4;
+        let small = end - start == self.cluster_size()
+            && start.is_multiple_of(end - start)
+            && part.len() as u64 <= self.cluster_size() / 4;
         if small && self.copy_whole(start, host)? {
             return self.write_host(part, host + (offset - start), offset, ReqFlags::NONE);
         }
@@ -455,10 +518,25 @@ impl Qcow2 {
         };
         // Before the entries: who sees one must also see that it is not on disk yet.
         writer.changed.store(true, Release);
+        // All of them are looked at before one is changed. They are as they were when they were granted.
         for i in 0..grant.host.count {
-            let index = (grant.first + i) as usize;
-            let old = held.get(index);
-            held.set(index, entry::normal((grant.host.first + i) << self.cluster_bits));
+            self.entry_of(&held, grant.first + i)?;
+        }
+        for i in 0..grant.host.count {
+            let cluster = grant.first + i;
+            let mask = self.shape.mask(cluster, grant.start, grant.end);
+            let old = self.entry_of(&held, cluster)?;
+            let before = match old {
+                Cluster::Plain(p) => p,
+                Cluster::Compressed { .. } => Plain::default(),
+            };
+            let new = Plain {
+                host: Some((grant.host.first + i) << self.cluster_bits),
+                copied: true,
+                alloc: before.alloc | mask,
+                zero: before.zero & !mask,
+            };
+            self.set_entry(&held, cluster, new);
             if !grant.kept {
                 self.unmap(&mut meta, old);
             }
@@ -480,23 +558,26 @@ impl Qcow2 {
 
     /// Whether so many changes wait in memory that they should be written.
     pub(super) fn much_waits(&self, meta: &Meta) -> bool {
-        (meta.dirty_slices.len() << (self.slice_bits + 3)) + meta.refs.dirty_bytes()
+        (meta.dirty_slices.len() << (self.slice_bits + self.shape.entry_bits()))
+            + meta.refs.dirty_bytes()
             > MAX_DIRTY_BYTES
             || meta.unmapped.len() > MAX_UNMAPPED
     }
 
-    /// Note that nothing in memory points any more to what L2 entry `raw` pointed to.
-    pub(super) fn unmap(&self, meta: &mut Meta, raw: u64) {
+    /// Note that nothing in memory points any more to what an L2 entry pointed to. In a data file there
+    /// is nothing to note.
+    pub(super) fn unmap(&self, meta: &mut Meta, old: Cluster) {
         let bits = self.cluster_bits;
-        let run = match entry::decode(raw, bits, self.v3) {
-            Ok(Entry::Normal { host, .. }) => Run { first: host >> bits, count: 1 },
-            Ok(Entry::Zero { host, .. }) if host != 0 => Run { first: host >> bits, count: 1 },
-            Ok(Entry::Compressed { offset, len }) => {
+        let run = match old {
+            Cluster::Plain(Plain { host: Some(host), .. }) if !self.shape.external => {
+                Run { first: host >> bits, count: 1 }
+            }
+            Cluster::Plain(_) => return,
+            Cluster::Compressed { offset, len } => {
                 self.compressed.forget();
                 let first = offset >> bits;
                 Run { first, count: ((offset + len - 1) >> bits) - first + 1 }
             }
-            _ => return,
         };
         if let Some(last) = meta.unmapped.last_mut()
             && last.first + last.count == run.first
@@ -517,21 +598,27 @@ impl Qcow2 {
                 at += found.len;
                 continue;
             }
-            let Step::Granted(grant) = self.prepare_or_grow(writer, at, found.len)? else {
+            let Step::Granted(mut grant) = self.prepare_or_grow(writer, at, found.len)? else {
                 continue;
             };
-            let host = grant.host.first << self.cluster_bits;
-            let bytes = grant.host.count << self.cluster_bits;
+            // (Of the space of subclusters that are not here nothing shows.)
+            let bytes = grant.end.min(self.data_len(to)) - grant.start;
+            let host = grant.host_of(grant.start);
             let how = if self.is_encrypted() { Prealloc::Full } else { how };
-            let guest = grant.first << self.cluster_bits;
+            let guest = grant.start;
             match how {
                 // ZERO_RANGE reserves space where the host has it; else zeroes are written.
                 Prealloc::Falloc => self.data.zero(host, bytes, ReqFlags::NONE)?,
                 Prealloc::Full => self.write_zeroes(host, guest, bytes)?,
-                _ if grant.blank => {}
+                // What is in a raw data file is what the guest is to see.
+                _ if grant.blank || self.is_raw => {}
                 _ => self.data.zero(host, bytes, ReqFlags::MAY_TRIM)?,
             }
-            at = (grant.first + grant.host.count) << self.cluster_bits;
+            at = grant.end;
+            // Subclusters that are not here show what is below, though there is space for them.
+            if self.shape.extended && self.may_show_below(guest) {
+                grant.end = grant.start;
+            }
             self.commit(grant)?;
         }
         Ok(())

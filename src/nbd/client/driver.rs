@@ -3,11 +3,10 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
 
 use super::durable::Lost;
 use super::handshake::{ALLOCATION, DEPTH};
-use super::pool::{Patience, Pool};
+use super::pool::{CLOSE, Patience, Pool};
 use super::slot::{Described, Failure, Memory, Request};
 use super::source::Source;
 use super::sys::Deadline;
@@ -22,8 +21,6 @@ const FIRST_ASKED: u64 = 1 << 30;
 const LEAST_ASKED: u64 = 1 << 20;
 /// A reply of fewer descriptors than this is no burden.
 const FEW: usize = 1024;
-/// How long flushing before closing may take.
-const CLOSE: Duration = Duration::from_secs(5);
 
 /// An open export.
 pub(super) struct Nbd {
@@ -264,6 +261,7 @@ impl Driver for Nbd {
             zero: e.has(flag::SEND_WRITE_ZEROES),
             cache: e.has(flag::SEND_CACHE),
             extents: e.context(ALLOCATION).is_some(),
+            sparse: false,
             rotational: e.has(flag::ROTATIONAL),
         }
     }
@@ -366,9 +364,11 @@ impl Driver for Nbd {
                 }
                 let depth = match &depths {
                     None => None,
-                    // Fewer of its descriptors were kept: ask again from here.
-                    Some(depths) if depths.first().is_none() && offset > start => break,
-                    Some(depths) => depths.first(),
+                    Some(depths) => match depths.first() {
+                        // Fewer of its descriptors were kept: ask again from here.
+                        None => break,
+                        found => found,
+                    },
                 };
                 let length = length.min(depth.map_or(u64::MAX, |d| d.0)).min(end - offset);
                 out.push(extent(offset, length, flags, depth.map(|d| d.1)));

@@ -50,7 +50,8 @@ pub struct Settings {
     /// For how long a lost connection is tried to be made again.
     pub reconnect: Duration,
     /// For how long the first connection is tried again while nobody listens; zero: one try. The
-    /// whole of connecting and negotiating may take this or 30 s, whichever is longer.
+    /// whole of connecting and negotiating may take as long as this and `timeout` together, or this and
+    /// 30 s if `timeout` is longer.
     pub connect_timeout: Duration,
     /// Meta contexts to ask for beside `base:allocation` and `qemu:allocation-depth`.
     pub contexts: Vec<Vec<u8>>,

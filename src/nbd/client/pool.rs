@@ -8,6 +8,10 @@
 //! requests that are under way at once is nobody's promise). A flush is sent again too, but what it
 //! has to cover may be gone with the server: see [`super::durable`].
 //!
+//! Not so where we gave the connection up ourselves because an answer took too long: the server may live,
+//! and do what it was asked after the same change, sent again, and after what came later. Writes,
+//! zeroing and trimming that were under way there fail; the rest is sent again.
+//!
 //! Locks: `state` is taken with none of a lane's locks held, and none of those are taken under it.
 
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
@@ -39,8 +43,8 @@ const LARGE: u64 = 64 << 10;
 const DEFAULT_LANES: u32 = 4;
 /// How often a call may ask for another try after reconnecting was given up.
 const RETRY: Duration = Duration::from_secs(1);
-/// How long closing may take.
-const CLOSE: Duration = Duration::from_secs(5);
+/// How long flushing before closing may take, and closing itself.
+pub(super) const CLOSE: Duration = Duration::from_secs(5);
 
 /// Whether a call waits for a lost connection to be made again.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -1,7 +1,6 @@
 //! Making lost connections again: one thread, started by a loss, that ends when all are back, when
 //! the time for it is over, or when the device is closed.
 
-use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
@@ -17,6 +16,7 @@ use super::slot::{Memory, Request};
 use crate::block::{Error, ErrorKind, OneIov, Result};
 use crate::log::{Level, log};
 use crate::nbd::proto::{cmd, flag};
+use crate::thread;
 
 /// Between two tries: first, and at most.
 pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -35,10 +35,7 @@ impl Pool {
         if let Some(last) = state.thread.take() {
             let _ = last.join();
         }
-        let started = without_signals(|| {
-            std::thread::Builder::new().name("qblk-nbd".into()).spawn(move || me.revive())
-        });
-        match started {
+        match thread::spawn("qblk-nbd", None, move || me.revive()) {
             Ok(thread) => (state.thread, state.running) = (Some(thread), true),
             Err(e) => {
                 let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
@@ -219,19 +216,4 @@ fn same(was: &Export, now: &mut Export) -> std::result::Result<(), String> {
         now.contexts.swap(i, at);
     }
     Ok(())
-}
-
-/// Do something (start a thread, which inherits this) with all signals blocked: they are the host
-/// program's.
-fn without_signals<T>(f: impl FnOnce() -> T) -> T {
-    let (mut all, mut old) = (MaybeUninit::uninit(), MaybeUninit::uninit());
-    // SAFETY: sigfillset and pthread_sigmask fill the sets that they are given.
-    unsafe {
-        libc::sigfillset(all.as_mut_ptr());
-        libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), old.as_mut_ptr());
-    }
-    let result = f();
-    // SAFETY: `old` was filled above.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, old.as_ptr(), std::ptr::null_mut()) };
-    result
 }

@@ -1,19 +1,16 @@
 //! The system calls of the data path that std has no word for: futexes with a deadline, and sockets
 //! with several pieces of memory at once. Each answers with the error number.
 
-use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use libc::{c_int, iovec};
 
+use crate::block::last_errno;
+
 /// A system call's error number, positive.
 pub(super) type Errno = i32;
-
-fn errno() -> Errno {
-    io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
-}
 
 /// A point on the monotonic clock in nanoseconds; `u64::MAX` = never.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -121,7 +118,7 @@ pub(super) unsafe fn send(fd: c_int, vecs: &[iovec]) -> Result<usize, Errno> {
             unsafe { libc::sendmsg(fd, &msg, flags) }
         }
     };
-    if n >= 0 { Ok(n as usize) } else { Err(errno()) }
+    if n >= 0 { Ok(n as usize) } else { Err(last_errno()) }
 }
 
 /// Receive into several pieces of memory: how many bytes came, 0 at the end.
@@ -139,7 +136,7 @@ pub(super) unsafe fn recv(fd: c_int, vecs: &[iovec]) -> Result<usize, Errno> {
             unsafe { libc::recvmsg(fd, &mut msg, 0) }
         }
     };
-    if n >= 0 { Ok(n as usize) } else { Err(errno()) }
+    if n >= 0 { Ok(n as usize) } else { Err(last_errno()) }
 }
 
 /// Whether there is something to receive (or to find out about the connection), within so long.

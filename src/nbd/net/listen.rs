@@ -166,6 +166,37 @@ pub enum Peer {
     Unknown,
 }
 
+/// Who is at the other end of a connected socket.
+pub fn peer(fd: &OwnedFd) -> Peer {
+    sys::peer_address(fd).map_or(Peer::Unknown, |from| peer_at(fd, &from))
+}
+
+fn peer_at(fd: &OwnedFd, from: &SockAddr) -> Peer {
+    match from.told() {
+        Told::Ip(at) => Peer::Ip(plain_ip(at.ip())),
+        Told::Unix => sys::peer_uid(fd).map_or(Peer::Unknown, Peer::Uid),
+        Told::Vsock { cid, .. } => Peer::Cid(cid),
+        Told::Other => Peer::Unknown,
+    }
+}
+
+/// Where a socket listens that somebody else made; `None` if it has no address that a client could
+/// write.
+pub fn local_address(fd: &OwnedFd) -> Option<Address> {
+    let this = sys::local_address(fd).ok()?;
+    match this.told() {
+        Told::Ip(mut at) => {
+            if let plain @ IpAddr::V4(_) = plain_ip(at.ip()) {
+                at.set_ip(plain);
+            }
+            Some(tcp_address(at))
+        }
+        Told::Unix => this.path().map(Address::Unix),
+        Told::Vsock { cid, port } => Some(Address::Vsock { cid, port }),
+        Told::Other => None,
+    }
+}
+
 /// Accept one connection of a listening socket that is ready; `None` if there is none after all.
 /// Close-on-exec, blocking, TCP_NODELAY. An error (EMFILE, ENOMEM, …) leaves the connection waiting:
 /// who polls for the next one finds it at once, and had better rest a moment.
@@ -192,11 +223,6 @@ pub fn accept(listener: impl AsFd) -> io::Result<Option<(OwnedFd, Peer)>> {
         }
     };
     tune(&fd, &from);
-    let peer = match from.told() {
-        Told::Ip(at) => Peer::Ip(plain_ip(at.ip())),
-        Told::Unix => sys::peer_uid(&fd).map_or(Peer::Unknown, Peer::Uid),
-        Told::Vsock { cid, .. } => Peer::Cid(cid),
-        Told::Other => Peer::Unknown,
-    };
+    let peer = peer_at(&fd, &from);
     Ok(Some((fd, peer)))
 }

@@ -120,7 +120,7 @@ impl Stream {
     /// The socket (blocking again) and the session, for transmission.
     pub fn into_parts(self) -> (OwnedFd, Option<Arc<Session>>) {
         // It does not fail on a descriptor that is open.
-        let _ = sys::set_blocking(&self.fd);
+        let _ = sys::set_nonblocking(&self.fd, false);
         (self.fd, self.tls)
     }
 

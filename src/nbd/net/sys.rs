@@ -1,12 +1,13 @@
 //! The system calls of sockets. All descriptors are close-on-exec, no call raises SIGPIPE, an
 //! interrupted call is repeated.
 
+use std::ffi::OsStr;
 use std::io::{Error, Result};
 use std::mem::{offset_of, size_of, zeroed};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::ptr;
 use std::time::{Duration, Instant};
 
@@ -122,6 +123,22 @@ impl SockAddr {
         self.storage.ss_family.into()
     }
 
+    /// The path of a Unix socket that has one.
+    pub fn path(&self) -> Option<PathBuf> {
+        let at = offset_of!(libc::sockaddr_un, sun_path);
+        let len = (self.len as usize).min(size_of::<libc::sockaddr_un>());
+        if self.family() != libc::AF_UNIX || len <= at {
+            return None;
+        }
+        // SAFETY: the storage is at least as large as a `sockaddr_un`, and all of it was written.
+        let bytes = unsafe {
+            let all = ptr::from_ref(&self.storage).cast::<u8>();
+            std::slice::from_raw_parts(all.add(at), len - at)
+        };
+        let path = bytes.split(|b| *b == 0).next().filter(|p| !p.is_empty())?;
+        Some(OsStr::from_bytes(path).into())
+    }
+
     pub fn told(&self) -> Told {
         let told = match self.family() {
             // SAFETY: a `sockaddr_in` is numbers only.
@@ -199,6 +216,15 @@ pub fn local_address(fd: &OwnedFd) -> Result<SockAddr> {
     Ok(this)
 }
 
+/// The address of the other end.
+pub fn peer_address(fd: &OwnedFd) -> Result<SockAddr> {
+    let mut that = SockAddr::empty();
+    let at = ptr::from_mut(&mut that.storage).cast();
+    // SAFETY: the address has as much room as it says.
+    check(unsafe { libc::getpeername(fd.as_raw_fd(), at, &mut that.len) })?;
+    Ok(that)
+}
+
 pub fn set_option(fd: &OwnedFd, level: c_int, option: c_int, value: c_int) -> Result<()> {
     let len = size_of::<c_int>() as socklen_t;
     // SAFETY: the option takes a number, `len` is its length.
@@ -212,7 +238,7 @@ pub fn set_option(fd: &OwnedFd, level: c_int, option: c_int, value: c_int) -> Re
 ///
 /// # Safety
 /// Any bytes must make a `T`.
-unsafe fn get_option<T: Copy>(fd: &OwnedFd, option: c_int, mut value: T) -> Result<T> {
+unsafe fn get_as<T: Copy>(fd: &OwnedFd, option: c_int, mut value: T) -> Result<T> {
     let mut len = size_of::<T>() as socklen_t;
     let at = ptr::from_mut(&mut value).cast::<c_void>();
     // SAFETY: `value` has as much room as `len` says.
@@ -220,10 +246,15 @@ unsafe fn get_option<T: Copy>(fd: &OwnedFd, option: c_int, mut value: T) -> Resu
     Ok(value)
 }
 
+/// An option of the socket that is a number.
+pub fn get_option(fd: &OwnedFd, option: c_int) -> Result<c_int> {
+    // SAFETY: a number is any bytes.
+    unsafe { get_as(fd, option, 0) }
+}
+
 /// How connecting ended.
 pub fn take_error(fd: &OwnedFd) -> Result<()> {
-    // SAFETY: the option is a number.
-    match unsafe { get_option(fd, libc::SO_ERROR, 0 as c_int) }? {
+    match get_option(fd, libc::SO_ERROR)? {
         0 => Ok(()),
         errno => Err(Error::from_raw_os_error(errno)),
     }
@@ -233,17 +264,17 @@ pub fn take_error(fd: &OwnedFd) -> Result<()> {
 pub fn peer_uid(fd: &OwnedFd) -> Result<u32> {
     let none = libc::ucred { pid: 0, uid: u32::MAX, gid: u32::MAX };
     // SAFETY: a `ucred` is numbers only.
-    unsafe { get_option(fd, libc::SO_PEERCRED, none) }.map(|who| who.uid)
+    unsafe { get_as(fd, libc::SO_PEERCRED, none) }.map(|who| who.uid)
 }
 
-/// Make the socket block.
-pub fn set_blocking(fd: &OwnedFd) -> Result<()> {
+/// Whether calls on the socket return rather than wait.
+pub fn set_nonblocking(fd: &OwnedFd, on: bool) -> Result<()> {
     // SAFETY: no memory is passed.
     let flags = check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
-    if flags & libc::O_NONBLOCK != 0 {
-        let flags = flags & !libc::O_NONBLOCK;
+    let new = if on { flags | libc::O_NONBLOCK } else { flags & !libc::O_NONBLOCK };
+    if new != flags {
         // SAFETY: no memory is passed.
-        check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) })?;
+        check(unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, new) })?;
     }
     Ok(())
 }

@@ -203,11 +203,7 @@ impl Conn {
         self.waiting.store(true, SeqCst);
         while self.in_pool.load(SeqCst) > most {
             if self.has_left() || !self.done.lock().is_empty() {
-                let finished = {
-                    let mut s = self.sending.lock();
-                    self.finish(&mut s, true).is_ok()
-                };
-                if !finished || self.send_done(true).is_err() {
+                if self.send_rest().is_err() {
                     self.cut();
                 }
                 continue;
@@ -220,6 +216,15 @@ impl Conn {
             waker.reset();
         }
         self.waiting.store(false, SeqCst);
+    }
+
+    /// Whether the limits allow another request of so many bytes beside `n` in the pool.
+    fn has_room(&self, n: usize, budget: usize) -> bool {
+        let settings = self.server.settings();
+        n < settings.max_in_flight
+            && self.bytes.load(Relaxed) + budget <= settings.max_memory_each
+            && self.server.in_pool.load(Relaxed) < settings.max_in_all
+            && self.server.memory.load(Relaxed) + budget <= settings.max_memory
     }
 
     pub(super) fn note_error(&self, r: &Request, e: &Error) {
@@ -266,9 +271,7 @@ impl Own {
     fn goodbye(&mut self) -> Result<(), Cut> {
         self.flush()?;
         self.conn.await_pool(0);
-        self.conn.send_done(true)?;
-        // The last replies of the pool may not have fitted the socket.
-        self.conn.finish(&mut self.conn.sending.lock(), true)?;
+        self.conn.send_rest()?;
         self.conn.linger();
         Ok(())
     }
@@ -342,10 +345,7 @@ impl Own {
                 // Replies of the pool that the socket did not take are for this thread to finish.
                 // Nobody else looks again for a reply that came while `has_left` had the lock.
                 if self.conn.has_left() || !self.conn.done.lock().is_empty() {
-                    let mut s = self.conn.sending.lock();
-                    self.conn.finish(&mut s, true)?;
-                    drop(s);
-                    self.conn.send_done(true)?;
+                    self.conn.send_rest()?;
                     continue;
                 }
                 // When the pool is done nobody says so: a client that is idle then is one like others.
@@ -360,28 +360,28 @@ impl Own {
 
     /// Do one request, or have it done.
     fn request(&mut self, r: &Request) -> Result<(), Cut> {
-        let conn = self.conn.clone();
+        let mode = self.conn.mode;
         let has_payload = r.kind == cmd::WRITE
-            || (conn.mode == Mode::Extended && r.flags & cmd_flag::PAYLOAD_LEN != 0);
-        conn.server.stats.count(r);
+            || (mode == Mode::Extended && r.flags & cmd_flag::PAYLOAD_LEN != 0);
+        self.conn.server.stats.count(r);
         if let Err((errno, why)) = self.check(r) {
             if has_payload {
                 self.skip(r)?;
             }
             let mut out = Vec::new();
-            reply::error_text(&mut out, conn.mode, r, errno, &why);
-            conn.server.stats.errors.fetch_add(1, Relaxed);
+            reply::error_text(&mut out, mode, r, errno, &why);
+            self.conn.server.stats.errors.fetch_add(1, Relaxed);
             return self.put(&out);
         }
         match r.kind {
             cmd::READ => self.read(r),
             cmd::WRITE => self.write(r),
             cmd::BLOCK_STATUS if has_payload => self.status_of_some(r),
-            cmd::BLOCK_STATUS if self.cached => match conn.status(r, None) {
+            cmd::BLOCK_STATUS if self.cached => match self.conn.status(r, None) {
                 Ok(out) => self.put(&out),
                 Err(e) => self.fail(r, &e),
             },
-            cmd::FLUSH if conn.export.read_only => self.ok(r),
+            cmd::FLUSH if self.conn.export.read_only => self.ok(r),
             _ => self.submit(*r, None, 0),
         }
     }
@@ -567,42 +567,33 @@ impl Own {
         budget: usize,
     ) -> Result<(), Cut> {
         self.await_room(budget)?;
-        let conn = self.conn.clone();
+        let conn = &self.conn;
         conn.in_pool.fetch_add(1, SeqCst);
         conn.server.in_pool.fetch_add(1, Relaxed);
         conn.bytes.fetch_add(budget, Relaxed);
         conn.server.memory.fetch_add(budget, Relaxed);
         let threads = conn.server.settings().threads;
-        conn.server.pool.submit(&conn, Job { request, payload, budget }, threads);
+        conn.server.pool.submit(conn, Job { request, payload, budget }, threads);
         Ok(())
     }
 
     /// Wait until the limits allow another request of so many bytes in the pool.
     fn await_room(&mut self, budget: usize) -> Result<(), Cut> {
-        let conn = self.conn.clone();
-        let settings = conn.server.settings();
-        if conn.waker.get().is_none() {
+        if self.conn.waker.get().is_none() {
             let waker = Waker::new().map_err(|e| Cut::Failed(e.to_string()))?;
-            let _ = conn.waker.set(waker);
+            let _ = self.conn.waker.set(waker);
         }
-        let room = |n: usize| {
-            n < settings.max_in_flight
-                && conn.bytes.load(Relaxed) + budget <= settings.max_memory_each
-                && conn.server.in_pool.load(Relaxed) < settings.max_in_all
-                && conn.server.memory.load(Relaxed) + budget <= settings.max_memory
-        };
         loop {
-            let n = conn.in_pool.load(SeqCst);
+            let n = self.conn.in_pool.load(SeqCst);
             // A connection with nothing under way always gets on, whatever the others hold.
-            if n == 0 || room(n) {
-                break;
+            if n == 0 || self.conn.has_room(n, budget) {
+                return Ok(());
             }
             self.flush()?;
-            conn.await_pool(n - 1);
-            if conn.is_cut() {
+            self.conn.await_pool(n - 1);
+            if self.conn.is_cut() {
                 return Err(Cut::Closed);
             }
         }
-        Ok(())
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::conn::Cut;
 use super::memory::Pages;
-use super::send::errno;
+use crate::block::last_errno;
 use crate::nbd::net::Waker;
 use crate::nbd::tls::{Session, Taken};
 
@@ -158,7 +158,7 @@ fn recv(fd: &OwnedFd, into: &mut [u8], flags: i32) -> Result<usize, Cut> {
         let n = unsafe { libc::recv(fd.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), flags) };
         match n {
             0.. => return Ok(n as usize),
-            _ => match errno() {
+            _ => match last_errno() {
                 libc::EINTR => {}
                 libc::EAGAIN => return Err(Cut::Idle),
                 libc::ECONNRESET | libc::ETIMEDOUT | libc::EHOSTUNREACH => return Err(Cut::Closed),

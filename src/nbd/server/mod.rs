@@ -248,9 +248,9 @@ impl Server {
     pub fn listen_fd(&self, fd: OwnedFd) -> Result<()> {
         socket::check(&fd, true)?;
         self.begin()?;
-        let address = socket::local_address(&fd);
+        let address = net::local_address(&fd);
         let tls = self.0.settings().encryption == settings::Encryption::Required;
-        socket::set_nonblocking(&fd, true)?;
+        set_nonblocking(&fd, true)?;
         let fd = Arc::new(fd);
         self.add_listener(Listener { fd, address, tls, export: Vec::new(), own: false, path: None })
     }
@@ -262,8 +262,8 @@ impl Server {
         if self.0.is_stopping() {
             return Err(stopped());
         }
-        socket::set_nonblocking(&fd, false)?;
-        let peer = socket::peer(&fd);
+        set_nonblocking(&fd, false)?;
+        let peer = net::peer(&fd);
         accept::begin(&self.0, fd, peer).map_err(|e| {
             Error::net(
                 &"NBD server".into(),
@@ -284,16 +284,8 @@ impl Server {
                 export.clear();
             }
         }
-        let uri = Uri {
-            tls: listener.tls,
-            address: listener.address.clone()?,
-            export,
-            user: None,
-            tls_certificates: None,
-            tls_psk_file: None,
-            tls_hostname: None,
-            tls_verify_peer: None,
-        };
+        let to = listener.address.clone()?;
+        let uri = Uri { tls: listener.tls, export, ..Uri::to(to) };
         Some(uri.to_string().into_bytes())
     }
 
@@ -456,23 +448,21 @@ fn join(thread: JoinHandle<()>) {
     }
 }
 
-/// Run `work` in a thread of the library's own, deaf to the program's signals.
+/// Run `work` in a thread of its own.
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> std::io::Result<JoinHandle<()>> {
-    // SAFETY: signal sets are plain data for which all zeroes are valid.
-    let (mut all, mut old): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
-    // SAFETY: the sets are ours. The thread begins with the mask of the one that makes it.
-    unsafe {
-        libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut old);
-    }
-    let made = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(work);
-    // SAFETY: as above.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const old, std::ptr::null_mut()) };
-    made
+    crate::thread::spawn(name, Some(STACK), work)
 }
 
 /// Stack of a thread, bytes; only what is used of it costs memory.
 const STACK: usize = 1 << 20;
+
+fn set_nonblocking(fd: &OwnedFd, on: bool) -> Result<()> {
+    net::set_nonblocking(fd, on).map_err(|e| Error::Os {
+        op: "fcntl",
+        file: "socket".into(),
+        errno: e.raw_os_error().unwrap_or(libc::EBADF),
+    })
+}
 
 fn stopped() -> Error {
     Error::BadHandle("the server is stopped".into())

@@ -1,9 +1,9 @@
 //! Threads for what would have to wait: a disk, a peer, a decompression. Shared by all connections of a
 //! server, made when they are needed, gone when they were idle for a while.
 //!
-//! Fair: connections take turns, however many requests each has queued, and where there are several
-//! exports none can hold more than half of the threads, so that a device that hangs leaves some to
-//! the others.
+//! Fair: connections take turns, however many requests each has queued. None can hold more than three
+//! quarters of the threads, and where there are several exports none of those more than half, so that
+//! a device that hangs leaves some to the others.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

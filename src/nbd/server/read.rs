@@ -52,9 +52,9 @@ impl Own {
             });
             let (n, file) = match found {
                 Ok(found) => found,
-                Err(e) if !begun => return self.fail(r, &e),
-                Err(e) if single => return Err(Cut::Failed(e.to_string())),
-                // The last chunk of a reply whose first ones are out.
+                // Its length is promised.
+                Err(e) if single && begun => return Err(Cut::Failed(e.to_string())),
+                // The whole of a reply, or the last chunk of one whose first ones are out.
                 Err(e) => return self.fail(r, &e),
             };
             if single && !begun {
@@ -71,8 +71,7 @@ impl Own {
                 begun = true;
             }
             for e in extents.iter().take(n) {
-                let at_most = end - offset;
-                let len = e.length.min(at_most);
+                let len = e.length.min(end - offset);
                 let last = if offset + len == end { chunk::DONE } else { 0 };
                 if e.has(Extent::ZERO) && !single {
                     self.tell_hole(r, last, offset, len)?;

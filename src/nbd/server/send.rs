@@ -12,6 +12,7 @@ use std::sync::atomic::Ordering::*;
 
 use super::conn::{Conn, Cut};
 use super::job::Reply;
+use crate::block::last_errno;
 use crate::nbd::tls::Session;
 
 /// Replies gathered into one system call.
@@ -80,7 +81,7 @@ impl Conn {
                 }
                 // The length was promised: all that is left is to hang up.
                 0 => return Err(Cut::Failed("the file became shorter while it was sent".into())),
-                _ => match errno() {
+                _ => match last_errno() {
                     libc::EINTR => {}
                     libc::EINVAL | libc::ENOSYS => {
                         self.send_by_hand(&mut s, file, offset, count, more)?;
@@ -123,7 +124,7 @@ impl Conn {
                     self.push(s, &piece[..n as usize], more || count > 0)?;
                 }
                 0 => return Err(Cut::Failed("the file became shorter while it was sent".into())),
-                _ if errno() == libc::EINTR => {}
+                _ if last_errno() == libc::EINTR => {}
                 _ => {
                     return Err(Cut::Failed("the file could not be read while it was sent".into()));
                 }
@@ -157,6 +158,13 @@ impl Conn {
             }
         }
         Ok(())
+    }
+
+    /// Send all replies of the pool that wait, those first that the socket did not take, however long
+    /// the client takes.
+    pub(super) fn send_rest(&self) -> Result<(), Cut> {
+        self.finish(&mut self.sending.lock(), true)?;
+        self.send_done(true)
     }
 
     /// Send what was left; whether it is gone.
@@ -257,7 +265,7 @@ impl Conn {
             match n {
                 1.. => return Ok(Some(n as usize)),
                 0 => return Err(Cut::Closed),
-                _ => match errno() {
+                _ => match last_errno() {
                     libc::EINTR => {}
                     libc::EAGAIN if !wait => return Ok(None),
                     e => return Err(Cut::from_send(e)),
@@ -292,8 +300,4 @@ impl Conn {
 
 fn seal(tls: &Session, plain: &[u8], out: &mut Vec<u8>) -> Result<(), Cut> {
     tls.seal(&[IoSlice::new(plain)], out).map_err(|e| Cut::Failed(e.to_string()))
-}
-
-pub(super) fn errno() -> i32 {
-    std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
 }

@@ -26,6 +26,8 @@ pub struct Settings {
     pub encryption: Encryption,
     /// `tls-…`.
     pub tls: TlsOptions,
+    /// `tls-certificates`, for what was not set by itself afterwards.
+    pub certificates: Option<PathBuf>,
     /// `max-connections`: all together.
     pub max_connections: usize,
     /// `max-connections-per-peer`: of one address, user or virtual machine.
@@ -55,6 +57,7 @@ impl Default for Settings {
         Self {
             encryption: Encryption::Off,
             tls: TlsOptions::default(),
+            certificates: None,
             max_connections: 256,
             max_per_peer: 128,
             handshake_timeout: Duration::from_secs(10),
@@ -76,7 +79,10 @@ const KEYS: &[(&str, &str)] = &[
     ("tls-certificate", "a PEM file or PEM text"),
     ("tls-key", "a PEM file or PEM text"),
     ("tls-ca", "a PEM file or PEM text"),
-    ("tls-certificates", "a directory with server-cert.pem, server-key.pem and ca-cert.pem"),
+    (
+        "tls-certificates",
+        "a directory with server-cert.pem, server-key.pem and, for tls-verify-peer, ca-cert.pem",
+    ),
     ("tls-verify-peer", "on or off"),
     ("max-connections", "a number from 1 to 65536"),
     ("max-connections-per-peer", "a number from 1 to 65536"),
@@ -134,10 +140,8 @@ impl Settings {
             "tls-ca" => self.tls.ca = pem()?,
             "tls-certificates" => {
                 use std::os::unix::ffi::OsStrExt;
-                let dir = PathBuf::from(std::ffi::OsStr::from_bytes(value));
-                self.tls.certificate = Some(Pem::File(dir.join("server-cert.pem")));
-                self.tls.key = Some(Pem::File(dir.join("server-key.pem")));
-                self.tls.ca = Some(Pem::File(dir.join("ca-cert.pem")));
+                self.certificates = Some(std::ffi::OsStr::from_bytes(value).into());
+                (self.tls.certificate, self.tls.key, self.tls.ca) = (None, None, None);
             }
             "tls-verify-peer" => {
                 self.tls.verify_peer = match text? {
@@ -169,11 +173,18 @@ impl Settings {
         Some(())
     }
 
-    /// The server's side of TLS, if it is wanted.
+    /// The server's side of TLS, if it is wanted. Files are looked for and read now.
     pub fn server_tls(&self) -> Result<Option<ServerTls>> {
-        match self.encryption {
-            Encryption::Off => Ok(None),
-            _ => ServerTls::new(&self.tls).map(Some),
+        if self.encryption == Encryption::Off {
+            return Ok(None);
         }
+        let mut tls = self.tls.clone();
+        if let Some(dir) = &self.certificates {
+            let found = TlsOptions::from_server_directory(dir)?;
+            tls.certificate = tls.certificate.or(found.certificate);
+            tls.key = tls.key.or(found.key);
+            tls.ca = tls.ca.or(found.ca);
+        }
+        ServerTls::new(&tls).map(Some)
     }
 }

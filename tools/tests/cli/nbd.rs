@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use crate::support::*;
 
@@ -92,6 +93,13 @@ impl Served {
 impl Drop for Served {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
+            // Asked first: it may have a directory in /tmp that it removes.
+            // SAFETY: the child is ours and has not been waited for.
+            unsafe { libc::kill(child.id() as i32, libc::SIGTERM) };
+            let end = Instant::now() + Duration::from_secs(10);
+            while matches!(child.try_wait(), Ok(None)) && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(2));
+            }
             let _ = child.kill();
             let _ = child.wait();
         }

@@ -3,8 +3,10 @@ use std::process::Stdio;
 
 use crate::support::*;
 
-pub const COMMANDS: [&str; 12] =
-    ["info", "create", "map", "copy", "check", "resize", "read", "write", "bench", "lock", "serve", "list"];
+pub const COMMANDS: [&str; 12] = [
+    "info", "create", "map", "copy", "check", "resize", "read", "write", "bench", "lock", "serve",
+    "list",
+];
 
 #[test]
 fn help_and_version_are_answers() {

@@ -56,7 +56,11 @@ impl Check<'_> {
                     self.report.corruptions += 1;
                     continue;
                 }
-                self.file.write_slice(&(entry ^ COPIED).to_be_bytes(), at + i as u64, ReqFlags::NONE)?;
+                self.file.write_slice(
+                    &(entry ^ COPIED).to_be_bytes(),
+                    at + i as u64,
+                    ReqFlags::NONE,
+                )?;
                 self.report.corruptions_fixed += 1;
             }
             at += n as u64;

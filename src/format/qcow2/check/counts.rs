@@ -225,7 +225,11 @@ mod tests {
             }
             for cluster in 0..5800 {
                 let want = plain.get(&cluster).copied().unwrap_or(0);
-                assert_eq!(counts.get(cluster), want, "cluster {cluster}, limit {limit}, max {max}");
+                assert_eq!(
+                    counts.get(cluster),
+                    want,
+                    "cluster {cluster}, limit {limit}, max {max}"
+                );
                 let next = plain.range(cluster..5800).next().map(|(c, _)| *c);
                 assert_eq!(counts.next_used(cluster, 5800), next, "after {cluster}");
             }

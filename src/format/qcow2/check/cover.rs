@@ -141,13 +141,15 @@ mod tests {
 
     #[test]
     fn a_table_that_is_named_often_is_gone_through_once() {
-        let named = vec![(64, Times::once(true)), (0, Times::once(false)), (64, Times::once(false))];
+        let named =
+            vec![(64, Times::once(true)), (0, Times::once(false)), (64, Times::once(false))];
         let plan = Plan::new(named, 32);
         let both = Times { active: 1, all: 2 };
         assert_eq!((plan.len(), plan.bytes()), (2, 64));
         assert_eq!(plan.get(1), Some(Segment { from: 64, to: 96, times: both }));
         // Askew, they are cut where they overlap.
-        let plan = Plan::new(vec![(64, Times::once(true))], 32).with(&[(80, Times::once(true))], 32);
+        let plan =
+            Plan::new(vec![(64, Times::once(true))], 32).with(&[(80, Times::once(true))], 32);
         let times = |all| Times { active: all, all };
         let want = [(64, 80, 1), (80, 96, 2), (96, 112, 1)];
         let got: Vec<_> = (0..plan.len()).filter_map(|i| plan.get(i)).collect();

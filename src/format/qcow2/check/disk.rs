@@ -59,7 +59,8 @@ impl Disk {
         let mut raw = vec![0; len as usize];
         read_there(file, file.size(), &mut raw, offset)?;
         let used = raw.chunks_exact(8).rposition(|e| e.iter().any(|b| *b != 0));
-        disk.table = raw.chunks_exact(8).take(used.map_or(0, |i| i + 1)).map(|e| be64(e, 0)).collect();
+        disk.table =
+            raw.chunks_exact(8).take(used.map_or(0, |i| i + 1)).map(|e| be64(e, 0)).collect();
         Ok(disk)
     }
 
@@ -92,7 +93,8 @@ impl Disk {
     /// Whether a block lies (in part) in `from..to`.
     pub fn has_block_at(&self, from: u64, to: u64, cluster_bits: u32) -> bool {
         let sorted = self.sorted.get_or_init(|| {
-            let mut all: Vec<u64> = self.table.iter().map(|e| e & OFFSET).filter(|o| *o != 0).collect();
+            let mut all: Vec<u64> =
+                self.table.iter().map(|e| e & OFFSET).filter(|o| *o != 0).collect();
             all.sort_unstable();
             all
         });

@@ -79,6 +79,11 @@ impl Driver for Examined {
         ] {
             state |= if on { bit } else { 0 };
         }
-        Description { state, cluster_size: 1 << self.header.cluster_bits, format: "qcow2", properties: Vec::new() }
+        Description {
+            state,
+            cluster_size: 1 << self.header.cluster_bits,
+            format: "qcow2",
+            properties: Vec::new(),
+        }
     }
 }

@@ -98,6 +98,8 @@ struct Check<'a> {
     counts: Counts,
     /// Clusters that are looked at: those of the file, and one behind it if something reaches there.
     clusters: u64,
+    /// Clusters past the end that something refers to all the same: first and end.
+    beyond: Vec<(u64, u64)>,
     /// The last cluster that is in use, or counted as such.
     highest: u64,
     disk: Disk,
@@ -145,6 +147,7 @@ impl<'a> Check<'a> {
             report: CheckReport::default(),
             counts: Counts::new(clusters, max),
             clusters,
+            beyond: Vec::new(),
             highest: 0,
             disk: Disk::default(),
             flips: None,
@@ -172,7 +175,8 @@ impl<'a> Check<'a> {
         self.compare(Repair::Nothing)?;
         if self.rebuild && self.repair == Repair::All && !self.blind {
             self.rebuild_all()?;
-        } else if self.repair != Repair::Nothing && self.report.leaks + self.report.corruptions > 0 {
+        } else if self.repair != Repair::Nothing && self.report.leaks + self.report.corruptions > 0
+        {
             if self.rebuild || self.blind {
                 // Fixing some of it would make it worse.
                 self.trouble(format_args!(
@@ -204,6 +208,7 @@ impl<'a> Check<'a> {
     /// Count who refers to what.
     fn count_all(&mut self) -> Result<()> {
         self.metadata.clear();
+        self.beyond.clear();
         self.ordered = OnceCell::new();
         self.refer("the header", 0, self.cluster(), 1);
         self.note_metadata(0, self.cluster());
@@ -232,6 +237,7 @@ impl<'a> Check<'a> {
         if end >= u128::from(self.file_size) + u128::from(self.cluster()) {
             self.report.corruptions += times;
             self.tell(format_args!("{what} at {offset:#x} ({len} bytes) lies past the end"));
+            self.beyond.push((offset >> self.bits, (end - 1 >> self.bits) as u64 + 1));
             return;
         }
         let (first, last) = (offset >> self.bits, (offset + len - 1) >> self.bits);
@@ -264,11 +270,14 @@ impl<'a> Check<'a> {
         let end = offset + len;
         let mask = self.cluster() - 1;
         let ordered = self.ordered.get_or_init(|| {
-            let whole = |m: &(u64, u64)| (m.0 & !mask, m.1.saturating_add(mask) & !mask, Times::once(false));
+            let whole = |m: &(u64, u64)| {
+                (m.0 & !mask, m.1.saturating_add(mask) & !mask, Times::once(false))
+            };
             segments(self.metadata.iter().map(whole))
         });
         let i = ordered.partition_point(|m| m.to <= offset);
-        ordered.get(i).is_none_or(|m| m.from >= end) && !self.disk.has_block_at(offset, end, self.bits)
+        ordered.get(i).is_none_or(|m| m.from >= end)
+            && !self.disk.has_block_at(offset, end, self.bits)
     }
 
     /// Read from the file, zeroes where it has ended.

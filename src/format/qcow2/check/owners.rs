@@ -102,7 +102,12 @@ impl Check<'_> {
     }
 
     /// Where the tables of all bitmaps lie, if the directory is as it must be.
-    fn directory(&self, offset: u64, len: u64, number: u64) -> Result<Option<Vec<(u64, u64, Times)>>> {
+    fn directory(
+        &self,
+        offset: u64,
+        len: u64,
+        number: u64,
+    ) -> Result<Option<Vec<(u64, u64, Times)>>> {
         let mut tables = Vec::new();
         let mut entry = [0; ENTRY as usize];
         let (mut at, end) = (offset, offset.saturating_add(len));
@@ -116,7 +121,8 @@ impl Check<'_> {
             let (name, extra) = (u64::from(be16(&entry, 18)), be32(&entry, 20));
             let size = u64::from(entries) << self.bits;
             // How much of the disk a bitmap of that size is for.
-            let covers = size.checked_mul(8).map_or(u128::MAX, |b| u128::from(b) << (granularity & 63));
+            let covers =
+                size.checked_mul(8).map_or(u128::MAX, |b| u128::from(b) << (granularity & 63));
             let good = entries != 0
                 && entries <= MAX_TABLE
                 && table != 0

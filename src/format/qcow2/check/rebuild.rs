@@ -77,9 +77,8 @@ impl Check<'_> {
         let can_grow = self.file.driver().kind() != "host_device";
         let mut table = 1;
         loop {
-            let need = blocks.len() as u64 + table;
             let place = match can_grow {
-                true => (self.clusters..self.clusters + need).collect(),
+                true => self.clusters_behind(blocks.len() as u64, table),
                 false => self.free_clusters(blocks.len() as u64, table)?,
             };
             let mut wanted: Vec<u64> = blocks[..used].to_vec();
@@ -104,6 +103,30 @@ impl Check<'_> {
             // It only grows, and each cluster more counts many.
             (blocks, table) = (wanted, table.max(clusters));
         }
+    }
+
+    /// Clusters behind the end of the file, but none that something refers to already: whoever follows
+    /// that must not come upon refcounts. `table` that follow one another come last.
+    fn clusters_behind(&mut self, blocks: u64, table: u64) -> Vec<u64> {
+        self.beyond.sort_unstable();
+        let (mut out, mut at, mut i) = (Vec::new(), self.clusters, 0);
+        let mut end = 0;
+        while (out.len() as u64) < blocks + table {
+            // Those that begin before here: up to where they reach.
+            while let Some(b) = self.beyond.get(i).filter(|b| b.0 <= at) {
+                end = end.max(b.1);
+                i += 1;
+            }
+            if at < end {
+                // What was begun of the table does not follow on.
+                out.truncate(out.len().min(blocks as usize));
+                at = end;
+                continue;
+            }
+            out.push(at);
+            at += 1;
+        }
+        out
     }
 
     /// Clusters that nothing refers to, on a device that can not grow: `table` that follow one another

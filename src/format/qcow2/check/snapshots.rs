@@ -64,11 +64,16 @@ impl Check<'_> {
             let (id, name) = (be16(&entry, 12), be16(&entry, 14));
             let (extra, names) = (be32(&entry, 36), u32::from(id) + u32::from(name));
             let end = begin.saturating_add(ENTRY + u64::from(extra) + u64::from(names));
-            len = len.next_multiple_of(8) + ENTRY + u64::from(extra.min(MAX_EXTRA)) + u64::from(names);
+            len = len.next_multiple_of(8)
+                + ENTRY
+                + u64::from(extra.min(MAX_EXTRA))
+                + u64::from(names);
             let too_long = len > MAX_TABLE || end - offset > i32::MAX as u64;
             if (extra > MAX_EXTRA || too_long) && !all {
                 self.blind = true;
-                self.trouble(format_args!("snapshot {i} has {extra} bytes of extra data, or is one too many"));
+                self.trouble(format_args!(
+                    "snapshot {i} has {extra} bytes of extra data, or is one too many"
+                ));
                 self.snapshots = Snapshots::default();
                 return Ok(());
             }
@@ -92,7 +97,10 @@ impl Check<'_> {
             self.file.flush()?;
             self.report.changed = true;
             self.report.corruptions_fixed += u64::from(number - keep);
-            log(Level::Warn, format_args!("{}: {} snapshots dropped", self.file.name(), number - keep));
+            log(
+                Level::Warn,
+                format_args!("{}: {} snapshots dropped", self.file.name(), number - keep),
+            );
         }
         Ok(())
     }

@@ -100,7 +100,9 @@ impl Check<'_> {
             let (offset, len) = (s.l1_offset, u64::from(s.l1_entries) * 8);
             if !offset.is_multiple_of(self.cluster()) || len > MAX_L1 {
                 self.report.corruptions += 1;
-                self.tell(format_args!("snapshot {i} has an L1 table of {len} bytes at {offset:#x}"));
+                self.tell(format_args!(
+                    "snapshot {i} has an L1 table of {len} bytes at {offset:#x}"
+                ));
                 continue;
             }
             tables.push((offset, len, Times::once(false)));
@@ -340,7 +342,10 @@ impl Check<'_> {
                         true => map & 0xffff_ffff != 0,
                         false => raw & ZERO == 0,
                     };
-                    if !has_data && self.repair == Repair::All && self.mend_entry(form, at, bytes)? {
+                    if !has_data
+                        && self.repair == Repair::All
+                        && self.mend_entry(form, at, bytes)?
+                    {
                         self.report.corruptions -= times;
                         self.report.corruptions_fixed += 1;
                         return Ok(Counted::Nothing);

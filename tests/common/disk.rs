@@ -1,0 +1,226 @@
+//! A disk in memory: it remembers every write and flush, can be cut off at any moment, and can fail.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use qblk::block::{Caps, Device, Driver, Dst, Error, Name, Prealloc, ReqFlags, Result, Src};
+
+use super::Rng;
+
+/// The unit in which the guest writes and in which writes tear, bytes.
+pub const SECTOR: u64 = 512;
+
+/// What was done to the disk.
+#[derive(Clone)]
+pub enum Op {
+    Write(u64, Vec<u8>),
+    Resize(u64),
+    Flush,
+}
+
+/// What may fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    Read,
+    /// Writing, zeroing, resizing.
+    Write,
+    Flush,
+}
+
+/// The `nth` call of a kind fails, and if it is to last, all later ones of the kind.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    pub call: Call,
+    pub nth: u64,
+    pub lasts: bool,
+}
+
+#[derive(Default)]
+pub struct State {
+    pub content: Vec<u8>,
+    pub ops: Vec<Op>,
+    pub fault: Option<Fault>,
+    /// Calls of each kind since the fault was set.
+    pub calls: [u64; 3],
+    /// Whether it has struck.
+    pub struck: bool,
+}
+
+impl State {
+    fn add(&mut self, op: Op) {
+        apply(&mut self.content, &op);
+        self.ops.push(op);
+    }
+
+    fn fails(&mut self, call: Call) -> bool {
+        let n = self.calls[call as usize];
+        self.calls[call as usize] += 1;
+        let fails =
+            self.fault.is_some_and(|f| f.call == call && (n == f.nth || (f.lasts && n > f.nth)));
+        self.struck |= fails;
+        fails
+    }
+}
+
+fn apply(content: &mut Vec<u8>, op: &Op) {
+    match op {
+        Op::Write(at, data) => {
+            let end = *at as usize + data.len();
+            grow(content, end);
+            content[*at as usize..end].copy_from_slice(data);
+        }
+        Op::Resize(size) => {
+            content.truncate(*size as usize);
+            grow(content, *size as usize);
+        }
+        Op::Flush => {}
+    }
+}
+
+/// By the block, which is quicker than `resize` where tests are not optimised.
+fn grow(content: &mut Vec<u8>, size: usize) {
+    content.extend_from_slice(&vec![0; size.saturating_sub(content.len())]);
+}
+
+/// The disk.
+#[derive(Clone)]
+pub struct Disk(Arc<Mutex<State>>);
+
+impl Disk {
+    pub fn new(content: Vec<u8>) -> Self {
+        Self(Arc::new(Mutex::new(State { content, ..State::default() })))
+    }
+
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap()
+    }
+
+    /// A device on it.
+    pub fn device(&self) -> Device {
+        Device::new(Box::new(Recorder(Name::from("disk"), self.0.clone())))
+    }
+}
+
+/// How much of what was not flushed a cut leaves.
+#[derive(Clone, Copy, Debug)]
+pub enum Left {
+    All,
+    Nothing,
+    /// A random choice, some of it torn.
+    Some,
+}
+
+/// What the disk holds when the power goes after `ops`, the first `flushed` of which made `base`.
+pub fn cut(r: &mut Rng, base: &[u8], since: &[Op], left: Left) -> Vec<u8> {
+    let mut content = base.to_vec();
+    for op in since {
+        let (whole, torn) = match left {
+            Left::All => (true, false),
+            Left::Nothing => (false, false),
+            Left::Some => (r.one_in(2), r.one_in(4)),
+        };
+        match op {
+            Op::Write(at, data) if torn && data.len() as u64 > SECTOR => {
+                let n = (r.below(data.len() as u64 / SECTOR) * SECTOR) as usize;
+                let half = match r.below(2) {
+                    0 => Op::Write(*at, data[..n].to_vec()),
+                    _ => Op::Write(at + n as u64, data[n..].to_vec()),
+                };
+                apply(&mut content, &half);
+            }
+            op if whole => apply(&mut content, op),
+            _ => {}
+        }
+    }
+    content
+}
+
+/// The disk as it was at the end of every epoch: after how many operations a flush ended, and what
+/// was certainly there then.
+pub struct Epochs {
+    ops: Vec<Op>,
+    /// Operations that the present base holds.
+    done: usize,
+    base: Vec<u8>,
+}
+
+impl Epochs {
+    pub fn new(ops: Vec<Op>) -> Self {
+        Self { ops, done: 0, base: Vec::new() }
+    }
+
+    /// What the disk holds if the power goes after `count` operations. Moments must be asked for in
+    /// rising order, which spares beginning anew for each.
+    pub fn cut(&mut self, r: &mut Rng, count: usize, left: Left) -> Vec<u8> {
+        let flushed = self.ops[..count].iter().rposition(|op| matches!(op, Op::Flush));
+        let flushed = flushed.map_or(0, |i| i + 1).max(self.done);
+        for op in &self.ops[self.done..flushed] {
+            apply(&mut self.base, op);
+        }
+        self.done = flushed;
+        cut(r, &self.base, &self.ops[flushed..count], left)
+    }
+}
+
+struct Recorder(Name, Arc<Mutex<State>>);
+
+impl Recorder {
+    fn call(&self, call: Call, op: &'static str, offset: u64) -> Result<MutexGuard<'_, State>> {
+        let mut state = self.1.lock().unwrap();
+        if state.fails(call) {
+            let file = self.0.clone();
+            return Err(Error::Io { op, file, offset, count: 0, errno: libc::EIO });
+        }
+        Ok(state)
+    }
+}
+
+impl Driver for Recorder {
+    fn name(&self) -> &Name {
+        &self.0
+    }
+    fn kind(&self) -> &'static str {
+        "file"
+    }
+    fn caps(&self) -> Caps {
+        Caps { trim: true, zero: true, ..Caps::default() }
+    }
+    fn size(&self) -> u64 {
+        self.1.lock().unwrap().content.len() as u64
+    }
+    fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        let file = self.call(Call::Read, "reading", offset)?;
+        let from = file.content.get(offset as usize..).unwrap_or_default();
+        let n = buf.copy_from(&from[..from.len().min(buf.len())]);
+        buf.split_at(n).1.zero_fill();
+        Ok(())
+    }
+    fn write(&self, buf: Src<'_>, offset: u64, _: ReqFlags) -> Result<()> {
+        let mut data = vec![0; buf.len()];
+        buf.copy_to(&mut data);
+        self.call(Call::Write, "writing", offset)?.add(Op::Write(offset, data));
+        Ok(())
+    }
+    fn flush(&self) -> Result<()> {
+        self.call(Call::Flush, "flushing", 0)?.add(Op::Flush);
+        Ok(())
+    }
+    fn zero(&self, offset: u64, count: u64, _: ReqFlags) -> Result<()> {
+        let op = Op::Write(offset, vec![0; count as usize]);
+        self.call(Call::Write, "zeroing", offset)?.add(op);
+        Ok(())
+    }
+    fn trim(&self, offset: u64, count: u64) -> Result<()> {
+        let mut file = self.call(Call::Write, "trimming", offset)?;
+        let count = count.min((file.content.len() as u64).saturating_sub(offset));
+        file.add(Op::Write(offset, vec![0; count as usize]));
+        Ok(())
+    }
+    fn resize(&self, size: u64, _: Prealloc, shrink: bool) -> Result<()> {
+        let mut file = self.call(Call::Write, "resizing", size)?;
+        if size < file.content.len() as u64 && !shrink {
+            return Err(Error::invalid("would shrink"));
+        }
+        file.add(Op::Resize(size));
+        Ok(())
+    }
+}

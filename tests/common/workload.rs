@@ -1,0 +1,378 @@
+//! What a guest does to a qcow2 image on a [`Disk`], and what it may count on afterwards.
+
+use std::fs;
+use std::path::Path;
+use std::process::Output;
+use std::sync::Arc;
+
+use qblk::block::{Device, InFlight, Prealloc, ReqFlags, Result};
+use qblk::crypto::Secret;
+use qblk::format::{BackingRef, Params, luks, qcow2};
+
+use super::disk::{Disk, SECTOR};
+use super::{Rng, run};
+
+/// What the guest does; places are sectors.
+#[derive(Clone, Copy, Debug)]
+pub enum Step {
+    Write(u64, u64, u8, ReqFlags),
+    Zero(u64, u64, ReqFlags),
+    Trim(u64, u64),
+    Flush,
+    Resize(u64),
+}
+
+/// What an image is made like, and how often each kind of step is taken.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    pub name: &'static str,
+    pub v3: bool,
+    pub cluster_bits: u32,
+    pub refcount_order: u32,
+    pub encrypted: bool,
+    /// L2 entries with subclusters.
+    pub extended: bool,
+    pub backing: bool,
+    /// Largest size, sectors.
+    pub sectors: u64,
+    /// Largest write, sectors.
+    pub most: u64,
+    /// write, write with FUA, zero, zero and trim, trim, flush, resize.
+    pub weights: [u64; 7],
+}
+
+/// An image with the defaults of `qemu-img create`, but small, that is written to.
+pub const PLAIN: Scenario = Scenario {
+    name: "allocating writes",
+    v3: true,
+    cluster_bits: 12,
+    refcount_order: 4,
+    encrypted: false,
+    extended: false,
+    backing: false,
+    sectors: 2048,
+    most: 64,
+    weights: [6, 1, 0, 0, 0, 2, 0],
+};
+
+/// The workloads by name.
+pub fn scenarios() -> Vec<Scenario> {
+    let all = [4, 1, 1, 1, 1, 2, 1];
+    vec![
+        PLAIN,
+        Scenario { name: "copy on write", backing: true, cluster_bits: 13, ..PLAIN },
+        Scenario { name: "zero", weights: [3, 1, 3, 3, 0, 2, 0], ..PLAIN },
+        Scenario { name: "trim", weights: [3, 1, 0, 1, 4, 2, 0], ..PLAIN },
+        Scenario { name: "resize", weights: [3, 1, 0, 0, 0, 2, 3], cluster_bits: 9, ..PLAIN },
+        Scenario { name: "everything over a backing file", backing: true, weights: all, ..PLAIN },
+        Scenario { name: "version 2", v3: false, backing: true, weights: all, ..PLAIN },
+        Scenario {
+            name: "refcount growth",
+            cluster_bits: 9,
+            refcount_order: 6,
+            sectors: 12288,
+            most: 2048,
+            weights: all,
+            ..PLAIN
+        },
+        Scenario { name: "refcounts of 1 bit", refcount_order: 0, weights: all, ..PLAIN },
+        Scenario { name: "large clusters", cluster_bits: 16, weights: all, ..PLAIN },
+        Scenario { name: "subclusters", extended: true, cluster_bits: 14, weights: all, ..PLAIN },
+        Scenario {
+            name: "subclusters over a backing file",
+            extended: true,
+            cluster_bits: 16,
+            backing: true,
+            weights: all,
+            most: 16,
+            ..PLAIN
+        },
+        Scenario { name: "encrypted", encrypted: true, weights: all, ..PLAIN },
+    ]
+}
+
+impl Scenario {
+    /// A walk of `count` steps, the same for the same numbers.
+    pub fn steps(&self, r: &mut Rng, count: usize) -> Vec<Step> {
+        (0..count).map(|_| self.step(r)).collect()
+    }
+
+    fn step(&self, r: &mut Rng) -> Step {
+        let from = r.below(self.sectors);
+        let most = if r.one_in(8) { self.sectors } else { self.most };
+        let to = from + 1 + r.below((self.sectors - from).min(most));
+        let value = r.below(255) as u8 + 1;
+        let mut roll = r.below(self.weights.iter().sum());
+        let kind = self.weights.iter().position(|w| {
+            let hit = roll < *w;
+            roll = roll.saturating_sub(*w);
+            hit
+        });
+        match kind {
+            Some(0) | None => Step::Write(from, to, value, ReqFlags::NONE),
+            Some(1) => Step::Write(from, to, value, ReqFlags::FUA),
+            Some(2) => Step::Zero(from, to, ReqFlags::NONE),
+            Some(3) => Step::Zero(from, to, ReqFlags::MAY_TRIM),
+            Some(4) => Step::Trim(from, to),
+            Some(5) => Step::Flush,
+            _ => Step::Resize(to),
+        }
+    }
+
+    /// The size that the image is made with, sectors.
+    fn first_size(&self) -> u64 {
+        self.sectors / 2
+    }
+
+    /// What the image below holds.
+    fn below(&self) -> Option<Vec<u8>> {
+        self.backing.then(|| (0..self.sectors / 3 * SECTOR).map(below_byte).collect())
+    }
+
+    fn geometry(&self) -> qcow2::Geometry {
+        qcow2::Geometry {
+            v3: self.v3,
+            cluster_bits: self.cluster_bits,
+            refcount_order: self.refcount_order,
+            lazy: false,
+            zstd: false,
+            encrypt: self.encrypted.then(locking),
+            backing: self
+                .backing
+                .then(|| BackingRef { name: b"below".to_vec(), format: Some(b"raw".to_vec()) }),
+            prealloc: Prealloc::Off,
+            extended: self.extended,
+            data_file: None,
+        }
+    }
+
+    /// Make the image.
+    pub fn create(&self) -> Disk {
+        let disk = Disk::new(Vec::new());
+        qcow2::create(&disk.device(), self.first_size() * SECTOR, &self.geometry()).unwrap();
+        disk
+    }
+
+    /// Open the image on `disk`, with what is below it.
+    pub fn open(&self, disk: &Disk, write: bool) -> Result<Device> {
+        let params = Params {
+            write,
+            info_only: false,
+            probed: false,
+            l2_cache: Some(0),
+            untrusted: false,
+            key: self.encrypted.then(key),
+            calls: Arc::new(InFlight::default()),
+        };
+        let mut image = qcow2::Qcow2::open(disk.device(), params)?;
+        if let Some(content) = self.below() {
+            image.attach(Disk::new(content).device(), true);
+        }
+        Ok(Device::new(Box::new(image)))
+    }
+
+    /// What the guest may count on in a new image.
+    pub fn guest(&self) -> Guest {
+        let below = self.below().unwrap_or_default();
+        let byte = |i: u64| below.get((i * SECTOR) as usize).copied().unwrap_or(0);
+        let size = self.first_size();
+        Guest {
+            sectors: (0..size).map(|i| vec![(byte(i), true)]).collect(),
+            below: (0..self.sectors).map(byte).collect(),
+            sizes: vec![(size, true)],
+        }
+    }
+}
+
+fn below_byte(at: u64) -> u8 {
+    (at / SECTOR % 255) as u8 + 1
+}
+
+pub fn key() -> Secret {
+    Secret::new(b"key".to_vec())
+}
+
+fn locking() -> luks::Locking {
+    luks::Locking::new(&luks::Names::default(), 1, key()).unwrap()
+}
+
+/// What the guest may find: for each sector the values that were written to it since the last flush,
+/// and the last one before; and whether the write has ended well, so that it can not be undone.
+#[derive(Clone)]
+pub struct Guest {
+    sectors: Vec<Vec<(u8, bool)>>,
+    /// What the image below has.
+    below: Vec<u8>,
+    /// Sizes of the image, sectors, in the same way.
+    sizes: Vec<(u64, bool)>,
+}
+
+impl Guest {
+    fn set(&mut self, from: u64, to: u64, value: u8) {
+        let to = to.min(self.sectors.len() as u64);
+        for sector in &mut self.sectors[from.min(to) as usize..to as usize] {
+            sector.push((value, false));
+        }
+    }
+
+    /// The last change of these sectors has ended well. `fua`: and is on stable storage.
+    fn done(&mut self, from: u64, to: u64, fua: bool) {
+        let to = to.min(self.sectors.len() as u64);
+        for sector in &mut self.sectors[from.min(to) as usize..to as usize] {
+            if let Some(last) = sector.last_mut() {
+                last.1 = true;
+            }
+            if fua {
+                settle(sector);
+            }
+        }
+    }
+
+    /// Everything that has ended well is on stable storage.
+    pub fn flushed(&mut self) {
+        self.sectors.iter_mut().for_each(settle);
+        settle(&mut self.sizes);
+    }
+
+    fn size(&self) -> u64 {
+        self.sizes.last().map_or(0, |s| s.0)
+    }
+
+    /// Whether `bytes` are what may be found.
+    pub fn judge(&self, bytes: &[u8]) -> std::result::Result<(), String> {
+        let size = bytes.len() as u64 / SECTOR;
+        if !self.sizes.iter().any(|s| s.0 == size) {
+            return Err(format!("size {size}, may be {:?}", self.sizes));
+        }
+        for (i, sector) in bytes.chunks(SECTOR as usize).enumerate() {
+            let Some(may_be) = self.sectors.get(i) else { break };
+            if !may_be.iter().any(|m| sector == [m.0; SECTOR as usize]) {
+                return Err(format!("sector {i} is {:?}.., may be {may_be:?}", &sector[..4]));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Forget what came before the last that is certain.
+fn settle<T>(values: &mut Vec<(T, bool)>) {
+    let certain = values.iter().rposition(|v| v.1).unwrap_or(0);
+    values.drain(..certain);
+}
+
+/// Take a step. `guest` says what may be found; `begun` is given it as it is in the middle.
+pub fn take(
+    image: &Device,
+    step: Step,
+    guest: &mut Guest,
+    begun: &mut dyn FnMut(&Guest),
+) -> Result<()> {
+    let size = guest.size();
+    let range = |from: u64, to: u64| {
+        let to = to.min(size);
+        (from.min(to), to)
+    };
+    match step {
+        Step::Write(from, to, value, flags) => {
+            let (from, to) = range(from, to);
+            guest.set(from, to, value);
+            begun(guest);
+            let data = vec![value; ((to - from) * SECTOR) as usize];
+            image.write_slice(&data, from * SECTOR, flags)?;
+            guest.done(from, to, flags.has(ReqFlags::FUA));
+        }
+        Step::Zero(from, to, flags) => {
+            let (from, to) = range(from, to);
+            guest.set(from, to, 0);
+            begun(guest);
+            image.zero(from * SECTOR, (to - from) * SECTOR, flags)?;
+            guest.done(from, to, false);
+        }
+        Step::Trim(from, to) => {
+            let (from, to) = range(from, to);
+            guest.set(from, to, 0);
+            begun(guest);
+            image.trim(from * SECTOR, (to - from) * SECTOR, ReqFlags::NONE)?;
+            // What became zeroes did so by sectors: ask which.
+            let mut now = vec![0; ((to - from) * SECTOR) as usize];
+            image.read_slice(&mut now, from * SECTOR)?;
+            for (i, sector) in now.chunks(SECTOR as usize).enumerate() {
+                let at = from + i as u64;
+                guest.set(at, at + 1, sector[0]);
+            }
+            guest.done(from, to, false);
+        }
+        Step::Flush => {
+            begun(guest);
+            image.flush()?;
+            guest.flushed();
+        }
+        Step::Resize(new) => {
+            guest.sizes.push((new, false));
+            let all = guest.sectors.len() as u64;
+            // What is cut off is gone, and zero should it come back; while it goes, what is below it
+            // may show.
+            for i in new.min(size)..all {
+                guest.set(i, i + 1, guest.below[i as usize]);
+            }
+            guest.set(new.min(size), all, 0);
+            guest.sectors.resize((new.max(all)) as usize, vec![(0, true)]);
+            begun(guest);
+            let done = image.driver().resize(new * SECTOR, Prealloc::Off, true);
+            if done.is_err() {
+                // Either; what is asked for next stays within both.
+                guest.sizes.push((image.size() / SECTOR, false));
+                return done;
+            }
+            guest.sizes.last_mut().into_iter().for_each(|s| s.1 = true);
+            guest.done(new.min(size), all, false);
+        }
+    }
+    Ok(())
+}
+
+/// Everything the guest can read.
+pub fn read_all(image: &Device) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; image.size() as usize];
+    image.read_slice(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// The image that `content` is must be sound, by qemu-img's judgement too if it is given a place for
+/// it, and hold what the guest may count on.
+pub fn judge(content: Vec<u8>, guest: &Guest, scenario: &Scenario, qemu: Option<&Path>) {
+    if let Some(path) = qemu {
+        fs::write(path, &content).unwrap();
+        let out = qemu_check(path, scenario.encrypted);
+        // 0 is sound, 3 has leaks only.
+        let sound = matches!(out.status.code(), Some(0 | 3));
+        let told = |text: &[u8]| String::from_utf8_lossy(text).into_owned();
+        assert!(sound, "{}{}", told(&out.stdout), told(&out.stderr));
+    }
+    let image = scenario.open(&Disk::new(content), false).unwrap_or_else(|e| panic!("{e}"));
+    let bytes = read_all(&image).unwrap_or_else(|e| panic!("{e}"));
+    guest.judge(&bytes).unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// Says what was being looked at should that panic.
+pub struct About(pub String);
+
+impl Drop for About {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.0);
+        }
+    }
+}
+
+fn qemu_check(path: &Path, encrypted: bool) -> Output {
+    if !encrypted {
+        return run("qemu-img", &[&"check", &"-f", &"qcow2", &path]);
+    }
+    let opts = format!(
+        "driver=qcow2,encrypt.format=luks,encrypt.key-secret=s,file.driver=file,file.filename={}",
+        path.display()
+    );
+    let secret = "secret,id=s,data=key";
+    run("qemu-img", &[&"check", &"--object", &secret, &"--image-opts", &opts])
+}
