@@ -6,9 +6,17 @@
 mod common;
 #[path = "check/damage.rs"]
 mod damage;
+#[path = "check/guards.rs"]
+mod guards;
+#[path = "check/hostile.rs"]
+mod hostile;
 #[path = "check/judge.rs"]
 mod judge;
+#[path = "check/lazy.rs"]
+mod lazy;
 #[path = "check/making.rs"]
 mod making;
 #[path = "check/repair.rs"]
 mod repair;
+#[path = "check/widths.rs"]
+mod widths;

@@ -15,6 +15,7 @@ impl Check<'_> {
     pub(super) fn compare(&mut self, fix: Repair) -> Result<()> {
         self.highest = 0;
         self.flips = None;
+        self.differs = false;
         self.unknown.clear();
         let per_block = 1u64 << self.disk.block_bits;
         let mut bytes = vec![0; self.cluster() as usize];
@@ -101,22 +102,22 @@ impl Check<'_> {
         let (mut changed, mut last, mut at) = (false, None, from);
         while at < to {
             // As long as both agree, which is nearly always.
-            if let Some(flat) = self.counts.flat(from) {
-                while at < to {
-                    let i = at - from;
-                    let own = flat.get((i / 2) as usize).map_or(0, |b| (b >> (i % 2 * 4)) & 15);
-                    let disk = read_count(bytes, i, ORDER);
-                    if disk != u64::from(own) || own == 15 {
-                        break;
-                    }
-                    if own != 0 {
-                        last = Some(at);
-                    }
-                    at += 1;
+            let (first, window) = self.counts.window(at);
+            let end = to.min(first + 2 * window.len() as u64);
+            while at < end {
+                let i = at - first;
+                let own = window.get((i / 2) as usize).map_or(0, |b| (b >> (i % 2 * 4)) & 15);
+                let disk = read_count(bytes, at - from, ORDER);
+                if disk != u64::from(own) || own == 15 {
+                    break;
                 }
+                if own != 0 {
+                    last = Some(at);
+                }
+                at += 1;
             }
-            if at >= to {
-                break;
+            if at == end {
+                continue;
             }
             let (own, disk) = (self.counts.get(at), read_count(bytes, at - from, ORDER));
             if own | disk != 0 {
@@ -137,6 +138,7 @@ impl Check<'_> {
     /// A count on disk is wrong.
     #[cold]
     fn differ(&mut self, cluster: u64, disk: u64, own: u64, fix: Repair) -> Verdict {
+        self.differs = true;
         let r = &mut self.report;
         let may_fix = match () {
             // Its block may not be what it seems.
@@ -161,7 +163,8 @@ impl Check<'_> {
         if may_fix {
             return Verdict::Fix;
         }
-        if (disk == 1) != (own == 1) {
+        // (Nobody asks for the flag of what nobody refers to.)
+        if own > 0 && (disk == 1) != (own == 1) {
             let clusters = self.clusters;
             self.flips.get_or_insert_with(|| Counts::new(clusters, 1)).set(cluster, 1);
         }

@@ -15,6 +15,8 @@ const MAX_FLAT: u64 = 64 << 20;
 /// Clusters in a piece of the sparse form, as a power of two.
 const PIECE_BITS: u32 = 7;
 const PIECE_BYTES: usize = 1 << (PIECE_BITS - 1);
+/// A piece of counts that are all 0.
+static NOTHING: [u8; PIECE_BYTES] = [0; PIECE_BYTES];
 /// Half a byte that says: look into the map.
 const LARGE: u8 = 15;
 
@@ -29,6 +31,8 @@ pub struct Counts {
     large: BTreeMap<u64, u64>,
     /// Largest count that can be had.
     max: u64,
+    /// Some cluster was referred to more than once.
+    shared: bool,
 }
 
 impl Counts {
@@ -43,12 +47,17 @@ impl Counts {
             .then(|| MmapOptions::new().len(bytes as usize).no_reserve_swap().map_anon().ok())
             .flatten();
         let store = flat.map_or_else(|| Store::Pieces(BTreeMap::new()), Store::Flat);
-        Self { store, large: BTreeMap::new(), max }
+        Self { store, large: BTreeMap::new(), max, shared: false }
     }
 
     /// The largest count that can be had.
     pub fn max(&self) -> u64 {
         self.max
+    }
+
+    /// Whether some cluster was referred to more than once, by [`Counts::add`].
+    pub fn any_shared(&self) -> bool {
+        self.shared
     }
 
     /// How often `cluster` is referred to.
@@ -115,15 +124,14 @@ impl Counts {
     /// Count `times` references to `cluster`. Returns how many of them did not fit.
     #[inline]
     pub fn add(&mut self, cluster: u64, times: u64) -> u64 {
-        // By far the most: one reference, and room for it.
+        // By far the most: the only reference.
         if times == 1
-            && self.max >= u64::from(LARGE)
             && let Store::Flat(map) = &mut self.store
             && let Some(byte) = map.get_mut((cluster >> 1) as usize)
         {
             let shift = (cluster & 1) * 4;
-            if (*byte >> shift) & 15 < LARGE - 1 {
-                *byte += 1 << shift;
+            if (*byte >> shift) & 15 == 0 {
+                *byte |= 1 << shift;
                 return 0;
             }
         }
@@ -133,6 +141,7 @@ impl Counts {
     #[inline(never)]
     fn add_slowly(&mut self, cluster: u64, times: u64) -> u64 {
         let old = self.get(cluster);
+        self.shared |= old.saturating_add(times) > 1;
         let new = old.saturating_add(times).min(self.max);
         self.set(cluster, new);
         times - (new - old)
@@ -186,11 +195,16 @@ impl Counts {
         None
     }
 
-    /// The counts of the clusters from `first` on, as bytes with two each, if they are kept so.
-    pub fn flat(&self, first: u64) -> Option<&[u8]> {
+    /// Counts around `cluster`, as bytes with two each, 15 for those that are larger; and which cluster
+    /// the first of them is of.
+    pub fn window(&self, cluster: u64) -> (u64, &[u8]) {
+        let first = cluster & !((1 << PIECE_BITS) - 1);
         match &self.store {
-            Store::Flat(map) if first.is_multiple_of(2) => map.get((first / 2) as usize..),
-            _ => None,
+            Store::Flat(map) if cluster / 2 < map.len() as u64 => (0, map),
+            Store::Flat(_) => (first, &NOTHING),
+            Store::Pieces(pieces) => {
+                (first, pieces.get(&(cluster >> PIECE_BITS)).map_or(&NOTHING[..], |p| &p[..]))
+            }
         }
     }
 }

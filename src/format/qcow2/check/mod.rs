@@ -98,13 +98,17 @@ struct Check<'a> {
     counts: Counts,
     /// Clusters that are looked at: those of the file, and one behind it if something reaches there.
     clusters: u64,
-    /// Clusters past the end that something refers to all the same: first and end.
-    beyond: Vec<(u64, u64)>,
+    /// What is referred to past the end: from where to where, bytes, and how often.
+    beyond: Vec<(u64, u128, u64)>,
     /// The last cluster that is in use, or counted as such.
     highest: u64,
     disk: Disk,
     /// Clusters whose count on disk is one when ours is not, or the other way round.
     flips: Option<Counts>,
+    /// Some count on disk is wrong.
+    differs: bool,
+    /// The active image has entries without the flag COPIED, where there may be one.
+    uncopied: bool,
     /// Clusters whose counts on disk can not be known: first and end.
     unknown: Vec<(u64, u64)>,
     /// The refcounts on disk can not be mended one by one.
@@ -151,6 +155,8 @@ impl<'a> Check<'a> {
             highest: 0,
             disk: Disk::default(),
             flips: None,
+            differs: false,
+            uncopied: false,
             unknown: Vec::new(),
             rebuild: false,
             blind: false,
@@ -174,7 +180,13 @@ impl<'a> Check<'a> {
         let found = self.report;
         self.compare(Repair::Nothing)?;
         if self.rebuild && self.repair == Repair::All && !self.blind {
-            self.rebuild_all()?;
+            match self.rebuild_all() {
+                Err(Error::TooBig { what, .. }) => {
+                    self.trouble(format_args!("the refcounts can not be made anew: {what}"));
+                    return Ok(self.end());
+                }
+                done => done?,
+            }
         } else if self.repair != Repair::Nothing && self.report.leaks + self.report.corruptions > 0
         {
             if self.rebuild || self.blind {
@@ -209,6 +221,7 @@ impl<'a> Check<'a> {
     fn count_all(&mut self) -> Result<()> {
         self.metadata.clear();
         self.beyond.clear();
+        self.uncopied = false;
         self.ordered = OnceCell::new();
         self.refer("the header", 0, self.cluster(), 1);
         self.note_metadata(0, self.cluster());
@@ -237,7 +250,7 @@ impl<'a> Check<'a> {
         if end >= u128::from(self.file_size) + u128::from(self.cluster()) {
             self.report.corruptions += times;
             self.tell(format_args!("{what} at {offset:#x} ({len} bytes) lies past the end"));
-            self.beyond.push((offset >> self.bits, (end - 1 >> self.bits) as u64 + 1));
+            self.beyond.push((offset, end, times));
             return;
         }
         let (first, last) = (offset >> self.bits, (offset + len - 1) >> self.bits);

@@ -83,6 +83,10 @@ impl Check<'_> {
             };
             let mut wanted: Vec<u64> = blocks[..used].to_vec();
             wanted.extend(place.iter().map(|c| c >> block_bits));
+            let end = place.last().map_or(0, |c| c + 1);
+            for (from, to, _) in self.reached(end) {
+                wanted.extend((from >> block_bits)..=((to - 1) >> block_bits));
+            }
             wanted.sort_unstable();
             wanted.dedup();
             let entries = wanted.last().map_or(1, |i| i + 1);
@@ -113,8 +117,8 @@ impl Check<'_> {
         let mut end = 0;
         while (out.len() as u64) < blocks + table {
             // Those that begin before here: up to where they reach.
-            while let Some(b) = self.beyond.get(i).filter(|b| b.0 <= at) {
-                end = end.max(b.1);
+            while let Some(b) = self.beyond.get(i).filter(|b| b.0 >> self.bits <= at) {
+                end = end.max(((b.1 - 1) >> self.bits) as u64 + 1);
                 i += 1;
             }
             if at < end {
@@ -127,6 +131,16 @@ impl Check<'_> {
             at += 1;
         }
         out
+    }
+
+    /// What is referred to past the end, but no longer in a file of `end` clusters: it is zeroes there.
+    /// Clusters, from the first to behind the last, and how often.
+    fn reached(&self, end: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+        let bits = self.bits;
+        // (A last cluster may be there in part.)
+        let limit = u128::from(end + 1) << bits;
+        let inside = self.beyond.iter().filter(move |b| b.1 < limit);
+        inside.map(move |b| (b.0 >> bits, ((b.1 - 1) >> bits) as u64 + 1, b.2))
     }
 
     /// Clusters that nothing refers to, on a device that can not grow: `table` that follow one another
@@ -165,6 +179,11 @@ impl Check<'_> {
         for cluster in place.at.iter().copied().chain(table..table + len) {
             self.clusters = self.clusters.max(cluster + 1);
             self.counts.add(cluster, 1);
+        }
+        for (from, to, times) in self.reached(self.clusters).collect::<Vec<_>>() {
+            for cluster in from..to {
+                self.counts.add(cluster, times);
+            }
         }
         let mut entries = vec![0; (len << self.bits) as usize];
         let mut block = vec![0; self.cluster() as usize];

@@ -164,6 +164,7 @@ impl Check<'_> {
                     self.tell(format_args!("an L1 entry has reserved bits set: {entry:#018x}"));
                 }
                 let table = entry & OFFSET;
+                self.uncopied |= entry & COPIED == 0;
                 if table & (self.cluster() - 1) == 0 {
                     named.push((table, part.times));
                     continue;
@@ -250,6 +251,8 @@ impl Check<'_> {
         // Where the next cluster would lie if it followed the one before.
         let mut next = 0;
         let (mut allocated, mut fragmented) = (0, 0);
+        // Set as long as all have the flag.
+        let mut copied = COPIED;
         for i in (0..bytes.len()).step_by(form.size()) {
             let raw = be64(bytes, i);
             if raw == 0 && !form.extended {
@@ -271,6 +274,7 @@ impl Check<'_> {
                 } else {
                     self.refer("a data cluster", host, self.cluster(), times);
                 }
+                copied &= raw;
                 allocated += 1;
                 fragmented += u64::from(next != 0 && next != host);
                 next = host + self.cluster();
@@ -285,12 +289,14 @@ impl Check<'_> {
                     self.report.compressed_clusters += active;
                 }
                 Counted::Cluster(host) => {
+                    copied &= raw;
                     allocated += 1;
                     fragmented += u64::from(next != 0 && next != host);
                     next = host + self.cluster();
                 }
             }
         }
+        self.uncopied |= copied == 0;
         self.report.allocated_clusters += allocated * active;
         self.report.fragmented_clusters += fragmented * active;
         Ok(())
