@@ -31,6 +31,10 @@ static void child_may_only_close(void)
     FAILS(qblk_extents(dev, 1, 0, 0, &e, 1), -ECHILD, text);
     FAILS(qblk_resize(dev, 1, QBLK_RESIZE_SHRINK), -ECHILD, text);
     FAILS(qblk_resize2(dev, 1, opts, QBLK_RESIZE_SHRINK), -ECHILD, text);
+    FAILS(qblk_write_compressed(dev, &c, 1, 0), -ECHILD, text);
+    FAILS(qblk_copy(dev, dev, NULL, 0, NULL, NULL), -ECHILD, text);
+    FAILS(qblk_commit(dev, 0, NULL, NULL), -ECHILD, text);
+    FAILS(qblk_rebase(dev, NULL, NULL, 0, NULL, NULL), -ECHILD, text);
     FAILS(qblk_reopen(dev, 0), -ECHILD, text);
     FAILS(qblk_reopen2(dev, opts, 0), -ECHILD, text);
     FAILS(qblk_context_open(dev, NULL, 0, &other), -ECHILD, text);

@@ -77,6 +77,10 @@ int main(int argc, char **argv)
     FAILS(qblk_extents(NULL, 1, 0, 0, &e, 1), -EINVAL, text);
     FAILS(qblk_resize(NULL, 1, 0), -EINVAL, text);
     FAILS(qblk_resize2(NULL, 1, NULL, 0), -EINVAL, text);
+    FAILS(qblk_write_compressed(NULL, buf, 1, 0), -EINVAL, text);
+    FAILS(qblk_copy(NULL, NULL, NULL, 0, NULL, NULL), -EINVAL, text);
+    FAILS(qblk_commit(NULL, 0, NULL, NULL), -EINVAL, text);
+    FAILS(qblk_rebase(NULL, NULL, NULL, 0, NULL, NULL), -EINVAL, text);
     FAILS(qblk_reopen(NULL, 0), -EINVAL, text);
     FAILS(qblk_reopen2(NULL, NULL, 0), -EINVAL, text);
     out = (qblk *)(uintptr_t)8;
@@ -90,6 +94,7 @@ int main(int argc, char **argv)
     FAILS(qblk_pread2(dev, NULL, 1, 0, 0), -EINVAL, "buffer is NULL");
     FAILS(qblk_pwrite(dev, NULL, 1, 0), -EINVAL, "buffer is NULL");
     FAILS(qblk_pwrite2(dev, NULL, 1, 0, 0), -EINVAL, "buffer is NULL");
+    FAILS(qblk_write_compressed(dev, NULL, 1, 0), -EINVAL, "buffer is NULL");
     FAILS(qblk_preadv(dev, NULL, 1, 0, 0), -EINVAL, "iov is NULL");
     FAILS(qblk_pwritev(dev, NULL, 1, 0, 0), -EINVAL, "iov is NULL");
     FAILS(qblk_preadv(dev, &hole, 1, 0, 0), -EINVAL, "buffer is NULL");

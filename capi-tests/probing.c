@@ -28,6 +28,8 @@ int main(int argc, char **argv)
         "qblk_reopen2", "qblk_pread", "qblk_pread2", "qblk_pwrite", "qblk_pwrite2", "qblk_preadv",
         "qblk_pwritev", "qblk_flush", "qblk_zero", "qblk_trim", "qblk_cache", "qblk_get_info",
         "qblk_get_property", "qblk_extents", "qblk_create", "qblk_resize", "qblk_resize2",
+        "qblk_write_compressed", "qblk_copy", "qblk_commit",
+        "qblk_rebase",
     };
     /* Later ones, tests' own, and what a Rust library might let slip. */
     static const char *const absent[] = {

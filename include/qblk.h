@@ -161,6 +161,21 @@ extern "C" {
 #define QBLK_RESIZE_SHRINK 1
 
 /**
+ * qblk_copy(): only what the source itself has, not what shows from images below it.
+ */
+#define QBLK_COPY_SHALLOW 1
+
+/**
+ * qblk_commit(): the image keeps what it has.
+ */
+#define QBLK_COMMIT_KEEP 1
+
+/**
+ * qblk_rebase(): only the name is changed, nothing is copied.
+ */
+#define QBLK_REBASE_UNSAFE 1
+
+/**
  * qblk_info.state: this handle does not write.
  */
 #define QBLK_STATE_READ_ONLY 1
@@ -402,6 +417,20 @@ extern "C" {
 
 #define QBLK_HAVE_BLOCK_STATUS 1
 
+#define QBLK_HAVE_AMEND 1
+
+#define QBLK_HAVE_SNAPSHOT_LIST 1
+
+#define QBLK_HAVE_SNAPSHOT_CREATE 1
+
+#define QBLK_HAVE_SNAPSHOT_APPLY 1
+
+#define QBLK_HAVE_SNAPSHOT_DELETE 1
+
+#define QBLK_HAVE_VMSTATE_WRITE 1
+
+#define QBLK_HAVE_VMSTATE_READ 1
+
 /**
  * An open block device: a context, an independent way into a source of bytes.
  *
@@ -624,6 +653,52 @@ typedef struct qblk_check_result {
  * it must return (neither throw a C++ exception nor longjmp()) and call nothing on the same device.
  */
 typedef int (*qblk_progress_fn)(void *opaque, uint64_t done, uint64_t total);
+
+/**
+ * An internal snapshot. 512 bytes for ever; later versions give reserved bytes a meaning.
+ */
+typedef struct qblk_snapshot {
+    /**
+     * What names it alone; NUL-terminated, cut if it is longer.
+     */
+    char id[128];
+    /**
+     * What people call it; NUL-terminated, cut if it is longer.
+     */
+    char name[256];
+    /**
+     * Bytes of the machine's state that it keeps; 0 = none.
+     */
+    uint64_t vm_state_size;
+    /**
+     * Bytes that the disk had.
+     */
+    uint64_t disk_size;
+    /**
+     * When it was made: seconds since 1970.
+     */
+    uint64_t date_sec;
+    /**
+     * And nanoseconds.
+     */
+    uint32_t date_nsec;
+    /**
+     * Zero.
+     */
+    uint32_t reserved0;
+    /**
+     * How long the machine had run, nanoseconds.
+     */
+    uint64_t vm_clock_nsec;
+    /**
+     * Instructions that it had executed; UINT64_MAX = not known.
+     */
+    uint64_t icount;
+    /**
+     * Zero.
+     */
+    uint8_t reserved[80];
+} qblk_snapshot;
 
 /**
  * Receives what qblk_nbd_list() finds: the name and the description of an export, valid during the
@@ -1021,6 +1096,24 @@ int qblk_resize2(struct qblk *dev,
                  uint32_t flags);
 
 /**
+ * Write `count` bytes of `buf` at `offset` in compressed form, by the image's compression type.
+ *
+ * `offset` and `count` are bytes, and multiples of the cluster size (qblk_info), but for the image's
+ * end, which may cut the last cluster. What there was before is replaced. A cluster that does not
+ * get smaller is written as it is; compressed ones share clusters of the host. Compressing is done
+ * by the calling thread, and several threads compress at once; qblk_copy() uses as many as there
+ * are processors. A later qblk_pwrite() to such a cluster writes it out at full size.
+ *
+ * Returns 0; -ENOTSUP, with nothing written, for a format that has no compression, and for images
+ * with encryption or an external data file; -EINVAL for a NULL, for parts of clusters, and for a
+ * range that leaves the device; else as qblk_pwrite2(). Any thread. Since 0.1.
+ */
+int qblk_write_compressed(struct qblk *dev,
+                          const void *buf,
+                          size_t count,
+                          uint64_t offset);
+
+/**
  * Check the image: qblk_check2() without progress.
  *
  * Since 0.1.
@@ -1052,6 +1145,203 @@ int qblk_check2(struct qblk *dev,
                 qblk_progress_fn progress,
                 void *opaque,
                 struct qblk_check_result *result);
+
+/**
+ * Copy all bytes of the device `from` to the beginning of `to`, in parallel.
+ *
+ * What reads as zeroes is not read, and in `to` it is zeroed where it does not read so yet. `to` must
+ * be open for writing and have at least as many bytes; what it has beyond those of `from` stays.
+ * Both may be used meanwhile, but what is written to either then may be copied or not.
+ * qblk_flush() makes the copy last.
+ *
+ * `options` may be NULL. They are "compress" (on: clusters are written in compressed form, as
+ * qblk_write_compressed() does), "threads" (1 to 64; as many as there are processors), "sparse" (bytes:
+ * the shortest run of zeroes in data that is not written as data, a multiple of 4096; 0 = zeroes are
+ * written too; 4k), "target-is-zero" (on: `to` is known to read as zeroes) and "compare" (on: `to` is
+ * read, and only what differs is written: for an overlay).
+ *
+ * The one flag is QBLK_COPY_SHALLOW: only what `from` has itself is copied, not what shows from images
+ * below, which is left as it is in `to`: a copy of one image of a chain. `progress` (NULL: nobody)
+ * is called by the calling thread, in bytes.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, an option that is unknown or has a value that it
+ * cannot have, a `to` that is too small, is `from` or is part of its chain (nothing is written then);
+ * -ECANCELED if `progress` said so; -ENOTSUP where compressed writes are not to be had; else as
+ * qblk_pread() and qblk_pwrite2(). After an error a part may have been copied. Any thread. Since 0.1.
+ */
+int qblk_copy(struct qblk *from,
+              struct qblk *to,
+              const struct qblk_options *options,
+              uint32_t flags,
+              qblk_progress_fn progress,
+              void *opaque);
+
+/**
+ * Write what the image has itself into its backing image, and empty it.
+ *
+ * The backing image, whatever its format, is opened for writing meanwhile, which nobody else may have
+ * open; it grows if it is smaller. What is committed is on stable storage before the image is
+ * emptied, and what the device reads is the same all the time. The one flag is QBLK_COMMIT_KEEP:
+ * the image keeps what it has. `progress` (NULL: nobody) is called by the calling thread, in bytes.
+ *
+ * Other calls on the device wait until this has ended. Other overlays of the backing image read
+ * otherwise afterwards.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, and where no backing image is open; -EROFS on a handle
+ * without QBLK_OPEN_RDWR; QBLK_ELOCKED if somebody has the backing image; -ECANCELED if `progress` said
+ * so; else as qblk_pread(), qblk_pwrite2() and qblk_resize(). After an error a part may have been
+ * committed; the image itself is whole then. Any thread. Since 0.1.
+ */
+int qblk_commit(struct qblk *dev,
+                uint32_t flags,
+                qblk_progress_fn progress,
+                void *opaque);
+
+/**
+ * Put another image below: the image names `backing` (NULL: none) as its backing file from now on.
+ *
+ * `backing` is a path, seen from the image's directory, and recorded as it is given. What would read
+ * otherwise with it is copied into the image first and put on stable storage; then the header is
+ * switched. So what the device reads stays the same, whenever the power is cut. With the flag
+ * QBLK_REBASE_UNSAFE only the name is changed: for a backing file that was moved, or was replaced by one
+ * that holds the same. Then it need not be there, if its format is given; if it can not be opened the
+ * device goes on with the old one until it is closed.
+ *
+ * `options` may be NULL. They are "backing-fmt" (the format, which is found by probing now if it is not
+ * given, and recorded) and "threads". `progress` (NULL: nobody) is called by the calling thread, in
+ * bytes. Other calls on the device wait until this has ended.
+ *
+ * Returns 0; -EINVAL for a NULL, another flag, an option that has no use here, a name that is too long,
+ * and on a device that was opened without its backing file; -ENOTSUP for a format that has none;
+ * -EFBIG if the name does not fit into the header; -EROFS; -ECANCELED; QBLK_EPOLICY for an image that
+ * would stand on itself; else as qblk_open2() and qblk_pwrite2(). After an error a part may have been
+ * copied; the device reads the same. Any thread. Since 0.1.
+ */
+int qblk_rebase(struct qblk *dev,
+                const char *backing,
+                const struct qblk_options *options,
+                uint32_t flags,
+                qblk_progress_fn progress,
+                void *opaque);
+
+/**
+ * Change what an image is like, as `options` say: all of it, or nothing.
+ *
+ * Of a qcow2 image: "compat" ("0.10" or "1.1"), "refcount-bits", "lazy-refcounts", "backing-file" and
+ * "backing-fmt" (what is recorded; empty for none), "data-file-raw" ("off"), and its key slots:
+ * "encrypt.state" ("active" adds a passphrase, "inactive" takes one away), "encrypt.new-secret",
+ * "encrypt.old-secret", "encrypt.keyslot", "encrypt.iter-time". Of a LUKS image the same for key slots
+ * without "encrypt.". There are no flags yet, so `flags` must be 0.
+ *
+ * `progress` (NULL: nobody) is told how far it is, with `opaque`, and may stop it: -ECANCELED. It is
+ * on stable storage when the call returns; a power cut before leaves the image as it was. Calls of
+ * other threads on the device wait meanwhile. Unless key slots alone have changed the image is opened
+ * anew beneath the handle and all its contexts, as by qblk_reopen(); if only that fails the image is
+ * amended, and the handle refuses to write until it is reopened.
+ *
+ * Returns 0; -EINVAL for a NULL, a flag, an option that has no use here or a value that it can not have
+ * (refcounts too narrow for what there is, say); -ENOTSUP for a format that has nothing to amend;
+ * QBLK_EUNSUPPORTED for a version that lacks what the image has; QBLK_ENEEDKEY and QBLK_EBADKEY;
+ * -EROFS on a handle without QBLK_OPEN_RDWR; -ENOSPC and other codes of the system; QBLK_ECORRUPT;
+ * as qblk_reopen(). Any thread. Since 0.1.
+ */
+int qblk_amend(struct qblk *dev,
+               const struct qblk_options *options,
+               uint32_t flags,
+               qblk_progress_fn progress,
+               void *opaque);
+
+/**
+ * List the image's internal snapshots: fills `out` with the first `max` of them, in the order of the
+ * image's table. `out` may be NULL if `max` is 0.
+ *
+ * Works on any handle, also one that is open for its description only.
+ *
+ * Returns how many there are, which may be more than `max`; -ENOTSUP for a format without snapshots;
+ * -EINVAL for a NULL; QBLK_ECORRUPT for a table that is no such; codes of reading. Any thread.
+ * Since 0.1.
+ */
+int64_t qblk_snapshot_list(struct qblk *dev,
+                           struct qblk_snapshot *out,
+                           size_t max);
+
+/**
+ * Keep the state of the disk as it is now in an internal snapshot `name`, and with it what was written
+ * by qblk_vmstate_write() since the last one, which is not in the active image any more then.
+ *
+ * `options` (NULL: none): "id" (a text that names it alone; without it the next number), "date" (seconds
+ * since 1970, with a fraction; without it now), "vm-clock" (nanoseconds), "icount". There are no flags
+ * yet, so `flags` must be 0. It is on stable storage when the call returns; a power cut before leaves
+ * the image as it was. Calls of other threads on the device wait meanwhile; what they wrote before
+ * is in the snapshot.
+ *
+ * Returns 0; -EEXIST if the name or the ID is taken; -EINVAL for a NULL, a name that is empty or has more
+ * than 255 bytes, an ID of more than 127, an option that has no use here, a flag, and where the image's
+ * refcounts are too narrow for another reference; -ENOTSUP for a format without snapshots;
+ * QBLK_EUNSUPPORTED for an image with an external data file; -EROFS on a handle without
+ * QBLK_OPEN_RDWR; -EFBIG for more than 65536 snapshots; -ENOSPC and other codes of the system;
+ * QBLK_ECORRUPT. After an error the image is as it was. Any thread. Since 0.1.
+ */
+int qblk_snapshot_create(struct qblk *dev,
+                         const char *name,
+                         const struct qblk_options *options,
+                         uint32_t flags);
+
+/**
+ * Make the disk, its size and the machine's state what they were in a snapshot: the one whose ID is
+ * `id_or_name`, or else the first with that name. What was written since the last snapshot is lost.
+ *
+ * There are no flags yet, so `flags` must be 0. Calls of other threads on the device wait meanwhile.
+ *
+ * Returns as qblk_snapshot_create(); -ENOENT if there is no such snapshot. Any thread. Since 0.1.
+ */
+int qblk_snapshot_apply(struct qblk *dev,
+                        const char *id_or_name,
+                        uint32_t flags);
+
+/**
+ * Forget a snapshot: the one whose ID is `id_or_name`, or else the first with that name. The space that
+ * it alone has taken is free then.
+ *
+ * There are no flags yet, so `flags` must be 0. Calls of other threads on the device wait meanwhile.
+ *
+ * Returns as qblk_snapshot_apply(). Any thread. Since 0.1.
+ */
+int qblk_snapshot_delete(struct qblk *dev,
+                         const char *id_or_name,
+                         uint32_t flags);
+
+/**
+ * Write `count` bytes of `buf` at `offset` of the area of the machine's state, which lies apart from the
+ * disk's bytes. The next qblk_snapshot_create() takes it with it; its size there is the end of the
+ * furthest write since the last snapshot was made or applied.
+ *
+ * The area is as large as the format can make it, and grows as it is written to. Resizing the device
+ * empties it. `buf` may be NULL if `count` is 0.
+ *
+ * Returns 0; -EINVAL for a NULL; -EFBIG for a range that the format can not have; -ENOTSUP for a format
+ * without such an area; QBLK_EUNSUPPORTED for an image with an external data file; else as
+ * qblk_pwrite2(). Any thread; calls on the area are done one by one. Since 0.1.
+ */
+int qblk_vmstate_write(struct qblk *dev,
+                       const void *buf,
+                       size_t count,
+                       uint64_t offset);
+
+/**
+ * Read `count` bytes at `offset` of the area of the machine's state into `buf`: what was written since,
+ * or what the snapshot has kept that was applied, or opened by the option "snapshot".
+ *
+ * What was never written reads as zeroes; how much there is the property "qcow2.vm-state-size" tells.
+ * `buf` may be NULL if `count` is 0.
+ *
+ * Returns as qblk_vmstate_write(), and codes of reading. Any thread; calls on the area are done one by
+ * one. Since 0.1.
+ */
+int qblk_vmstate_read(struct qblk *dev,
+                      void *buf,
+                      size_t count,
+                      uint64_t offset);
 
 /**
  * Make an NBD server that exports nothing and listens nowhere yet. Free it with qblk_server_free().
@@ -1268,6 +1558,10 @@ QBLK_STATIC_ASSERT(offsetof(qblk_extent, host_offset) == 16, "fields do not move
 QBLK_STATIC_ASSERT(offsetof(qblk_extent, flags) == 24, "fields do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_extent, depth) == 28, "fields do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_extent, reserved) == 32, "fields do not move");
+QBLK_STATIC_ASSERT(sizeof(qblk_snapshot) == 512, "qblk_snapshot is 512 bytes, for ever");
+QBLK_STATIC_ASSERT(offsetof(qblk_snapshot, vm_state_size) == 384, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_snapshot, vm_clock_nsec) == 416, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_snapshot, reserved) == 432, "fields do not move");
 
 #ifdef __cplusplus
 }

@@ -21,5 +21,5 @@ pub mod log;
 pub mod nbd;
 mod thread;
 
-pub use block::{Error, Extent, ReqFlags, Result};
+pub use block::{Error, Extent, OneIov, ReqFlags, Result};
 pub use image::{Image, Info, OpenFlags, Options};

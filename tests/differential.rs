@@ -512,7 +512,8 @@ impl Round {
             qemu_img!("convert", "-f", "qcow2", "-l", name, "-O", "raw", self.path, out);
             // QEMU gives it the size that the image has now.
             let found = std::fs::read(&out).unwrap();
-            assert_same(&found[..bytes.len()], bytes, 0, &format!("snapshot {name}"));
+            let both = found.len().min(bytes.len());
+            assert_same(&found[..both], &bytes[..both], 0, &format!("snapshot {name}"));
         }
     }
 }

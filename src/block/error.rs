@@ -143,6 +143,22 @@ pub enum Error {
         /// The system's error number of that failure.
         errno: i32,
     },
+    /// An image has no such snapshot.
+    #[error("{file}: has no snapshot whose ID or name is {which}")]
+    NoSnapshot {
+        /// The image.
+        file: Name,
+        /// As it was asked for, quoted.
+        which: String,
+    },
+    /// An image has such a snapshot already.
+    #[error("{file}: has a snapshot with the {which} already")]
+    SnapshotExists {
+        /// The image.
+        file: Name,
+        /// What is taken, quoted.
+        which: String,
+    },
     /// Whoever was told how far the work is had it stopped.
     #[error("stopped by its caller")]
     Canceled,
@@ -242,6 +258,8 @@ impl Error {
             Self::BadHandle(_) => K::Errno(libc::EBADF),
             Self::TooBig { .. } => K::Errno(libc::EFBIG),
             Self::Failed { .. } => K::Errno(libc::EIO),
+            Self::NoSnapshot { .. } => K::Errno(libc::ENOENT),
+            Self::SnapshotExists { .. } => K::Errno(libc::EEXIST),
             Self::Canceled => K::Errno(libc::ECANCELED),
             Self::Forked(_) => K::Errno(libc::ECHILD),
             Self::Corrupt { .. } => K::Corrupt,

@@ -3,6 +3,7 @@
 //!
 //! This room knows nobody else's names: no files, no formats.
 
+mod amend;
 mod check;
 mod device;
 mod error;
@@ -13,10 +14,12 @@ mod iov;
 mod name;
 mod progress;
 mod range_lock;
+mod snapshot;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+pub use amend::{Amend, AmendKeys};
 pub use check::{CheckReport, Repair};
 pub use device::Device;
 pub(crate) use error::last_errno;
@@ -28,6 +31,7 @@ pub use iov::{Dst, FromMem, Iov, OneIov, Src, ToMem, ZEROES, zero_iovecs};
 pub use name::{Name, quoted};
 pub use progress::{Progress, Tell};
 pub use range_lock::RangeLock;
+pub use snapshot::{NewSnapshot, SnapshotInfo};
 
 /// Flags of one request. The values are those of the C ABI (`QBLK_REQ_*`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -291,6 +295,11 @@ pub trait Driver: Send + Sync {
     ) -> Result<()> {
         Err(Error::NotSupported("copying in the kernel"))
     }
+    /// Write `buf` at `offset` in compressed form, where that is smaller: whole clusters, of which the
+    /// image's end may cut the last.
+    fn write_compressed(&self, _buf: Src<'_>, _offset: u64) -> Result<()> {
+        Err(Error::NotSupported("compressed writes"))
+    }
     /// Change the size; bytes that come into being read as zeroes.
     fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {
         Err(Error::NotSupported("resize"))
@@ -300,6 +309,47 @@ pub trait Driver: Send + Sync {
     /// the image may be out of date: it must be opened anew before it is used for anything else.
     fn check(&self, _repair: Repair, _progress: Progress<'_>) -> Result<CheckReport> {
         Err(Error::NotSupported("checking images of this format"))
+    }
+    /// What internal snapshots there are.
+    fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        Err(Error::NotSupported("internal snapshots"))
+    }
+    /// Keep the state as it is now in an internal snapshot, with what was written to the area of the
+    /// machine's state. Nobody else is at work on the driver, as in the next two.
+    fn snapshot_create(&self, _name: &[u8], _how: &NewSnapshot) -> Result<()> {
+        Err(Error::NotSupported("internal snapshots"))
+    }
+    /// Make everything what it was in the snapshot with that ID, or else that name; the size too.
+    fn snapshot_apply(&self, _which: &[u8]) -> Result<()> {
+        Err(Error::NotSupported("internal snapshots"))
+    }
+    /// Forget the snapshot with that ID, or else that name.
+    fn snapshot_delete(&self, _which: &[u8]) -> Result<()> {
+        Err(Error::NotSupported("internal snapshots"))
+    }
+    /// Change what the image is like, as a whole or not at all. Nobody else is at work on the driver.
+    /// `true`: it refuses to be written to until the image is opened anew, for it is of another kind.
+    fn amend(&self, _to: &Amend, _progress: Progress<'_>) -> Result<bool> {
+        Err(Error::NotSupported("amending"))
+    }
+    /// Write to the area of the machine's state, which lies apart from the disk's bytes. One call at a
+    /// time, as in the next.
+    fn vm_state_write(&self, _buf: Src<'_>, _offset: u64) -> Result<()> {
+        Err(Error::NotSupported("keeping a machine's state"))
+    }
+    /// Read from the area of the machine's state; what was never written reads as zeroes.
+    fn vm_state_read(&self, _buf: Dst<'_>, _offset: u64) -> Result<()> {
+        Err(Error::NotSupported("keeping a machine's state"))
+    }
+    /// Make the image hold nothing of its own, so that all shows from below. No call is under way.
+    fn make_empty(&self) -> Result<()> {
+        Err(Error::NotSupported("emptying an image"))
+    }
+    /// While `on`, zeroes are recorded by themselves, whatever is below: something else is about to be.
+    fn hold_zeroes(&self, _on: bool) {}
+    /// Record another image as the one below, by its name and format, or none.
+    fn set_backing(&self, _backing: Option<(&[u8], Option<&[u8]>)>) -> Result<()> {
+        Err(Error::NotSupported("backing files"))
     }
     /// Bytes in use on the host; `None` if not known.
     fn allocated(&self) -> Option<u64> {

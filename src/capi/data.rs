@@ -224,7 +224,7 @@ fn unknown_flags(flags: u32) -> Fail {
 }
 
 #[inline(always)]
-fn memory(buf: *mut c_void, count: usize) -> Result<*mut c_void, Fail> {
+pub(super) fn memory(buf: *mut c_void, count: usize) -> Result<*mut c_void, Fail> {
     if buf.is_null() && count > 0 { Err(null_memory()) } else { Ok(buf) }
 }
 

@@ -1,11 +1,12 @@
 //! Work on whole images.
 
-use std::ffi::{OsStr, c_char, c_int};
+use std::ffi::{OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::OsStrExt;
 
 use super::guard::{self, Fail, image};
 use super::options::{options_arg, text_arg};
 use super::*;
+use crate::block::OneIov;
 use crate::image::create;
 
 /// Make the image `name` of `format` ("qcow2", "raw") with `size` bytes, all zero.
@@ -79,6 +80,33 @@ pub unsafe extern "C" fn qblk_resize2(
         guard::on("qblk_resize2", dev, |dev| {
             let (shrink, options) = (shrink(flags)?, options_arg(options));
             Ok(image(dev)?.resize(size, &options, shrink)?)
+        })
+    }
+}
+
+/// Write `count` bytes of `buf` at `offset` in compressed form, by the image's compression type.
+///
+/// `offset` and `count` are bytes, and multiples of the cluster size (qblk_info), but for the image's
+/// end, which may cut the last cluster. What there was before is replaced. A cluster that does not
+/// get smaller is written as it is; compressed ones share clusters of the host. Compressing is done
+/// by the calling thread, and several threads compress at once; qblk_copy() uses as many as there
+/// are processors. A later qblk_pwrite() to such a cluster writes it out at full size.
+///
+/// Returns 0; -ENOTSUP, with nothing written, for a format that has no compression, and for images
+/// with encryption or an external data file; -EINVAL for a NULL, for parts of clusters, and for a
+/// range that leaves the device; else as qblk_pwrite2(). Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_write_compressed(
+    dev: *mut qblk,
+    buf: *const c_void,
+    count: usize,
+    offset: u64,
+) -> c_int {
+    // SAFETY: a handle or NULL, and memory of `count` bytes, as the manual asks.
+    unsafe {
+        guard::on("qblk_write_compressed", dev, |dev| {
+            let from = OneIov::from_raw(data::memory(buf.cast_mut(), count)?, count);
+            Ok(image(dev)?.write_compressed(from.iov(), offset)?)
         })
     }
 }

@@ -36,6 +36,12 @@ mod images;
 pub use images::*;
 mod check;
 pub use check::*;
+mod copy;
+pub use copy::*;
+mod amend;
+pub use amend::*;
+mod snapshots;
+pub use snapshots::*;
 mod server;
 pub use server::*;
 mod lockmgr;
@@ -97,6 +103,13 @@ pub const QBLK_REQ_FAST_ZERO: u32 = 4;
 
 /// qblk_resize(): the new size may be less than the present one; the bytes beyond it are lost.
 pub const QBLK_RESIZE_SHRINK: u32 = 1;
+
+/// qblk_copy(): only what the source itself has, not what shows from images below it.
+pub const QBLK_COPY_SHALLOW: u32 = 1;
+/// qblk_commit(): the image keeps what it has.
+pub const QBLK_COMMIT_KEEP: u32 = 1;
+/// qblk_rebase(): only the name is changed, nothing is copied.
+pub const QBLK_REBASE_UNSAFE: u32 = 1;
 
 /// qblk_info.state: this handle does not write.
 pub const QBLK_STATE_READ_ONLY: u32 = 1;

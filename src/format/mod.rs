@@ -50,6 +50,8 @@ pub struct Params {
     pub untrusted: bool,
     /// The passphrase, if it is encrypted.
     pub key: Option<Secret>,
+    /// The internal snapshot to show instead of the active image, by ID or name.
+    pub snapshot: Option<Vec<u8>>,
     /// The calls under way on the chain.
     pub calls: Arc<InFlight>,
 }
@@ -140,6 +142,10 @@ pub fn recognise(head: &[u8; PROBE_LEN]) -> Probe {
 
 /// Open the image in `file`.
 pub fn open(kind: Kind, file: Device, params: Params) -> Result<Opened> {
+    if params.snapshot.is_some() && kind != Kind::Qcow2 {
+        let what = "option 'snapshot' has no use here (its format has no internal snapshots)";
+        return Err(Error::invalid(format!("{}: {what}", file.name())));
+    }
     Ok(match kind {
         Kind::Raw => Opened::Raw(raw::Raw::new(file, &params)),
         Kind::Qcow2 => Opened::Qcow2(Box::new(qcow2::Qcow2::open(file, params)?)),

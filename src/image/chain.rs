@@ -47,6 +47,8 @@ struct Opening<'a> {
     parts: Vec<Resource>,
     /// How many of them belong to the uppermost image.
     own_parts: usize,
+    /// And how many with those of the image below.
+    parts_to_below: usize,
 }
 
 /// A file of a chain that is open, and how the image in it is to be.
@@ -222,6 +224,14 @@ pub(super) fn open_now(
     opening.tree(driver, name, Again::Never, options, flags)
 }
 
+/// The file that a name stands for.
+pub(super) fn file_of(name: &Name) -> Name {
+    match name.as_bytes().strip_prefix(b"file:") {
+        Some(path) => Name::from(OsStr::from_bytes(path).to_owned()),
+        None => name.clone(),
+    }
+}
+
 /// Refuse `target` as a new image on top of `below` if it is `below` or in its chain.
 pub(super) fn refuse_loop(target: &Name, below: &OsStr, options: &Options) -> Result<()> {
     let calls = Arc::new(InFlight::default());
@@ -248,6 +258,7 @@ impl<'a> Opening<'a> {
             locking: Locking::default(),
             parts: Vec::new(),
             own_parts: 0,
+            parts_to_below: 0,
         }
     }
 
@@ -281,6 +292,7 @@ impl<'a> Opening<'a> {
             lease: None,
             parts: std::mem::take(&mut self.parts),
             own_parts: self.own_parts,
+            parts_to_below: self.parts_to_below,
         })
     }
 
@@ -367,6 +379,7 @@ impl<'a> Opening<'a> {
             l2_cache: options.size("cache.l2-size")?,
             untrusted: flags.has(OpenFlags::UNTRUSTED),
             key,
+            snapshot: options.get("snapshot").map(<[u8]>::to_vec),
             calls: self.calls.clone(),
         };
         let opened = match flags.has(OpenFlags::CHECK) {
@@ -425,8 +438,10 @@ impl<'a> Opening<'a> {
     /// Tell a lock manager of a file of the image that was opened last.
     fn note_part(&mut self, file: &Device, format: &str) {
         managed::note(&mut self.parts, file, format);
-        if self.images == 1 {
-            self.own_parts = self.parts.len();
+        match self.images {
+            1 => self.own_parts = self.parts.len(),
+            2 => self.parts_to_below = self.parts.len(),
+            _ => {}
         }
     }
 
@@ -508,7 +523,8 @@ impl<'a> Opening<'a> {
         }
         let keep =
             OpenFlags::DIRECT | OpenFlags::UNTRUSTED | OpenFlags::NO_LOCK | OpenFlags::SHARED;
-        let mut flags = OpenFlags(flags.0 & keep.0);
+        let write = flags.has(OpenFlags::WRITE_BELOW);
+        let mut flags = OpenFlags(flags.0 & keep.0 | if write { OpenFlags::RDWR.0 } else { 0 });
         // The caller chose this one; whether to trust what it names is asked again there.
         if options.get("format").is_none() {
             flags.0 &= !OpenFlags::UNTRUSTED.0;

@@ -1,10 +1,10 @@
 //! Checking an image as a whole.
 
-use std::ptr;
 use std::sync::atomic::Ordering::*;
 
 use super::life::close_tree;
-use super::{Image, OpenFlags, Tree, chain, info_only};
+use super::whole::Taken;
+use super::{Image, OpenFlags, chain, info_only};
 use crate::block::*;
 
 impl Image {
@@ -36,27 +36,25 @@ impl Image {
         if repair != Repair::Nothing {
             chain::check_reopen(tree)?;
         }
-        self.shared.tree.store(ptr::null_mut(), SeqCst);
+        let mut taken = Taken::new(&self.shared);
         self.shared.calls.wait();
-        // SAFETY: we took it out, and no call uses it any more.
-        let tree = unsafe { Box::from_raw(old) };
-        let (tree, result) = self.check_alone(tree, repair, progress);
-        self.shared.tree.store(Box::into_raw(tree), SeqCst);
-        result
+        self.check_alone(&mut taken, repair, progress)
     }
 
-    /// With nobody else at it. The tree that is to be used from now on, and what was found.
+    /// With nobody else at it. What is taken may come to be another tree.
     fn check_alone(
         &self,
-        mut tree: Box<Tree>,
+        taken: &mut Taken<'_>,
         repair: Repair,
         progress: Progress<'_>,
-    ) -> (Box<Tree>, Result<CheckReport>) {
-        match close_tree(&tree) {
+    ) -> Result<CheckReport> {
+        // SAFETY: it was taken out, no call uses it any more, and `admin` is held.
+        let tree = unsafe { &mut *taken.tree };
+        match close_tree(tree) {
             Ok(()) => {}
             // Nothing is written any more, and what is in memory only is lost: the file is what there is.
             Err(Error::Failed { .. } | Error::Corrupt { .. }) => {}
-            Err(e) => return (tree, Err(e)),
+            Err(e) => return Err(e),
         }
         let result = tree.top.driver().check(repair, progress);
         let changed = match &result {
@@ -65,14 +63,19 @@ impl Image {
             Err(_) => repair != Repair::Nothing,
         };
         if !changed {
-            return (tree, result);
+            return result;
         }
-        match chain::reopen(&tree, &tree.options, tree.flags, &self.shared.calls) {
-            Ok(new) => (Box::new(new), result),
+        match chain::reopen(tree, &tree.options, tree.flags, &self.shared.calls) {
+            Ok(new) => {
+                let old = std::mem::replace(&mut taken.tree, Box::into_raw(Box::new(new)));
+                // SAFETY: made by Box::into_raw, and nobody has it any more.
+                drop(unsafe { Box::from_raw(old) });
+                result
+            }
             Err(e) => {
                 // What it knows is not true any more: good for another check, or to be reopened.
                 tree.flags = tree.flags | OpenFlags::CHECK;
-                (tree, result.and(Err(e)))
+                result.and(Err(e))
             }
         }
     }

@@ -180,6 +180,7 @@ fn preallocate(
         probed: false,
         l2_cache: None,
         untrusted: false,
+        snapshot: None,
         key,
         calls: Arc::new(InFlight::default()),
     };

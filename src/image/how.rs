@@ -28,11 +28,9 @@ pub(super) fn check(
     above: Locking,
 ) -> Result<How> {
     options.check(Use::Open)?;
-    if flags.0 & !OpenFlags::ALL.0 != 0 {
-        return Err(Error::invalid(format!(
-            "unknown open flags {:#x}",
-            flags.0 & !OpenFlags::ALL.0
-        )));
+    let unknown = flags.0 & !(OpenFlags::ALL | OpenFlags::WRITE_BELOW).0;
+    if unknown != 0 {
+        return Err(Error::invalid(format!("unknown open flags {unknown:#x}")));
     }
     let write = flags.has(OpenFlags::RDWR);
     if write && flags.has(OpenFlags::SHARED) {
@@ -58,6 +56,14 @@ pub(super) fn check(
         mmap: mmap && !info,
     };
     Ok(How { file, lock: locking(options, flags, above)? })
+}
+
+/// Refuse a flag that a caller can not have.
+pub(super) fn of_a_caller(flags: OpenFlags) -> Result<()> {
+    match flags.has(OpenFlags::WRITE_BELOW) {
+        true => Err(Error::invalid(format!("unknown open flags {:#x}", OpenFlags::WRITE_BELOW.0))),
+        false => Ok(()),
+    }
 }
 
 /// How the file of an image is locked; see docs/architecture.md for why so.

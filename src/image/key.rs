@@ -19,12 +19,17 @@ pub(super) fn no_use(name: &Name) -> Error {
 /// The passphrase that the options give, if they do. A file's bytes are taken as they are, a newline
 /// at its end too, as QEMU does.
 pub(super) fn read(options: &Options) -> Result<Option<Secret>> {
-    match (options.get("key"), options.os("key-file")) {
+    read_from(options, "key", "key-file")
+}
+
+/// [`read`], by options of other names.
+pub(super) fn read_from(options: &Options, text: &str, file: &str) -> Result<Option<Secret>> {
+    match (options.get(text), options.os(file)) {
         (None, None) => Ok(None),
         (Some(key), None) => Ok(Some(Secret::new(key.to_vec()))),
-        (Some(_), Some(_)) => {
-            Err(Error::invalid("the options 'key' and 'key-file' were both given: one is the key"))
-        }
+        (Some(_), Some(_)) => Err(Error::invalid(format!(
+            "the options '{text}' and '{file}' were both given: one is the key"
+        ))),
         (None, Some(file)) => {
             let name = Name::from(file.to_owned());
             let failed = |op| {

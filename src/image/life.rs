@@ -11,6 +11,7 @@ impl Image {
     /// Open the source anew with other flags (and options, or the same as before), beneath all of
     /// its contexts. Calls wait meanwhile; if it fails, all stays as it was.
     pub fn reopen(&self, options: Option<&Options>, flags: OpenFlags) -> Result<()> {
+        super::how::of_a_caller(flags)?;
         let _admin = self.shared.admin.lock();
         let old = self.shared.tree.load(SeqCst);
         if old.is_null() {

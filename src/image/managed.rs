@@ -139,8 +139,8 @@ pub(super) fn open(
     let keep = old.and_then(|old| old.lease.as_ref());
     let keep = keep.filter(|lease| !lease.is_lost() && request.is_of(lease));
     for _ in 0..CHANGES {
-        let look =
-            OpenFlags(flags.0 & !(OpenFlags::RDWR | OpenFlags::DIRECT | OpenFlags::SHARED).0);
+        let writing = OpenFlags::RDWR | OpenFlags::WRITE_BELOW;
+        let look = OpenFlags(flags.0 & !(writing | OpenFlags::DIRECT | OpenFlags::SHARED).0);
         let survey = Arc::new(InFlight::default());
         let look = look | OpenFlags::NO_LOCK;
         let found =
@@ -178,8 +178,12 @@ impl Tree {
     fn resources(&self, flags: OpenFlags) -> Vec<Resource> {
         let mut parts = self.parts.clone();
         for (i, part) in parts.iter_mut().enumerate() {
-            // Only the uppermost image is written.
-            let write = i < self.own_parts && flags.has(OpenFlags::RDWR);
+            // Only the uppermost image is written, and the one below while something is committed to it.
+            let write = match () {
+                _ if i < self.own_parts => flags.has(OpenFlags::RDWR),
+                _ if i < self.parts_to_below => flags.has(OpenFlags::WRITE_BELOW),
+                _ => false,
+            };
             part.flags = if write { 0 } else { READ_ONLY };
             part.flags |= if flags.has(OpenFlags::SHARED) { SHARED } else { 0 };
         }

@@ -7,8 +7,11 @@
 //! Lock order: `Shared::admin`, then whatever the drivers lock. No call holds `admin` while data
 //! moves but those that change what a handle is (resize, reopen, close).
 
+mod amend;
 mod chain;
+mod chainwork;
 mod check;
+mod copy;
 mod create;
 mod how;
 mod key;
@@ -17,6 +20,7 @@ mod managed;
 mod named;
 mod options;
 mod remote;
+mod whole;
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -30,6 +34,7 @@ use crate::block::*;
 use crate::file::FileLock;
 use crate::lockmgr::Lease;
 pub use chain::Probe;
+pub use copy::copy;
 pub use create::create;
 pub use options::{Options, Use, parse_seconds, parse_size};
 pub use remote::list_exports;
@@ -59,6 +64,8 @@ impl OpenFlags {
     pub const ALL: Self = Self(255);
     /// There are no bytes to be had.
     const NO_DATA: u32 = Self::INFO_ONLY.0 | Self::CHECK.0;
+    /// Inside the library only: write the image below, too.
+    const WRITE_BELOW: Self = Self(1 << 31);
 
     /// Whether all bits of `other` are set.
     pub const fn has(self, other: Self) -> bool {
@@ -155,6 +162,8 @@ pub(crate) struct Tree {
     parts: Vec<crate::lockmgr::Resource>,
     /// How many of them belong to the top image.
     own_parts: usize,
+    /// And how many with those of the image below.
+    parts_to_below: usize,
     /// What a lock manager has given, for the whole chain.
     lease: Option<Arc<Lease>>,
     /// Of a description, which takes no lock: somebody has locked the file.
@@ -235,6 +244,7 @@ impl std::ops::Deref for Call<'_> {
 impl Image {
     /// Open the image `name`: a path, `file:PATH` or `mem:SIZE`.
     pub fn open(name: &OsStr, options: &Options, flags: OpenFlags) -> Result<Self> {
+        how::of_a_caller(flags)?;
         let calls = Arc::new(InFlight::default());
         let tree = chain::open(name, options, flags, &calls)?;
         Ok(Self::from_tree(tree, calls, flags))
@@ -242,6 +252,7 @@ impl Image {
 
     /// Open the image behind a descriptor, which is now the library's.
     pub fn open_fd(fd: OwnedFd, options: &Options, flags: OpenFlags) -> Result<Self> {
+        how::of_a_caller(flags)?;
         let calls = Arc::new(InFlight::default());
         let tree = chain::open_fd(fd, options, flags, &calls)?;
         Ok(Self::from_tree(tree, calls, flags))
@@ -363,6 +374,14 @@ impl Image {
     /// [`Image::write`] from one slice.
     pub fn write_at(&self, buf: &[u8], offset: u64, flags: ReqFlags) -> Result<()> {
         self.write(OneIov::src(buf).iov(), offset, flags)
+    }
+
+    /// Write `buf` at `offset` in compressed form, where that is smaller: whole clusters, of which the
+    /// image's end may cut the last.
+    pub fn write_compressed(&self, buf: Src<'_>, offset: u64) -> Result<()> {
+        let call = self.write_call(offset, buf.len() as u64)?;
+        let _own = call.guard.own();
+        call.top.driver().write_compressed(buf, offset)
     }
 
     /// Make all that was written survive a power cut.

@@ -23,47 +23,71 @@ pub enum Use {
     Resize,
     /// Exporting a device.
     Export,
+    /// Copying.
+    Copy,
+    /// Making an internal snapshot.
+    Snapshot,
+    /// Changing what an image is like.
+    Amend,
+    /// Putting another image below.
+    Rebase,
 }
 
-const OPEN: u8 = 1;
-const CREATE: u8 = 2;
-const RESIZE: u8 = 4;
-const EXPORT: u8 = 8;
+const OPEN: u16 = 1;
+const CREATE: u16 = 2;
+const RESIZE: u16 = 4;
+const EXPORT: u16 = 8;
+const COPY: u16 = 16;
+const SNAPSHOT: u16 = 32;
+const AMEND: u16 = 64;
+const REBASE: u16 = 128;
 
 /// Every key, with the calls that have a use for it.
-const KEYS: &[(&str, u8)] = &[
-    ("backing-file", OPEN | CREATE),
-    ("backing-fmt", OPEN | CREATE),
+const KEYS: &[(&str, u16)] = &[
+    ("argv", OPEN),
+    ("backing-file", OPEN | CREATE | AMEND),
+    ("backing-fmt", OPEN | CREATE | AMEND | REBASE),
     ("cache.l2-size", OPEN),
     ("cipher-alg", CREATE),
     ("cipher-mode", CREATE),
     ("cluster-size", CREATE),
-    ("compat", CREATE),
+    ("compare", COPY),
+    ("compat", CREATE | AMEND),
+    ("compress", COPY),
     ("compression-type", CREATE),
     ("data-file", OPEN | CREATE),
-    ("data-file-raw", CREATE),
-    ("argv", OPEN),
+    ("data-file-raw", CREATE | AMEND),
+    ("date", SNAPSHOT),
     ("description", EXPORT),
     ("encrypt.cipher-alg", CREATE),
     ("encrypt.cipher-mode", CREATE),
     ("encrypt.format", CREATE),
     ("encrypt.hash-alg", CREATE),
-    ("encrypt.iter-time", CREATE),
+    ("encrypt.iter-time", CREATE | AMEND),
     ("encrypt.ivgen-alg", CREATE),
     ("encrypt.ivgen-hash-alg", CREATE),
+    ("encrypt.keyslot", AMEND),
+    ("encrypt.new-secret", AMEND),
+    ("encrypt.new-secret-file", AMEND),
+    ("encrypt.old-secret", AMEND),
+    ("encrypt.old-secret-file", AMEND),
+    ("encrypt.state", AMEND),
     ("encryption", CREATE),
     ("exclusive", CREATE),
     ("extended-l2", CREATE),
     ("format", OPEN),
     ("hash-alg", CREATE),
+    ("icount", SNAPSHOT),
+    ("id", SNAPSHOT),
     ("implicit-open", OPEN),
     ("io", OPEN),
-    ("iter-time", CREATE),
+    ("iter-time", CREATE | AMEND),
     ("ivgen-alg", CREATE),
     ("ivgen-hash-alg", CREATE),
-    ("key", OPEN | CREATE),
-    ("key-file", OPEN | CREATE),
-    ("lazy-refcounts", CREATE),
+    ("key", OPEN | CREATE | AMEND),
+    ("key-file", OPEN | CREATE | AMEND),
+    ("keyslot", AMEND),
+    ("lazy-refcounts", CREATE | AMEND),
     ("lock", OPEN | CREATE),
     ("lock-adopt", OPEN),
     ("lock-exclusive", OPEN),
@@ -79,8 +103,17 @@ const KEYS: &[(&str, u8)] = &[
     ("nbd.export", OPEN),
     ("nbd.reconnect", OPEN),
     ("nbd.timeout", OPEN),
+    ("new-secret", AMEND),
+    ("new-secret-file", AMEND),
+    ("old-secret", AMEND),
+    ("old-secret-file", AMEND),
     ("preallocation", CREATE | RESIZE),
-    ("refcount-bits", CREATE),
+    ("refcount-bits", CREATE | AMEND),
+    ("snapshot", OPEN),
+    ("sparse", COPY),
+    ("state", AMEND),
+    ("target-is-zero", COPY),
+    ("threads", COPY | REBASE),
     ("tls", OPEN),
     ("tls-ca", OPEN),
     ("tls-certificate", OPEN),
@@ -89,6 +122,7 @@ const KEYS: &[(&str, u8)] = &[
     ("tls-key", OPEN),
     ("tls-psk-file", OPEN),
     ("tls-verify-peer", OPEN),
+    ("vm-clock", SNAPSHOT),
 ];
 
 /// Settings for a call. Keys are kept in lower case with hyphens; values are bytes, which are wiped
@@ -131,6 +165,10 @@ impl Options {
             Use::Create => CREATE,
             Use::Resize => RESIZE,
             Use::Export => EXPORT,
+            Use::Copy => COPY,
+            Use::Snapshot => SNAPSHOT,
+            Use::Amend => AMEND,
+            Use::Rebase => REBASE,
         };
         for full in self.0.keys() {
             let mut key = full.as_str();
@@ -155,6 +193,10 @@ impl Options {
                             Use::Create => "creating",
                             Use::Resize => "resizing",
                             Use::Export => "exporting",
+                            Use::Copy => "copying",
+                            Use::Snapshot => "making a snapshot",
+                            Use::Amend => "amending",
+                            Use::Rebase => "rebasing",
                         }
                     )));
                 }
@@ -186,6 +228,14 @@ impl Options {
                 .filter_map(|(k, v)| Some((k.strip_prefix("backing.")?.to_owned(), v.clone())))
                 .collect(),
         )
+    }
+
+    /// All but what is said of the backing image.
+    pub(crate) fn without_backing(&self) -> Self {
+        let of_backing =
+            |k: &str| matches!(k, "backing-file" | "backing-fmt") || k.starts_with("backing.");
+        let rest = self.0.iter().filter(|(k, _)| !of_backing(k));
+        Self(rest.map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 
     /// The settings whose keys begin with `prefix`, by what follows it.
@@ -241,6 +291,26 @@ impl Options {
         })
     }
 
+    /// The value of `key` as a whole number of any size.
+    pub(crate) fn whole(&self, key: &str) -> Result<Option<u64>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        let number = std::str::from_utf8(v).ok().and_then(|v| v.parse().ok());
+        number.map(Some).ok_or_else(|| bad(key, v, "a whole number"))
+    }
+
+    /// The value of `key` as a moment: seconds since 1970, with up to nine digits of a fraction.
+    pub(crate) fn date(&self, key: &str) -> Result<Option<(u64, u32)>> {
+        let Some(v) = self.get(key) else { return Ok(None) };
+        let parse = |text: &str| {
+            let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
+            let digits = fraction.bytes().all(|b| b.is_ascii_digit());
+            let fits = (1..=9).contains(&fraction.len()) && digits;
+            Some((whole.parse().ok()?, format!("{fraction:0<9}").parse().ok().filter(|_| fits)?))
+        };
+        let date = std::str::from_utf8(v).ok().and_then(parse);
+        date.map(Some).ok_or_else(|| bad(key, v, "seconds since 1970 such as 1700000000.5"))
+    }
+
     /// The value of `key` as a size in bytes.
     pub(crate) fn size(&self, key: &str) -> Result<Option<u64>> {
         let Some(v) = self.get(key) else { return Ok(None) };
@@ -279,7 +349,7 @@ pub fn parse_size(s: &str) -> Option<u64> {
 }
 
 /// The known key, with a use of `bit`, that takes the fewest edits to reach.
-fn nearest(key: &str, bit: u8) -> &'static str {
+fn nearest(key: &str, bit: u16) -> &'static str {
     let usable = || KEYS.iter().filter(|(_, uses)| uses & bit != 0 || bit == 0);
     let short: &str = key.get(..key.len().min(64)).unwrap_or("");
     usable().min_by_key(|(k, _)| distance(k, short)).map_or("", |(k, _)| k)

@@ -21,7 +21,7 @@ fn soon(path: &Path, what: &str) {
     for repair in [Repair::Nothing, Repair::Leaks, Repair::All] {
         let (begin, before) = (Instant::now(), peak());
         let found = ours(path, repair);
-        let (took, memory) = (begin.elapsed(), peak() - before);
+        let (took, memory) = (begin.elapsed(), peak().saturating_sub(before));
         println!("{what}, {repair:?}: {took:?}, {} KiB more: {found:?}", memory >> 10);
         assert!(took < Duration::from_secs(60), "{what}: {took:?}");
         assert!(memory < 160 << 20, "{what}: {memory} bytes");

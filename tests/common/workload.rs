@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Output;
 use std::sync::Arc;
 
-use qblk::block::{Device, InFlight, Prealloc, ReqFlags, Result};
+use qblk::block::{Device, InFlight, NewSnapshot, Prealloc, ReqFlags, Result};
 use qblk::crypto::Secret;
 use qblk::format::{BackingRef, Params, luks, qcow2};
 
@@ -20,6 +20,8 @@ pub enum Step {
     Trim(u64, u64),
     Flush,
     Resize(u64),
+    /// Make an internal snapshot, apply one or delete one; the number says which.
+    Snapshot(u64),
 }
 
 /// What an image is made like, and how often each kind of step is taken.
@@ -39,6 +41,8 @@ pub struct Scenario {
     pub most: u64,
     /// write, write with FUA, zero, zero and trim, trim, flush, resize.
     pub weights: [u64; 7],
+    /// How often a snapshot is made, applied or deleted, beside those.
+    pub snapshots: u64,
 }
 
 /// An image with the defaults of `qemu-img create`, but small, that is written to.
@@ -53,6 +57,7 @@ pub const PLAIN: Scenario = Scenario {
     sectors: 2048,
     most: 64,
     weights: [6, 1, 0, 0, 0, 2, 0],
+    snapshots: 0,
 };
 
 /// The workloads by name.
@@ -87,6 +92,25 @@ pub fn scenarios() -> Vec<Scenario> {
             most: 16,
             ..PLAIN
         },
+        Scenario { name: "snapshots", weights: all, snapshots: 4, ..PLAIN },
+        Scenario {
+            name: "snapshots of version 2",
+            v3: false,
+            backing: true,
+            cluster_bits: 9,
+            weights: [4, 1, 1, 1, 1, 2, 0],
+            snapshots: 4,
+            ..PLAIN
+        },
+        Scenario {
+            name: "snapshots with subclusters",
+            extended: true,
+            cluster_bits: 14,
+            backing: true,
+            weights: all,
+            snapshots: 4,
+            ..PLAIN
+        },
         Scenario { name: "encrypted", encrypted: true, weights: all, ..PLAIN },
     ]
 }
@@ -102,14 +126,15 @@ impl Scenario {
         let most = if r.one_in(8) { self.sectors } else { self.most };
         let to = from + 1 + r.below((self.sectors - from).min(most));
         let value = r.below(255) as u8 + 1;
-        let mut roll = r.below(self.weights.iter().sum());
+        let mut roll = r.below(self.weights.iter().sum::<u64>() + self.snapshots);
         let kind = self.weights.iter().position(|w| {
             let hit = roll < *w;
             roll = roll.saturating_sub(*w);
             hit
         });
         match kind {
-            Some(0) | None => Step::Write(from, to, value, ReqFlags::NONE),
+            None => Step::Snapshot(r.next()),
+            Some(0) => Step::Write(from, to, value, ReqFlags::NONE),
             Some(1) => Step::Write(from, to, value, ReqFlags::FUA),
             Some(2) => Step::Zero(from, to, ReqFlags::NONE),
             Some(3) => Step::Zero(from, to, ReqFlags::MAY_TRIM),
@@ -161,6 +186,7 @@ impl Scenario {
             probed: false,
             l2_cache: Some(0),
             untrusted: false,
+            snapshot: None,
             key: self.encrypted.then(key),
             calls: Arc::new(InFlight::default()),
         };
@@ -180,6 +206,7 @@ impl Scenario {
             sectors: (0..size).map(|i| vec![(byte(i), true)]).collect(),
             below: (0..self.sectors).map(byte).collect(),
             sizes: vec![(size, true)],
+            snapshots: Vec::new(),
         }
     }
 }
@@ -205,6 +232,8 @@ pub struct Guest {
     below: Vec<u8>,
     /// Sizes of the image, sectors, in the same way.
     sizes: Vec<(u64, bool)>,
+    /// Internal snapshots: their names, and what the sectors were.
+    snapshots: Vec<(String, Vec<u8>)>,
 }
 
 impl Guest {
@@ -232,6 +261,23 @@ impl Guest {
     pub fn flushed(&mut self) {
         self.sectors.iter_mut().for_each(settle);
         settle(&mut self.sizes);
+    }
+
+    /// Everything is about to become what it was in a snapshot.
+    fn go_back(&mut self, to: &[u8]) {
+        let all = self.sectors.len().max(to.len());
+        self.sectors.resize(all, vec![(0, true)]);
+        for (i, sector) in self.sectors.iter_mut().enumerate() {
+            sector.push((to.get(i).copied().unwrap_or(0), false));
+        }
+        self.sizes.push((to.len() as u64, false));
+    }
+
+    /// What is going on has ended well, and is on stable storage.
+    fn all_done(&mut self) {
+        self.sectors.iter_mut().filter_map(|s| s.last_mut()).for_each(|s| s.1 = true);
+        self.sizes.last_mut().into_iter().for_each(|s| s.1 = true);
+        self.flushed();
     }
 
     fn size(&self) -> u64 {
@@ -307,6 +353,7 @@ pub fn take(
             image.flush()?;
             guest.flushed();
         }
+        Step::Snapshot(n) => snapshot(image, n, guest, begun)?,
         Step::Resize(new) => {
             guest.sizes.push((new, false));
             let all = guest.sectors.len() as u64;
@@ -326,6 +373,49 @@ pub fn take(
             }
             guest.sizes.last_mut().into_iter().for_each(|s| s.1 = true);
             guest.done(new.min(size), all, false);
+        }
+    }
+    Ok(())
+}
+
+/// [`Step::Snapshot`].
+fn snapshot(
+    image: &Device,
+    n: u64,
+    guest: &mut Guest,
+    begun: &mut dyn FnMut(&Guest),
+) -> Result<()> {
+    let (driver, count) = (image.driver(), guest.snapshots.len() as u64);
+    match n % 3 {
+        _ if count == 0 || (n % 3 == 0 && count < 3) => {
+            begun(guest);
+            let name = format!("s{}", n >> 8);
+            driver.snapshot_create(name.as_bytes(), &NewSnapshot::default())?;
+            // What failed before may have come to be or not: what it has become stays.
+            let now = read_all(image)?.chunks(SECTOR as usize).map(|s| s[0]).collect::<Vec<_>>();
+            for (sector, value) in guest.sectors.iter_mut().zip(&now) {
+                *sector = vec![(*value, true)];
+            }
+            guest.flushed();
+            guest.snapshots.push((name, now));
+        }
+        1 => {
+            let (name, then) = guest.snapshots[(n / 3 % count) as usize].clone();
+            guest.go_back(&then);
+            begun(guest);
+            let done = driver.snapshot_apply(name.as_bytes());
+            if done.is_err() {
+                guest.sizes.push((image.size() / SECTOR, false));
+                return done;
+            }
+            guest.all_done();
+        }
+        _ => {
+            let (name, _) = guest.snapshots[(n / 3 % count) as usize].clone();
+            begun(guest);
+            driver.snapshot_delete(name.as_bytes())?;
+            guest.snapshots.retain(|s| s.0 != name);
+            guest.flushed();
         }
     }
     Ok(())

@@ -36,6 +36,14 @@ pub enum Command {
     Check(CheckArgs),
     /// Change an image's size
     Resize(ResizeArgs),
+    /// List, make, apply or delete internal snapshots
+    Snapshot(SnapshotArgs),
+    /// Change what an image is like: its version, refcounts, backing file's name, keys
+    Amend(AmendArgs),
+    /// Write what an image has into its backing file, and empty it
+    Commit(crate::chainwork::CommitArgs),
+    /// Put an image on another backing file
+    Rebase(crate::chainwork::RebaseArgs),
     /// Read bytes of the disk that an image holds
     Read(ReadArgs),
     /// Write bytes of the disk that an image holds
@@ -222,9 +230,12 @@ pub struct CopyArgs {
     /// Shortest run of zeroes in data that is kept as a hole, a multiple of 4k; 0 writes all out
     #[arg(short = 'S', long, value_name = "SIZE", value_parser = parse_sparse, default_value = "4k")]
     pub sparse: u64,
-    /// Threads that copy [default: one a processor, 2 to 8]
+    /// Threads that copy [default: one a processor, at least 2]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: Option<u32>,
+    /// Write clusters in compressed form (qcow2; -o compression-type=zstd is quicker than zlib)
+    #[arg(short, long)]
+    pub compress: bool,
     /// The source is hostile: open nothing that it names (needs -f)
     #[arg(long, requires = "format")]
     pub untrusted: bool,
@@ -301,6 +312,60 @@ fn parse_new_size(text: &str) -> Result<NewSize, String> {
         parse_size(size).map(NewSize::Less)
     } else {
         parse_size(text).map(NewSize::To)
+    }
+}
+
+#[derive(Args)]
+pub struct SnapshotArgs {
+    /// What to do
+    pub action: SnapshotAction,
+    /// The image
+    pub image: OsString,
+    /// The snapshot's name; to apply or delete it, its ID does as well
+    pub name: Option<OsString>,
+    /// What a new snapshot is told: id, date, vm-clock or icount; may be given again
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting())]
+    pub set: Vec<Setting>,
+    #[command(flatten)]
+    pub open: OpenArgs,
+    #[command(flatten)]
+    pub told: Told,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SnapshotAction {
+    /// List the snapshots
+    List,
+    /// Keep the disk as it is now in a new one
+    Create,
+    /// Make the disk what it was in one
+    Apply,
+    /// Forget one
+    Delete,
+}
+
+#[derive(Args)]
+pub struct AmendArgs {
+    /// The image
+    pub image: OsString,
+    /// Format of the image: qcow2 or luks [default: found by probing]
+    #[arg(short, long, value_name = "FMT")]
+    pub format: Option<String>,
+    /// What is to be, as qemu-img amend has it: compat=1.1, refcount-bits=64...; may be given again
+    #[arg(short, long = "option", value_name = "KEY=VALUE", value_parser = setting())]
+    pub options: Vec<Setting>,
+    /// Option for opening the image; may be given again
+    #[arg(long, value_name = "KEY=VALUE", value_parser = setting())]
+    pub open_option: Vec<Setting>,
+    #[command(flatten)]
+    pub told: Told,
+}
+
+impl AmendArgs {
+    /// Open the image.
+    pub fn open(&self, flags: qblk::OpenFlags) -> crate::failure::Result<qblk::Image> {
+        let settings = crate::open::with_format(&self.open_option, self.format.as_deref());
+        Ok(qblk::Image::open(&self.image, &crate::open::options(&settings), flags)?)
     }
 }
 

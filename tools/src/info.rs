@@ -12,6 +12,7 @@ use crate::cli::InfoArgs;
 use crate::failure::Result;
 use crate::json;
 use crate::open::{Link, chain};
+use crate::snapshot;
 use crate::units::{human_and_exact, shown, shown_bytes};
 
 /// The states that are the image's own; that we opened it read-only is not one.
@@ -94,6 +95,7 @@ fn rows(link: &Link) -> Vec<(&str, String)> {
     if let Some(data) = &link.data_file {
         rows.push(("data file", shown_bytes(data)));
     }
+    rows.extend(link.snapshots.iter().map(|s| ("snapshot", snapshot::line(s))));
     rows.extend(link.properties.iter().map(|(key, value)| (key.as_str(), shown_bytes(value))));
     rows
 }
@@ -114,6 +116,7 @@ fn as_json(link: &Link) -> Value {
         ("allocated".into(), json!(info.allocated)),
         ("cluster_size".into(), json!(info.cluster_size)),
         ("state".into(), json!(states(link))),
+        ("snapshots".into(), link.snapshots.iter().map(snapshot::as_json).collect()),
         ("properties".into(), properties.into()),
     ]);
     for (key, name) in [

@@ -3,7 +3,9 @@
 //! Exit status (but of `check`, which has that of qemu-img check): 0 done, 1 it failed, 2 it was called wrongly, 128 + N ended by signal N. Whatever is
 //! wrong is said on standard error, with the file's name, after "qblk: ".
 
+mod amend;
 mod bench;
+mod chainwork;
 mod check;
 mod cli;
 mod copy;
@@ -17,11 +19,13 @@ mod lock;
 mod map;
 mod open;
 mod place;
+mod progress;
 mod read;
 mod resize;
 mod runner;
 mod serve;
 mod signals;
+mod snapshot;
 mod svg;
 mod tally;
 mod target;
@@ -51,7 +55,11 @@ fn main() -> ExitCode {
         Command::Copy(args) => copy::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Resize(args) => resize::run(&args),
+        Command::Amend(args) => amend::run(&args),
+        Command::Commit(args) => chainwork::commit(&args),
+        Command::Rebase(args) => chainwork::rebase(&args),
         Command::Read(args) => read::run(&args),
+        Command::Snapshot(args) => snapshot::run(&args),
         Command::Write(args) => write::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Lock(args) => lock::run(&args),

@@ -5,7 +5,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use qblk::block::quoted;
+use qblk::block::{SnapshotInfo, quoted};
 use qblk::nbd::uri::Uri;
 use qblk::{Image, Info, OpenFlags, Options};
 
@@ -119,6 +119,8 @@ pub struct Link {
     pub backing_format: Option<Vec<u8>>,
     /// The data file that it names.
     pub data_file: Option<Vec<u8>>,
+    /// Its internal snapshots, as far as they can be read.
+    pub snapshots: Vec<SnapshotInfo>,
 }
 
 impl Link {
@@ -133,6 +135,8 @@ impl Link {
             backing: None,
             backing_format: None,
             data_file: None,
+            // A table that is no such is not what matters here; `qblk snapshot list` tells.
+            snapshots: image.snapshots().unwrap_or_default(),
         };
         for key in String::from_utf8_lossy(&keys).lines() {
             let Some(value) = image.property(key)? else { continue };

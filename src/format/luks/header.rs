@@ -199,7 +199,12 @@ impl Header {
         Ok(h)
     }
 
-    fn check_slot(&self, i: usize, slot: &Slot, limit: u64) -> std::result::Result<(), String> {
+    pub(super) fn check_slot(
+        &self,
+        i: usize,
+        slot: &Slot,
+        limit: u64,
+    ) -> std::result::Result<(), String> {
         let at = SLOTS_AT + i * SLOT_LEN;
         if slot.iterations == 0 {
             return Err(format!(
@@ -257,6 +262,12 @@ impl Header {
             name,
             format!("its key slots ask for {rounds} rounds of {}, and {who} {limit}", hash.name()),
         ))
+    }
+
+    /// Where the record of slot `i` lies, bytes from the header on, and what it is.
+    pub(super) fn slot_record(&self, i: usize) -> (u64, Vec<u8>) {
+        let at = SLOTS_AT + i.min(SLOTS - 1) * SLOT_LEN;
+        (at as u64, self.bytes()[at..at + SLOT_LEN].to_vec())
     }
 
     /// The header as it is on disk.

@@ -2,7 +2,7 @@
 //!
 //! Source: LUKS1 On-Disk Format Specification 1.2.3, sections 2.4 and 4.
 
-use super::header::{Area, DIGEST, Header, MAX_ROUNDS, SALT, SLOTS};
+use super::header::{Area, DIGEST, Header, MAX_ROUNDS, SALT, SLOTS, Slot};
 use crate::block::*;
 use crate::crypto::{self, Hash, Secret, SectorCipher};
 
@@ -17,27 +17,38 @@ pub fn unlock(
     passphrase: &[u8],
     untrusted: bool,
 ) -> Result<Secret> {
-    let (spec, hash) = header.known(dev.name())?;
     header.check_cost(dev.name(), untrusted)?;
+    for slot in header.slots.iter().filter(|s| s.active) {
+        if let Some(key) = try_slot(dev, area, header, slot, passphrase)? {
+            return Ok(key);
+        }
+    }
+    Err(Error::BadKey(dev.name().clone()))
+}
+
+/// The master key, if `passphrase` opens `slot`.
+pub fn try_slot(
+    dev: &Device,
+    area: Area,
+    header: &Header,
+    slot: &Slot,
+    passphrase: &[u8],
+) -> Result<Option<Secret>> {
+    let (spec, hash) = header.known(dev.name())?;
     let mut key = crypto::blank(header.key_len);
     let result = (|| {
-        for slot in header.slots.iter().filter(|s| s.active) {
-            let mut split = crypto::blank(header.split_len(slot) as usize);
-            dev.read_slice(&mut split, area.offset + slot.offset)?;
-            let mut slot_key = crypto::blank(header.key_len);
-            hash.pbkdf2(passphrase, &slot.salt, slot.iterations, &mut slot_key);
-            let cipher = SectorCipher::new(spec, &slot_key)
-                .map_err(|what| Error::corrupt(dev.name(), what))?;
-            cipher.decrypt(&mut split, 0);
-            merge(hash, &split, slot.stripes as usize, &mut key);
-            if crypto::same(&digest(hash, header, &key), &header.digest) {
-                return Ok(());
-            }
-        }
-        Err(Error::BadKey(dev.name().clone()))
+        let mut split = crypto::blank(header.split_len(slot) as usize);
+        dev.read_slice(&mut split, area.offset + slot.offset)?;
+        let mut slot_key = crypto::blank(header.key_len);
+        hash.pbkdf2(passphrase, &slot.salt, slot.iterations, &mut slot_key);
+        let cipher =
+            SectorCipher::new(spec, &slot_key).map_err(|what| Error::corrupt(dev.name(), what))?;
+        cipher.decrypt(&mut split, 0);
+        merge(hash, &split, slot.stripes as usize, &mut key);
+        Ok(crypto::same(&digest(hash, header, &key), &header.digest))
     })();
     crypto::wipe_stack();
-    result.map(|()| key)
+    Ok(result?.then_some(key))
 }
 
 /// Make a master key for `header`, put it into slot 0 under `passphrase`, and write all of it to
@@ -49,35 +60,55 @@ pub fn lock(
     passphrase: &[u8],
     ms: u64,
 ) -> Result<Secret> {
-    let (spec, hash) = header.known(dev.name())?;
+    let (_, hash) = header.known(dev.name())?;
     let mut key = crypto::blank(header.key_len);
-    let mut slot_key = crypto::blank(header.key_len);
     fill(&mut key)?;
     fill(&mut header.salt)?;
-    // All slots with as much must not be more than an opening takes for honest.
-    let blocks = header.key_len.div_ceil(hash.size()) as u64 + 1;
-    let most = MAX_ROUNDS / SLOTS as u64 / blocks;
-    let clamp = |n: u64| n.clamp(MIN_ITERATIONS, most) as u32;
     // An eighth of the time for the digest, as QEMU has it: it is tried once for each slot.
-    header.iterations = clamp(hash.iterations_in(ms, DIGEST) / 8);
+    header.iterations = clamp(header, hash, hash.iterations_in(ms, DIGEST) / 8);
     header.digest = digest(hash, header, &key);
-    let iterations = clamp(hash.iterations_in(ms, header.key_len));
-    let split_len = header.split_len(&header.slots[0]) as usize;
-    let slot = &mut header.slots[0];
-    fill(&mut slot.salt)?;
-    (slot.active, slot.iterations) = (true, iterations);
-    hash.pbkdf2(passphrase, &slot.salt, iterations, &mut slot_key);
-    let mut parts = crypto::blank(split_len);
-    split(hash, &key, slot.stripes as usize, &mut parts)?;
-    let cipher = SectorCipher::new(spec, &slot_key).map_err(Error::invalid)?;
-    cipher.encrypt(&mut parts, 0);
-    dev.write_slice(&parts, area.offset + slot.offset, ReqFlags::NONE)?;
+    put_key(dev, area, header, 0, &key, passphrase, ms)?;
     dev.write_slice(&header.bytes(), area.offset, ReqFlags::NONE)?;
-    crypto::wipe_stack();
     Ok(key)
 }
 
-fn fill(out: &mut [u8]) -> Result<()> {
+/// All slots with as much must not be more than an opening takes for honest.
+fn clamp(header: &Header, hash: Hash, iterations: u64) -> u32 {
+    let blocks = header.key_len.div_ceil(hash.size()) as u64 + 1;
+    let most = MAX_ROUNDS / SLOTS as u64 / blocks;
+    iterations.clamp(MIN_ITERATIONS, most) as u32
+}
+
+/// Put the master key `key` into slot `i` under `passphrase`: what is split is written, the slot's record
+/// in the header is not.
+pub fn put_key(
+    dev: &Device,
+    area: Area,
+    header: &mut Header,
+    i: usize,
+    key: &[u8],
+    passphrase: &[u8],
+    ms: u64,
+) -> Result<()> {
+    let (spec, hash) = header.known(dev.name())?;
+    let mut slot_key = crypto::blank(header.key_len);
+    let iterations = clamp(header, hash, hash.iterations_in(ms, header.key_len));
+    let no_slot = || Error::Internal(format!("no key slot {i}"));
+    let split_len = header.slots.get(i).map(|s| header.split_len(s)).ok_or_else(no_slot)?;
+    let slot = header.slots.get_mut(i).ok_or_else(no_slot)?;
+    fill(&mut slot.salt)?;
+    (slot.active, slot.iterations) = (true, iterations);
+    hash.pbkdf2(passphrase, &slot.salt, iterations, &mut slot_key);
+    let mut parts = crypto::blank(split_len as usize);
+    split(hash, key, slot.stripes as usize, &mut parts)?;
+    let cipher = SectorCipher::new(spec, &slot_key).map_err(Error::invalid)?;
+    cipher.encrypt(&mut parts, 0);
+    dev.write_slice(&parts, area.offset + slot.offset, ReqFlags::NONE)?;
+    crypto::wipe_stack();
+    Ok(())
+}
+
+pub fn fill(out: &mut [u8]) -> Result<()> {
     crypto::random(out).map_err(|errno| Error::Os { op: "getrandom", file: "random".into(), errno })
 }
 

@@ -11,16 +11,20 @@
 //!
 //! Source: LUKS1 On-Disk Format Specification 1.2.3.
 
+mod amend;
 mod header;
 mod keys;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::*};
 
+use parking_lot::Mutex;
+
 use super::Params;
 use super::crypt::{self, Crypt};
 use crate::block::*;
 use crate::crypto::{Alg, Hash, Ivgen, Mode, SECTOR, Secret, SectorCipher, Spec};
+pub use amend::change_keys;
 pub use header::{Area, Header, MAGIC};
 
 /// `QBLK_STATE_ENCRYPTED`.
@@ -46,6 +50,8 @@ pub fn open_key(
 pub struct Luks {
     file: Arc<Device>,
     header: Header,
+    /// What is told of the encryption: key slots may change.
+    shown: Mutex<Header>,
     /// None if it is only described.
     crypt: Option<Crypt>,
     /// Of the data, bytes.
@@ -75,7 +81,8 @@ impl Luks {
         };
         // A part of a sector can not be decrypted.
         let size = AtomicU64::new(size - size % SECTOR as u64);
-        Ok(Self { file: Arc::new(file), header, crypt, size, calls: params.calls })
+        let shown = Mutex::new(header.clone());
+        Ok(Self { file: Arc::new(file), header, shown, crypt, size, calls: params.calls })
     }
 
     fn crypt(&self) -> Result<&Crypt> {
@@ -170,6 +177,15 @@ impl Driver for Luks {
     fn allocated(&self) -> Option<u64> {
         self.file.driver().allocated()
     }
+    fn amend(&self, to: &Amend, _progress: Progress<'_>) -> Result<bool> {
+        if !to.is_keys_only() {
+            return Err(Error::NotSupported("amending anything but key slots"));
+        }
+        if let Some(keys) = &to.keys {
+            *self.shown.lock() = change_keys(&self.file, Area::START, keys)?;
+        }
+        Ok(false)
+    }
     fn close(&self) -> Result<()> {
         self.file.driver().close()
     }
@@ -177,7 +193,7 @@ impl Driver for Luks {
         Description {
             state: STATE_ENCRYPTED,
             format: "luks",
-            properties: self.header.properties(),
+            properties: self.shown.lock().properties(),
             ..Description::default()
         }
     }

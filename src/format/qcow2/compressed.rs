@@ -1,4 +1,4 @@
-//! Compressed clusters: inflating them, and keeping the last few inflated.
+//! Compressed clusters, how they are read (how they are written: `compress`): inflating them, and keeping the last few inflated.
 //!
 //! A program that reads a compressed image in small pieces would otherwise inflate a whole cluster
 //! for every piece. Codecs: libdeflate for deflate (any window; twice as fast as zlib), zstd's own
@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::compress::Press;
 use super::{Entry, Qcow2};
 use crate::block::*;
 
@@ -32,12 +33,14 @@ struct Bench {
 /// Inflated clusters and idle benches.
 pub(super) struct Store {
     /// 0 deflate, 1 zstd.
-    kind: u8,
+    pub(super) kind: u8,
     cluster_bytes: usize,
     keep: usize,
     /// The latest used first. The key is where the compressed form lies.
     kept: Mutex<Vec<(u64, Arc<Vec<u8>>)>>,
     idle: Mutex<Vec<Bench>>,
+    /// Idle ones for the other direction.
+    pub(super) presses: Mutex<Vec<Press>>,
 }
 
 impl Store {
@@ -49,6 +52,7 @@ impl Store {
             keep: (KEEP_BYTES / cluster_bytes).clamp(2, KEEP),
             kept: Mutex::new(Vec::new()),
             idle: Mutex::new(Vec::new()),
+            presses: Mutex::new(Vec::new()),
         }
     }
 

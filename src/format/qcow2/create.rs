@@ -150,7 +150,7 @@ impl Geometry {
 }
 
 /// The table that lets a program which does not know a feature say its name.
-fn feature_names() -> Vec<u8> {
+pub(super) fn feature_names() -> Vec<u8> {
     let names: [(u8, u8, &str); 8] = [
         (0, 0, "dirty bit"),
         (0, 1, "corrupt bit"),

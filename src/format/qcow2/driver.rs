@@ -83,6 +83,10 @@ impl Driver for Qcow2 {
         self.write_data(buf, offset, flags)
     }
 
+    fn write_compressed(&self, buf: Src<'_>, offset: u64) -> Result<()> {
+        self.pack(buf, offset)
+    }
+
     fn flush(&self) -> Result<()> {
         self.flush_all()
     }
@@ -117,6 +121,45 @@ impl Driver for Qcow2 {
             self.settle()?;
         }
         super::check::run(&self.file, repair, progress)
+    }
+
+    fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
+        self.list_snapshots()
+    }
+
+    fn snapshot_create(&self, name: &[u8], how: &NewSnapshot) -> Result<()> {
+        self.create_snapshot(name, how)
+    }
+
+    fn snapshot_apply(&self, which: &[u8]) -> Result<()> {
+        self.apply_snapshot(which)
+    }
+
+    fn snapshot_delete(&self, which: &[u8]) -> Result<()> {
+        self.delete_snapshot(which)
+    }
+
+    fn amend(&self, to: &Amend, progress: Progress<'_>) -> Result<bool> {
+        self.amend_image(to, progress)
+    }
+
+    fn vm_state_write(&self, buf: Src<'_>, offset: u64) -> Result<()> {
+        self.write_vm_state(buf, offset)
+    }
+
+    fn vm_state_read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        self.read_vm_state(buf, offset)
+    }
+    fn make_empty(&self) -> Result<()> {
+        self.forget_all()
+    }
+
+    fn hold_zeroes(&self, on: bool) {
+        self.hold_zeroes.store(on, Release);
+    }
+
+    fn set_backing(&self, backing: Option<(&[u8], Option<&[u8]>)>) -> Result<()> {
+        self.rename_backing(backing)
     }
 
     fn allocated(&self) -> Option<u64> {
@@ -171,9 +214,10 @@ impl Driver for Qcow2 {
             ("qcow2.data-file-raw", on_off(self.features.autoclear() & header::AUTOCLEAR_RAW != 0)),
             ("qcow2.encryption", encryption.into()),
             ("qcow2.bitmaps", on_off(h.has_bitmaps)),
-            ("qcow2.snapshots", h.snapshots.to_string().into_bytes()),
+            ("qcow2.snapshots", self.snapshot_count.load(Acquire).to_string().into_bytes()),
+            ("qcow2.vm-state-size", self.vm_state.size().to_string().into_bytes()),
         ]);
-        properties.extend(self.luks.iter().flat_map(luks::Header::properties));
+        properties.extend(self.luks.lock().iter().flat_map(luks::Header::properties));
         Description { state, cluster_size: self.cluster_size() as u32, format: "qcow2", properties }
     }
 }

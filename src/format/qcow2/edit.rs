@@ -163,6 +163,11 @@ impl Edit {
         fits(if is_before { before } else { apart }).or_else(|| fits(end))
     }
 
+    /// Whether it fits, before anything depends on it.
+    pub(super) fn check(&self, name: &Name) -> Result<()> {
+        self.bytes(name).map(drop)
+    }
+
     /// Write it, and make it last.
     pub(super) fn store(&self, file: &Device) -> Result<()> {
         let bytes = self.bytes(file.name())?;

@@ -120,6 +120,26 @@ pub fn below_zero() -> u64 {
     BELOW_ZERO << BELOW_SHIFT
 }
 
+/// The first 8 bytes of an L2 entry as it is on disk.
+pub fn first_word(entry: &[u8]) -> u64 {
+    entry.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+}
+
+/// The host clusters that an L2 entry refers to, whatever it says of them: the first and how many, none
+/// if it has no offset.
+pub fn clusters(raw: u64, cluster_bits: u32) -> Result<Option<(u64, u64)>, &'static str> {
+    if raw & COMPRESSED != 0 {
+        let (offset, len) = decode_compressed(raw, cluster_bits)?;
+        let (first, last) = (offset >> cluster_bits, (offset + len - 1) >> cluster_bits);
+        return Ok(Some((first, last - first + 1)));
+    }
+    let host = raw & OFFSET_MASK;
+    if raw & L2_RESERVED != 0 || host & ((1 << cluster_bits) - 1) != 0 {
+        return Err(complaint(raw, cluster_bits));
+    }
+    Ok((host != 0).then_some((host >> cluster_bits, 1)))
+}
+
 /// The L2 table that an L1 entry points to (0 = none), and whether it may be changed in place.
 #[inline]
 pub fn decode_l1(raw: u64, cluster_bits: u32) -> Result<(u64, bool), &'static str> {
@@ -137,6 +157,15 @@ pub fn decode_l1(raw: u64, cluster_bits: u32) -> Result<(u64, bool), &'static st
 #[inline]
 pub fn normal(host: u64) -> u64 {
     host | COPIED
+}
+
+/// The entry of a cluster whose compressed form is `len` bytes (fewer than a cluster) at `offset`, `None`
+/// if that lies too far out for an entry.
+pub fn compressed(offset: u64, len: u64, cluster_bits: u32) -> Option<u64> {
+    let x = 62 - (cluster_bits - 8);
+    let sectors = ((offset + len - 1) >> 9) - (offset >> 9);
+    let fits = (offset + len) >> x.min(56) == 0;
+    fits.then_some(COMPRESSED | sectors << x | offset)
 }
 
 #[cfg(test)]
@@ -158,6 +187,27 @@ mod tests {
         let len = 4 * 512 - 0x12345 % 512;
         assert_eq!(decode(raw, 16, true), Ok(Entry::Compressed { offset: 0x12345, len }));
         assert!(decode(raw | COPIED, 16, true).is_err());
+    }
+
+    #[test]
+    fn entries_of_compressed_clusters_decode_to_whole_sectors() {
+        for bits in 9..=21 {
+            let size = 1u64 << bits;
+            for offset in [size, size + 1, size + 511, 2 * size - 1, 77 * size + 513] {
+                for len in [1, 2, 511, size - 1] {
+                    let raw = compressed(offset, len, bits).unwrap();
+                    let Ok(Entry::Compressed { offset: o, len: l }) = decode(raw, bits, true)
+                    else {
+                        panic!("{raw:#x}")
+                    };
+                    assert_eq!(o, offset);
+                    assert_eq!(o + l, (offset + len).next_multiple_of(512));
+                }
+            }
+        }
+        assert_eq!(compressed(1 << 56, 100, 16), None);
+        assert_eq!(compressed(1 << 49, 100, 21), None);
+        assert!(compressed((1 << 49) - 512, 100, 21).is_some());
     }
 
     #[test]

@@ -41,6 +41,11 @@ impl Qcow2 {
         self.flush_as(false)
     }
 
+    /// [`Qcow2::flush_all`], with all refcounts, which may be late otherwise.
+    pub(super) fn flush_counts(&self) -> Result<()> {
+        self.flush_as(true)
+    }
+
     /// [`Qcow2::flush_all`]; `counts`: with refcounts that may be late otherwise.
     fn flush_as(&self, counts: bool) -> Result<()> {
         if self.writer.is_none() {
@@ -251,6 +256,8 @@ impl Qcow2 {
                     self.release_or_leak(&mut meta, cluster);
                     continue;
                 }
+                // What is about to be given back must get no compressed bytes any more.
+                meta.refs.close_tail(cluster);
                 match gone.last_mut() {
                     Some(last) if last.first + last.count == cluster => last.count += 1,
                     _ => gone.push(Run { first: cluster, count: 1 }),
@@ -258,6 +265,8 @@ impl Qcow2 {
             }
         }
         drop(meta);
+        // A call that has ended by now may have kept what it inflated of them after they were unmapped.
+        self.compressed.forget();
         for run in &gone {
             let (at, len) = (run.first << self.cluster_bits, run.count << self.cluster_bits);
             if let Err(e) = self.file.trim(at, len, ReqFlags::NONE) {

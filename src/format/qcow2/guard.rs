@@ -176,6 +176,13 @@ impl Areas {
 }
 
 impl Qcow2 {
+    /// Note all metadata anew, after tables were replaced as a whole. Under `Writer::meta`.
+    pub(super) fn note_metadata(&self, meta: &Meta) {
+        meta.refs.note_blocks();
+        note_snapshots(&self.areas, &meta.snapshots, &self.file, self.cluster_bits);
+        self.note_l2_tables();
+    }
+
     /// Note the L2 tables that the L1 table in memory names, and no others. For what replaces entries of
     /// that as a whole. Under `Writer::meta`, or before anybody else has the image.
     pub(super) fn note_l2_tables(&self) {
@@ -254,53 +261,31 @@ impl Qcow2 {
     }
 }
 
+/// No table of snapshots, or of one, is larger, bytes.
+const MAX_TABLE: u64 = 64 << 20;
+
 /// Note where the snapshot table and the snapshots' L1 tables lie. What of it can not be is left out: who
 /// uses it finds out.
-pub(super) fn note_snapshots(file: &Device, header: &Header, areas: &Areas) -> Result<()> {
-    let (bits, mut entry) = (header.cluster_bits, [0; 40]);
-    let mut field = [0; 12];
-    if header.snapshots == 0 {
-        return Ok(());
-    }
-    file.read_slice(&mut field, header::at::SNAPSHOTS)?;
-    let word = |bytes: &[u8], at: usize, len: usize| {
-        bytes.get(at..at + len).unwrap_or_default().iter().fold(0, |v, b| v << 8 | u64::from(*b))
+pub(super) fn note_snapshots(areas: &Areas, table: &snapshot::Table, file: &Device, bits: u32) {
+    let clusters = |from: u64, len: u64| {
+        let end = from.checked_add(len).filter(|end| *end <= file.size())?;
+        let good = from.is_multiple_of(1 << bits) && len <= MAX_TABLE;
+        good.then(|| Run { first: from >> bits, count: end.div_ceil(1 << bits) - (from >> bits) })
     };
-    let begin = word(&field, 4, 8);
-    let (mut at, mut l1s) = (begin, Vec::new());
-    let clusters = |from: u64, len: u64| Run {
-        first: from >> bits,
-        count: (from.saturating_add(len).div_ceil(1 << bits)).saturating_sub(from >> bits),
-    };
-    for _ in 0..header.snapshots {
-        at = at.checked_next_multiple_of(8).unwrap_or(u64::MAX);
-        if at >= file.size() || at - begin > header::MAX_SNAPSHOT_TABLE {
-            break;
-        }
-        file.read_slice(&mut entry, at)?;
-        let (l1, len) = (word(&entry, 0, 8), word(&entry, 8, 4) * 8);
-        if len <= header::MAX_L1_BYTES && l1 < file.size() {
-            l1s.push(clusters(l1, len));
-        }
-        at =
-            at.saturating_add(40 + word(&entry, 36, 4) + word(&entry, 12, 2) + word(&entry, 14, 2));
-    }
-    areas.replace(
-        Kind::SnapshotTable,
-        &[clusters(begin, at.min(file.size()).saturating_sub(begin))],
-    );
-    // Those that several have are noted once: a hostile table may name one for each of 65536.
-    l1s.sort_unstable_by_key(|r| (r.first, r.count));
-    l1s.dedup();
-    let all: u64 = l1s.iter().map(|r| r.count).sum();
-    if all > file.size() >> bits {
-        return Err(Error::corrupt(
-            file.name(),
-            "the L1 tables of its snapshots lie over one another",
-        ));
+    areas.replace(Kind::SnapshotTable, clusters(table.offset, table.bytes).as_slice());
+    let l1 = |s: &snapshot::Snapshot| clusters(s.l1_offset, u64::from(s.l1_entries) * 8);
+    let mut l1s: Vec<Run> = table.list.iter().filter_map(l1).collect();
+    // Those that several have are noted once, and where they lie over one another, once too: a hostile
+    // table may name one for each of 65536.
+    l1s.sort_unstable_by_key(|r| r.first);
+    let mut end = 0;
+    for run in &mut l1s {
+        let last = run.first + run.count;
+        run.first = run.first.max(end);
+        run.count = last.saturating_sub(run.first);
+        end = end.max(last);
     }
     areas.replace(Kind::SnapshotL1, &l1s);
-    Ok(())
 }
 
 /// In place of an error number: the image was found to be corrupt.

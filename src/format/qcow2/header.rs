@@ -16,8 +16,6 @@ pub const MAGIC: [u8; 4] = *b"QFI\xfb";
 pub const MAX_L1_BYTES: u64 = 32 << 20;
 /// Largest refcount table, bytes.
 pub const MAX_REFTABLE_BYTES: u64 = 8 << 20;
-/// Largest snapshot table, bytes.
-pub const MAX_SNAPSHOT_TABLE: u64 = 64 << 20;
 /// Most internal snapshots.
 const MAX_SNAPSHOTS: u32 = 65536;
 /// Longest backing file name, bytes.
@@ -75,6 +73,10 @@ pub mod at {
     pub const COMPATIBLE: u64 = 80;
     /// Autoclear feature bits, 8 bytes.
     pub const AUTOCLEAR: u64 = 88;
+    /// Width of refcounts, 4 bytes; version 3 only.
+    pub const REFCOUNT_ORDER: u64 = 96;
+    /// Length of the header, 4 bytes; version 3 only.
+    pub const HEADER_LENGTH: u64 = 100;
 }
 
 /// A header, checked.
@@ -91,6 +93,8 @@ pub struct Header {
     pub reftable_offset: u64,
     pub reftable_clusters: u32,
     pub snapshots: u32,
+    /// Where their table lies; means nothing if there are none.
+    pub snapshots_offset: u64,
     pub incompatible: u64,
     pub compatible: u64,
     pub autoclear: u64,
@@ -199,6 +203,7 @@ impl Header {
             reftable_offset: f.u64(48),
             reftable_clusters: f.u32(56),
             snapshots: f.u32(60),
+            snapshots_offset: f.u64(64),
             incompatible: if v3 { f.u64(72) } else { 0 },
             compatible: if v3 { f.u64(80) } else { 0 },
             autoclear: if v3 { f.u64(88) } else { 0 },
@@ -257,7 +262,7 @@ impl Header {
         }
         h.check(name)?;
         if sound {
-            h.check_mendable(name, f.u64(64))?;
+            h.check_mendable(name)?;
         }
         Ok(h)
     }
@@ -379,7 +384,7 @@ impl Header {
     }
 
     /// What a repair can make right: where the refcounts and the snapshots are said to be.
-    fn check_mendable(&self, name: &Name, snapshots_offset: u64) -> Result<()> {
+    fn check_mendable(&self, name: &Name) -> Result<()> {
         let bad = |what: String| Err(Error::corrupt(name, what));
         let aligned = |offset: u64| offset.is_multiple_of(1 << self.cluster_bits);
         let reftable_bytes = u64::from(self.reftable_clusters) << self.cluster_bits;
@@ -405,10 +410,11 @@ impl Header {
                 self.snapshots
             ));
         }
-        if self.snapshots > 0 && (snapshots_offset == 0 || !aligned(snapshots_offset)) {
+        if self.snapshots > 0 && (self.snapshots_offset == 0 || !aligned(self.snapshots_offset)) {
             return bad(format!(
-                "snapshot table offset at offset 64: found {snapshots_offset:#x}, expected a multiple of \
-                 the cluster size"
+                "snapshot table offset at offset 64: found {:#x}, expected a multiple of the cluster \
+                 size",
+                self.snapshots_offset
             ));
         }
         Ok(())
@@ -452,6 +458,11 @@ impl Header {
             0..=2 => None,
             other => Some(format!("encryption method {other}")),
         }
+    }
+
+    /// Incompatible features that nobody here knows, by name: what else the header says is not known then.
+    pub fn unknown_features(&self) -> Option<&str> {
+        self.unknown.as_deref()
     }
 
     /// The first feature of the image that this build lacks, by name.

@@ -219,6 +219,18 @@ impl L2Cache {
         })
     }
 
+    /// Forget all slices, none of which is dirty: the tables that they are of are replaced. Nobody reads
+    /// them now.
+    pub fn forget_all(&self) {
+        for (i, tag) in self.memory.tags().iter().enumerate() {
+            let _fill = self.fill[(i / WAYS) % FILL_LOCKS].lock();
+            let old = tag.load(Relaxed);
+            if old >> GENERATION_BITS != 0 {
+                tag.store((old + 1) & ((1 << GENERATION_BITS) - 1), Release);
+            }
+        }
+    }
+
     fn first_slot(&self, slice: u64) -> usize {
         (slice & self.set_mask) as usize * WAYS
     }

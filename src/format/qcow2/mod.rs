@@ -16,9 +16,11 @@
 //! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache,
 //! then `Features::turn` (one writer of header fields).
 
+mod amend;
 mod chain;
 pub mod check;
 mod cluster;
+mod compress;
 mod compressed;
 mod create;
 mod data;
@@ -32,12 +34,16 @@ mod flush;
 mod guard;
 mod header;
 mod l2cache;
+mod overlay;
+mod rebuild;
 mod refcount;
 mod resize;
+mod snapshot;
+mod vmstate;
 mod write;
 
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, Ordering::*};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
@@ -78,6 +84,8 @@ struct Meta {
     unmapped: Vec<refcount::Run>,
     /// Those that no table on disk points to either, but a call under way at the mark may.
     limbo: Vec<(u64, Vec<refcount::Run>)>,
+    /// The snapshot table, as it is in the file.
+    snapshots: snapshot::Table,
 }
 
 impl Meta {
@@ -121,12 +129,14 @@ pub struct Qcow2 {
     veil: Option<Crypt>,
     /// The old encryption, which needs to know where the guest has the data.
     aes: Option<Crypt>,
-    luks: Option<luks::Header>,
+    luks: Mutex<Option<luks::Header>>,
     /// As it was when the image was opened; what may change since is in `features` and `size`.
     header: Header,
     features: edit::Features,
     backing: Option<Device>,
     backing_is_named: bool,
+    /// What is below is about to change: zeroes must not depend on it.
+    hold_zeroes: AtomicBool,
     /// Files of the images below, the one right below first, as far down as is known.
     files_below: Vec<Arc<Device>>,
     cluster_bits: u32,
@@ -140,6 +150,9 @@ pub struct Qcow2 {
     is_special: bool,
     v3: bool,
     size: AtomicU64,
+    snapshot_count: AtomicU32,
+    vm_state: vmstate::State,
+    untrusted: bool,
     l1: AtomicPtr<L1>,
     cache: L2Cache,
     compressed: compressed::Store,
@@ -191,6 +204,12 @@ impl Qcow2 {
                 header = Header::read(&file)?;
             }
         }
+        let shape = header.shape();
+        let l2_bits = header.cluster_bits - shape.entry_bits();
+        let vm_state = match &params.snapshot {
+            Some(which) => Self::choose(&file, &mut header, which, &params, l2_bits)?,
+            None => vmstate::State::default(),
+        };
         let l1_bytes = u64::from(header.l1_entries) * 8;
         if params.untrusted && l1_bytes > MAX_UNTRUSTED_L1 && !params.info_only {
             return Err(Error::policy(
@@ -203,8 +222,6 @@ impl Qcow2 {
         let file = Arc::new(file);
         let Encryption { data, aes, luks, veil } = Encryption::open(&file, &header, &params)?;
         let cluster_bits = header.cluster_bits;
-        let shape = header.shape();
-        let l2_bits = cluster_bits - shape.entry_bits();
         let slice_bits = cluster_bits.min(12) - shape.entry_bits();
         let l1 = if params.info_only {
             L1 { offset: 0, entries: Box::new([]) }
@@ -215,8 +232,10 @@ impl Qcow2 {
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
         let expected = if params.write { l1.entries.len() as u64 } else { 0 };
         let areas = Arc::new(guard::Areas::new(expected));
-        let writer =
-            if params.write { Some(Self::writer(&file, &header, areas.clone())?) } else { None };
+        let writer = match params.write {
+            true => Some(Self::writer(&file, &header, params.untrusted, areas.clone())?),
+            false => None,
+        };
         // An image that can grow gets a cache that can, too: memory is taken as it is used.
         let slice_bytes = slice_bits + shape.entry_bits();
         let used = if params.write { used.max(l2cache::DEFAULT_MAX >> slice_bytes) } else { used };
@@ -233,6 +252,9 @@ impl Qcow2 {
             is_special: shape.is_special(),
             v3: header.version >= 3,
             size: AtomicU64::new(header.size),
+            snapshot_count: AtomicU32::new(header.snapshots),
+            vm_state,
+            untrusted: params.untrusted,
             l1: AtomicPtr::new(Box::into_raw(Box::new(l1))),
             cache: L2Cache::new(file.name(), slice_bytes - 3, used, limit)?,
             compressed: compressed::Store::new(header.compression, cluster_bits),
@@ -242,11 +264,12 @@ impl Qcow2 {
             is_raw: shape.external && header.autoclear & header::AUTOCLEAR_RAW != 0,
             veil,
             aes,
-            luks,
+            luks: Mutex::new(luks),
             features: edit::Features::new(&header),
             header,
             backing: None,
             backing_is_named: false,
+            hold_zeroes: AtomicBool::new(false),
             files_below: Vec::new(),
             writer,
             areas,
@@ -302,7 +325,40 @@ impl Qcow2 {
         Ok(L1 { offset: header.l1_offset, entries })
     }
 
-    fn writer(file: &Device, header: &Header, areas: Arc<guard::Areas>) -> Result<Writer> {
+    /// Show a snapshot instead of the active image: the header says then what it would if that were it.
+    fn choose(
+        file: &Device,
+        header: &mut Header,
+        which: &[u8],
+        params: &Params,
+        l2_bits: u32,
+    ) -> Result<vmstate::State> {
+        if params.write {
+            return Err(Error::invalid(format!(
+                "{}: option 'snapshot' is for opening read-only; a snapshot is applied to be written to",
+                file.name()
+            )));
+        }
+        if let Some(feature) = header.unknown_features() {
+            return Err(Error::unsupported(file.name(), feature));
+        }
+        let table = snapshot::Table::load(file, header, params.untrusted)?;
+        let i = table.find(file.name(), which)?;
+        let chosen = &table.list[i];
+        snapshot::check_l1(file, header, chosen, l2_bits)?;
+        (header.l1_offset, header.l1_entries) = (chosen.l1_offset, chosen.l1_entries);
+        header.size = chosen.info.disk_size;
+        let state = vmstate::State::default();
+        state.is_kept(chosen.info.vm_state_size);
+        Ok(state)
+    }
+
+    fn writer(
+        file: &Device,
+        header: &Header,
+        untrusted: bool,
+        areas: Arc<guard::Areas>,
+    ) -> Result<Writer> {
         let mut refs = Refcounts::load(
             file,
             header.cluster_bits,
@@ -311,7 +367,8 @@ impl Qcow2 {
             header.reftable_clusters,
             areas.clone(),
         )?;
-        guard::note_snapshots(file, header, &areas)?;
+        let snapshots = snapshot::Table::load(file, header, untrusted)?;
+        guard::note_snapshots(&areas, &snapshots, file, header.cluster_bits);
         refs.protect(refcount::Run {
             first: header.l1_offset >> header.cluster_bits,
             count: (u64::from(header.l1_entries) * 8).div_ceil(1 << header.cluster_bits),
@@ -331,6 +388,7 @@ impl Qcow2 {
                 dirty_l1: Vec::new(),
                 unmapped: Vec::new(),
                 limbo: Vec::new(),
+                snapshots,
             }),
             settled: Condvar::new(),
             spare: Mutex::new(Vec::new()),
@@ -530,6 +588,7 @@ impl Qcow2 {
     /// names counts, not what is open now.
     fn may_show_below(&self, offset: u64) -> bool {
         match &self.backing {
+            _ if self.hold_zeroes.load(Acquire) => true,
             Some(b) if self.backing_is_named => offset < b.size(),
             open => open.is_some() || self.header.backing.is_some(),
         }

@@ -5,6 +5,8 @@
 //!
 //! Source: "Host cluster management" of the QCOW2 specification.
 
+pub mod shadow;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -71,6 +73,8 @@ pub struct Refcounts {
     twice: Option<u64>,
     /// Where metadata is: clusters that are never handed out.
     areas: Arc<Areas>,
+    /// Where the next compressed bytes go: a cluster that has some already, and how many.
+    tail: Option<(u64, u64)>,
 }
 
 /// What [`Refcounts::allocate`] needs of the image around it.
@@ -143,6 +147,7 @@ impl Refcounts {
             new_blocks: Vec::new(),
             twice,
             areas,
+            tail: None,
         })
     }
 
@@ -153,6 +158,11 @@ impl Refcounts {
             write_count(&mut data, cluster, order, 1);
         }
         data
+    }
+
+    /// Width of a count: 2^order bits.
+    pub fn order(&self) -> u32 {
+        self.order
     }
 
     /// Counts in a block, as a power of two.
@@ -242,37 +252,65 @@ impl Refcounts {
         self.set(file, cluster, left)?;
         if left == 0 {
             self.hint = self.hint.min(cluster.max(1));
+            self.close_tail(cluster);
         }
         Ok(left)
     }
 
-    /// Add a reference to `cluster`, which has one; the count that it has then. Nothing has changed where
-    /// its width has no room for another.
-    pub fn retain(&mut self, file: &Device, cluster: u64) -> Result<u64> {
+    /// Count one more reference to `cluster`, which has some.
+    fn add(&mut self, file: &Device, cluster: u64) -> Result<()> {
         let count = self.get(file, cluster)?;
-        let bad = |what: &str| {
-            let offset = cluster << self.cluster_bits;
-            format!("the cluster at {offset:#x} {what}")
-        };
-        if count == 0 {
-            return Err(Error::corrupt(file.name(), bad("is in use but has a refcount of 0")));
-        }
-        if count == self.max() {
-            let bits = 1 << self.order;
+        if count >= self.max() {
             return Err(Error::TooBig {
                 file: file.name().clone(),
-                what: bad(&format!("has {count} references, as many as {bits} bits can count")),
+                what: format!(
+                    "the cluster at {:#x} can have no more than {count} references",
+                    cluster << self.cluster_bits
+                ),
             });
         }
-        self.set(file, cluster, count + 1)?;
-        Ok(count + 1)
+        self.set(file, cluster, count + 1)
     }
 
-    /// The largest count that there is room for.
-    pub fn max(&self) -> u64 {
-        match self.order {
-            6 => u64::MAX,
-            order => (1 << (1u32 << order)) - 1,
+    /// The largest count there can be.
+    fn max(&self) -> u64 {
+        u64::MAX >> (64 - (1 << self.order))
+    }
+
+    /// Take `len` bytes, fewer than a cluster has: behind those that were taken last, if their cluster
+    /// (or it and a free one behind it) has room. Each cluster that they touch counts a reference.
+    pub fn allocate_bytes(&mut self, file: &Device, len: u64) -> std::result::Result<u64, Stop> {
+        let (bits, size) = (self.cluster_bits, 1 << self.cluster_bits);
+        if let Some((cluster, used)) = self.tail
+            && self.get(file, cluster)? < self.max()
+        {
+            let (at, end) = ((cluster << bits) + used, used + len);
+            if end <= size {
+                self.add(file, cluster)?;
+                self.tail = (end < size).then_some((cluster, end));
+                return Ok(at);
+            }
+            let (next, _) = self.allocate(file, 1)?;
+            if next.first == cluster + 1 {
+                if let Err(e) = self.add(file, cluster) {
+                    self.release(file, next.first)?;
+                    return Err(e.into());
+                }
+                self.tail = Some((next.first, end - size));
+                return Ok(at);
+            }
+            self.tail = Some((next.first, len));
+            return Ok(next.first << bits);
+        }
+        let (run, _) = self.allocate(file, 1)?;
+        self.tail = Some((run.first, len));
+        Ok(run.first << bits)
+    }
+
+    /// Put no more compressed bytes into `cluster`: it is about to be free.
+    pub fn close_tail(&mut self, cluster: u64) {
+        if self.tail.is_some_and(|t| t.0 == cluster) {
+            self.tail = None;
         }
     }
 
@@ -308,8 +346,7 @@ impl Refcounts {
             return Err(no_space(file).into());
         }
         for cluster in run.first..run.first + run.count {
-            self.check_blocks(file)?;
-            if self.is_table(cluster) {
+            if self.is_table(cluster, file)? {
                 return Err(in_use(file, cluster << self.cluster_bits).into());
             }
         }
@@ -320,10 +357,11 @@ impl Refcounts {
         Ok((run, self.hand_out(run)))
     }
 
-    /// Refuse to allocate where two entries of the table name the same block.
-    fn check_blocks(&self, file: &Device) -> Result<()> {
+    /// Whether `cluster` holds metadata, whatever its count says. Fails where two entries of the table
+    /// name the same block.
+    fn is_table(&self, cluster: u64, file: &Device) -> Result<bool> {
         match self.twice {
-            None => Ok(()),
+            None => Ok(self.areas.kind_at(cluster).is_some()),
             Some(entry) => Err(Error::corrupt(
                 file.name(),
                 format!("two refcount table entries point to the block at {entry:#x}"),
@@ -331,9 +369,17 @@ impl Refcounts {
         }
     }
 
-    /// Whether `cluster` holds metadata, whatever its count says.
-    fn is_table(&self, cluster: u64) -> bool {
-        self.areas.kind_at(cluster).is_some()
+    /// Note where the table and its blocks lie, after they were replaced.
+    pub fn note_blocks(&self) {
+        let own = Run {
+            first: self.table_offset >> self.cluster_bits,
+            count: self.table.len() as u64 * 8 >> self.cluster_bits,
+        };
+        self.areas.replace(Kind::RefcountTable, &[own]);
+        self.areas.replace(Kind::RefcountBlock, &[]);
+        for entry in self.table.iter().filter(|e| **e != 0) {
+            self.areas.add(Kind::RefcountBlock, entry >> self.cluster_bits);
+        }
     }
 
     /// Where the L1 table lies: clusters that are never handed out.
@@ -448,8 +494,7 @@ impl Refcounts {
         if first >= self.limit {
             return Err(no_space(file).into());
         }
-        self.check_blocks(file)?;
-        if index == 0 || self.is_table(first) {
+        if index == 0 || self.is_table(first, file)? {
             return Err(in_use(file, first << self.cluster_bits).into());
         }
         // What the file has there is of no use to anyone; the block must read as zeroes.

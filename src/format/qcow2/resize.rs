@@ -10,10 +10,12 @@ impl Qcow2 {
     pub(super) fn change_size(&self, new: u64, prealloc: Prealloc) -> Result<()> {
         let writer = self.writer_parts()?;
         let old = self.size.load(Acquire);
-        if self.header.snapshots > 0 && (!self.v3 || new < old) {
+        if self.snapshot_count.load(Acquire) > 0 && !self.v3 {
+            // A snapshot need not say how large the disk was.
             return Err(Error::unsupported(
                 self.file.name(),
-                "making an image with internal snapshots smaller (or, in version 2, larger)",
+                "resizing an image of version 2 that has internal snapshots (qblk amend -o compat=1.1 \
+                 makes it one of version 3)",
             ));
         }
         if new > i64::MAX as u64 {
@@ -25,10 +27,12 @@ impl Qcow2 {
                 self.unit()
             )));
         }
+        // It lies behind the disk's bytes, where others may come to lie.
+        self.drop_vm_state()?;
         if new < old { self.shrink(old, new) } else { self.grow(writer, old, new, prealloc) }
     }
 
-    fn too_big(&self, size: u64) -> Error {
+    pub(super) fn too_big(&self, size: u64) -> Error {
         Error::TooBig {
             file: self.file.name().clone(),
             what: format!(
@@ -104,7 +108,7 @@ impl Qcow2 {
 
     /// Put a larger L1 table in the place of the present one: written whole elsewhere and synced, then
     /// named by the header in one write.
-    fn grow_l1(&self, writer: &Writer, entries: u64) -> Result<()> {
+    pub(super) fn grow_l1(&self, writer: &Writer, entries: u64) -> Result<()> {
         let old = self.with_all_written(writer, |meta| {
             let old = self.l1();
             let roomy = (old.entries.len() as u64 * 3 / 2).clamp(entries, MAX_L1_BYTES / 8);

@@ -307,6 +307,7 @@ impl Qcow2 {
         while first + want < last && self.joins(self.entry_of(&held, first + want)?) {
             want += 1;
         }
+        end = end.min((first + want) << self.cluster_bits);
         let (start, to) = self.with_old_data(old, first, start, end);
         if to != end {
             (want, end) = (1, to);
@@ -377,7 +378,7 @@ impl Qcow2 {
 
     /// Try to win back what was freed but not yet given up, once.
     #[cold]
-    fn make_room(&self, e: Error) -> Result<()> {
+    pub(super) fn make_room(&self, e: Error) -> Result<()> {
         let before = self.reclaimable();
         if before > 0 {
             self.writeback()?;
@@ -510,12 +511,7 @@ impl Qcow2 {
     fn commit(&self, mut grant: Grant<'_>) -> Result<()> {
         let writer = grant.writer;
         let (slice, mut meta) = (grant.first >> self.slice_bits, writer.meta.lock());
-        let held = loop {
-            match self.hold(slice)? {
-                Ok(held) => break held,
-                Err(AllDirty) => MutexGuard::unlocked(&mut meta, || self.writeback())?,
-            }
-        };
+        let held = self.hold_to_change(&mut meta, slice)?;
         // Before the entries: who sees one must also see that it is not on disk yet.
         writer.changed.store(true, Release);
         // All of them are looked at before one is changed. They are as they were when they were granted.
@@ -548,6 +544,20 @@ impl Qcow2 {
         let much = self.much_waits(&meta);
         drop(meta);
         if much { self.writeback() } else { Ok(()) }
+    }
+
+    /// Hold a slice whose entries are to change, whatever has to be written for that.
+    pub(super) fn hold_to_change(
+        &self,
+        meta: &mut MutexGuard<'_, Meta>,
+        slice: u64,
+    ) -> Result<Held<'_>> {
+        loop {
+            match self.hold(slice)? {
+                Ok(held) => return Ok(held),
+                Err(AllDirty) => MutexGuard::unlocked(meta, || self.writeback())?,
+            }
+        }
     }
 
     /// Note that entries of a held slice were changed.

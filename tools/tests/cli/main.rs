@@ -1,7 +1,9 @@
 //! The command line as a user meets it: the built binary is run, and judged by its output, its exit
 //! status and what qemu-img says of the images.
 
+mod amend;
 mod bench;
+mod chainwork;
 mod check;
 mod copy;
 mod create;
@@ -14,5 +16,6 @@ mod nbd;
 mod remote;
 mod resize;
 mod serve;
+mod snapshot;
 mod support;
 mod usage;

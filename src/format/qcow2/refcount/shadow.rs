@@ -1,0 +1,446 @@
+//! New counts beside the old ones: for what changes the counts of a whole image at once.
+//!
+//! Every block that changes is made anew in clusters that are free, and so is the refcount table. What
+//! is on disk stays as it is until the header names the new table, which [`Shadow::adopt`] then makes
+//! the present one. Up to there all can be dropped, and nothing has happened; a cluster that holds
+//! anything by the old counts is not used for the new ones.
+//!
+//! The counts may come out in another width.
+//!
+//! Source: "Host cluster management" of the QCOW2 specification.
+
+use std::collections::{HashSet, VecDeque};
+use std::ops::Range;
+
+use super::*;
+
+/// Bytes of new blocks that are kept in memory.
+const MAX_KEPT: usize = 16 << 20;
+/// Runs of freed clusters that are remembered; others are free as well, but keep their space on the host.
+const MAX_FREED: usize = 1 << 18;
+
+struct Block {
+    data: Box<[u8]>,
+    dirty: bool,
+}
+
+/// Counts that are being made.
+pub struct Shadow<'a> {
+    old: &'a mut Refcounts,
+    file: &'a Device,
+    /// Width of a new count: 2^order bits.
+    order: u32,
+    /// The new table; an entry that is not in `new` is the old one's.
+    table: Vec<u64>,
+    /// Blocks that were made anew, by their place in the table.
+    new: HashSet<u64>,
+    /// Those of them that are in memory.
+    blocks: HashMap<u64, Block>,
+    /// The one used last, and its place.
+    hot: Option<(u64, Block)>,
+    /// No cluster below is free.
+    hint: u64,
+    /// Clusters that are being taken.
+    reserved: Range<u64>,
+    /// Counts that are still to go up or down by one.
+    todo: VecDeque<(u64, bool)>,
+    freed: Vec<Run>,
+}
+
+/// Where the new table lies.
+#[derive(Clone, Copy)]
+pub struct Placed {
+    /// Bytes.
+    pub offset: u64,
+    /// How many.
+    pub clusters: u32,
+}
+
+impl<'a> Shadow<'a> {
+    /// Begin with the counts as they are, which must be in the file as they are in memory. `order`: the
+    /// width of the new ones.
+    pub fn new(old: &'a mut Refcounts, file: &'a Device, order: u32) -> Result<Self> {
+        if old.is_dirty() {
+            return Err(Error::Internal("refcounts are not in the file yet".into()));
+        }
+        let table = if order == old.order { old.table.clone() } else { Vec::new() };
+        let hint = old.hint.max(1);
+        Ok(Self {
+            old,
+            file,
+            order,
+            table,
+            new: HashSet::new(),
+            blocks: HashMap::new(),
+            hot: None,
+            hint,
+            reserved: 0..0,
+            todo: VecDeque::new(),
+            freed: Vec::new(),
+        })
+    }
+
+    /// Where the counts have another width: make all blocks anew.
+    pub fn convert(&mut self, progress: Progress<'_>) -> Result<()> {
+        if self.order == self.old.order {
+            return Ok(());
+        }
+        let per_old = 1u64 << self.old.block_bits();
+        let all = self.old.table.len() as u64;
+        for i in 0..all {
+            progress.at(i, all)?;
+            let Some(&block) = self.old.table.get(i as usize).filter(|e| **e != 0) else {
+                continue;
+            };
+            let first = i * per_old;
+            let (from, to) =
+                (first >> self.block_bits(), (first + per_old - 1) >> self.block_bits());
+            for index in from..=to {
+                // One old block may become many, of which those with nothing in them are not made.
+                if !self.new.contains(&index) && self.has_any(index)? {
+                    self.make(index)?;
+                    self.spill()?;
+                }
+            }
+            self.todo.push_back((block >> self.old.cluster_bits, false));
+            self.work()?;
+        }
+        Ok(())
+    }
+
+    /// Counts in a new block, as a power of two.
+    fn block_bits(&self) -> u32 {
+        self.old.cluster_bits + 3 - self.order
+    }
+
+    fn cluster_bytes(&self) -> usize {
+        1 << self.old.cluster_bits
+    }
+
+    /// Whether an old count is not 0 of those that new block `index` is for.
+    fn has_any(&mut self, index: u64) -> Result<bool> {
+        let mut at = index << self.block_bits();
+        let end = at + (1 << self.block_bits());
+        while at < end {
+            if self.old.block_offset(at) == 0 {
+                at = ((at >> self.old.block_bits()) + 1) << self.old.block_bits();
+                continue;
+            }
+            if self.old.get(self.file, at)? != 0 {
+                return Ok(true);
+            }
+            at += 1;
+        }
+        Ok(false)
+    }
+
+    /// How many references `cluster` is to have.
+    pub fn get(&mut self, cluster: u64) -> Result<u64> {
+        let index = cluster >> self.block_bits();
+        if !self.new.contains(&index) {
+            return self.old.get(self.file, cluster);
+        }
+        let (order, mask) = (self.order, (1 << self.block_bits()) - 1);
+        Ok(read_count(&self.block(index)?.data, cluster & mask, order))
+    }
+
+    /// Whether `cluster` is in use at present.
+    pub fn was_used(&mut self, cluster: u64) -> Result<bool> {
+        Ok(self.old.get(self.file, cluster)? != 0)
+    }
+
+    /// One reference more, or one fewer.
+    pub fn change(&mut self, cluster: u64, up: bool) -> Result<()> {
+        self.todo.push_back((cluster, up));
+        self.work()?;
+        self.spill()
+    }
+
+    /// Keep memory within its limit: nothing names the new blocks yet, so they may be written any time.
+    fn spill(&mut self) -> Result<()> {
+        if self.blocks.len() * self.cluster_bytes() > MAX_KEPT {
+            self.write_blocks()?;
+            self.blocks.clear();
+        }
+        Ok(())
+    }
+
+    /// One reference fewer for each cluster of a run.
+    pub fn free(&mut self, run: Run) -> Result<()> {
+        (run.first..run.first + run.count).try_for_each(|c| self.change(c, false))
+    }
+
+    /// Do what is to be done. Making a block changes counts as well: that of its cluster and of the old
+    /// one's. Each block is made once, so there is an end to it.
+    fn work(&mut self) -> Result<()> {
+        while let Some((cluster, up)) = self.todo.pop_front() {
+            let (bits, order) = (self.block_bits(), self.order);
+            let index = cluster >> bits;
+            if !self.new.contains(&index) {
+                self.make(index)?;
+            }
+            let i = cluster & ((1 << bits) - 1);
+            let name = self.file.name();
+            let at = cluster << self.old.cluster_bits;
+            let block = self.block(index)?;
+            let count = read_count(&block.data, i, order);
+            let count = match up {
+                true if count == max_count(order) => return Err(too_many(name, at, order)),
+                true => count + 1,
+                false => count.checked_sub(1).ok_or_else(|| unused(name, at))?,
+            };
+            write_count(&mut block.data, i, order, count);
+            block.dirty = true;
+            if count == 0 {
+                self.note_freed(cluster);
+            }
+        }
+        Ok(())
+    }
+
+    fn note_freed(&mut self, cluster: u64) {
+        let room = self.freed.len() < MAX_FREED;
+        match self.freed.last_mut() {
+            Some(last) if last.first + last.count == cluster => last.count += 1,
+            _ if room => self.freed.push(Run { first: cluster, count: 1 }),
+            _ => {}
+        }
+    }
+
+    /// Make block `index` anew, with the counts as they are. That its cluster is in use now, and the
+    /// old one's is not, is left to be done.
+    fn make(&mut self, index: u64) -> Result<()> {
+        if index >= MAX_REFTABLE_BYTES / 8 {
+            return Err(Error::TooBig {
+                file: self.file.name().clone(),
+                what: format!("its refcount table would need more than {MAX_REFTABLE_BYTES} bytes"),
+            });
+        }
+        let data = self.present(index)?;
+        let place = self.pick()?;
+        let at = index as usize;
+        if at >= self.table.len() {
+            self.table.resize(at + 1, 0);
+        }
+        let before = std::mem::replace(&mut self.table[at], place << self.old.cluster_bits);
+        self.new.insert(index);
+        self.blocks.insert(index, Block { data, dirty: true });
+        self.todo.push_back((place, true));
+        if before != 0 {
+            self.todo.push_back((before >> self.old.cluster_bits, false));
+        }
+        Ok(())
+    }
+
+    /// The counts that block `index` is for, as they are, in the new width.
+    fn present(&mut self, index: u64) -> Result<Box<[u8]>> {
+        let mut data = vec![0; self.cluster_bytes()].into_boxed_slice();
+        let first = index << self.block_bits();
+        if self.order == self.old.order {
+            let offset = self.old.block_offset(first);
+            if offset == 0 {
+                return Ok(data);
+            }
+            if offset + data.len() as u64 > self.file.size() {
+                return Err(Error::corrupt(
+                    self.file.name(),
+                    format!(
+                        "a refcount block at {offset:#x} reaches past the end of the file ({} bytes)",
+                        self.file.size()
+                    ),
+                ));
+            }
+            self.file.read_slice(&mut data, offset)?;
+            return Ok(data);
+        }
+        for i in 0..1u64 << self.block_bits() {
+            let count = self.old.get(self.file, first + i)?;
+            if count > max_count(self.order) {
+                let at = (first + i) << self.old.cluster_bits;
+                return Err(too_many(self.file.name(), at, self.order));
+            }
+            if count != 0 {
+                write_count(&mut data, i, self.order, count);
+            }
+        }
+        Ok(data)
+    }
+
+    /// A new block.
+    fn block(&mut self, index: u64) -> Result<&mut Block> {
+        if self.hot.as_ref().is_none_or(|(i, _)| *i != index) {
+            if let Some((i, block)) = self.hot.take() {
+                self.blocks.insert(i, block);
+            }
+            let block = match self.blocks.remove(&index) {
+                Some(block) => block,
+                None => {
+                    let mut data = vec![0; self.cluster_bytes()].into_boxed_slice();
+                    let offset = self.table.get(index as usize).copied().unwrap_or(0);
+                    self.file.read_slice(&mut data, offset)?;
+                    Block { data, dirty: false }
+                }
+            };
+            self.hot = Some((index, block));
+        }
+        let lost = || Error::Internal("a refcount block vanished".into());
+        self.hot.as_mut().map(|(_, block)| block).ok_or_else(lost)
+    }
+
+    /// The first cluster from `at` on that is free by the old counts.
+    fn unused(&mut self, mut at: u64) -> Result<u64> {
+        loop {
+            if at >= self.old.limit {
+                return Err(no_space(self.file));
+            }
+            if self.old.block_offset(at) == 0 {
+                return Ok(at);
+            }
+            let (next, is_free) = self.old.next_free(self.file, at)?;
+            if is_free {
+                return Ok(next);
+            }
+            at = next;
+        }
+    }
+
+    /// A cluster that is free by the old counts and by the new ones. It is not counted yet.
+    fn pick(&mut self) -> Result<u64> {
+        loop {
+            let cluster = self.unused(self.hint)?;
+            self.hint = cluster + 1;
+            if self.reserved.contains(&cluster) || self.get(cluster)? != 0 {
+                continue;
+            }
+            self.claim(Run { first: cluster, count: 1 })?;
+            return Ok(cluster);
+        }
+    }
+
+    /// See that nothing known lies in a run that is free by its counts, and that nobody takes the file's
+    /// end there for zeroes any more.
+    fn claim(&mut self, run: Run) -> Result<()> {
+        for cluster in run.first..run.first + run.count {
+            if self.old.is_table(cluster, self.file)? {
+                return Err(in_use(self.file, cluster << self.old.cluster_bits));
+            }
+        }
+        self.old.hand_out(run);
+        Ok(())
+    }
+
+    /// Take `count` free clusters that follow one another.
+    pub fn take(&mut self, count: u64) -> Result<Run> {
+        let mut first = self.unused(self.hint)?;
+        let mut have = 0;
+        while have < count {
+            let at = first + have;
+            if at >= self.old.limit {
+                return Err(no_space(self.file));
+            }
+            let next = self.unused(at)?;
+            if next != at {
+                (first, have) = (next, 0);
+            } else if self.get(at)? != 0 {
+                (first, have) = (at + 1, 0);
+            } else {
+                have += 1;
+            }
+        }
+        let run = Run { first, count };
+        self.claim(run)?;
+        self.reserved = first..first + count;
+        self.todo.extend((first..first + count).map(|c| (c, true)));
+        let done = self.work();
+        self.reserved = 0..0;
+        done.map(|()| run)
+    }
+
+    fn write_blocks(&mut self) -> Result<()> {
+        if let Some((i, block)) = self.hot.take() {
+            self.blocks.insert(i, block);
+        }
+        let table = &self.table;
+        let mut dirty: Vec<_> = self
+            .blocks
+            .iter_mut()
+            .filter(|(_, b)| b.dirty)
+            .map(|(i, b)| (table.get(*i as usize).copied().unwrap_or(0), b))
+            .collect();
+        dirty.sort_unstable_by_key(|(offset, _)| *offset);
+        for (offset, block) in dirty {
+            self.file.write_slice(&block.data, offset, ReqFlags::NONE)?;
+            block.dirty = false;
+        }
+        Ok(())
+    }
+
+    /// Write everything, the table too. It is not synced, and nothing names it yet.
+    pub fn write(&mut self) -> Result<Placed> {
+        let bits = self.old.cluster_bits;
+        let per_cluster = 1u64 << (bits - 3);
+        let before = (self.old.table.len() as u64).div_ceil(per_cluster);
+        self.free(Run { first: self.old.table_offset >> bits, count: before })?;
+        let needed = |table: &[u64]| (table.len() as u64).div_ceil(per_cluster).max(1);
+        let run = loop {
+            let run = self.take(needed(&self.table))?;
+            // Taking it may have made blocks of higher places.
+            if needed(&self.table) <= run.count {
+                break run;
+            }
+            self.free(run)?;
+        };
+        if run.count << bits > MAX_REFTABLE_BYTES {
+            return Err(Error::TooBig {
+                file: self.file.name().clone(),
+                what: format!("its refcount table would need {} bytes", run.count << bits),
+            });
+        }
+        self.table.resize((run.count * per_cluster) as usize, 0);
+        self.write_blocks()?;
+        let content: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
+        let offset = run.first << bits;
+        self.file.write_slice(&content, offset, ReqFlags::NONE)?;
+        Ok(Placed { offset, clusters: run.count as u32 })
+    }
+
+    /// The header names the new table: it is the present one from now on. Returns what may have become
+    /// free; some of it may be in use again.
+    pub fn adopt(self, placed: Placed) -> Vec<Run> {
+        let old = self.old;
+        old.order = self.order;
+        old.table = self.table;
+        old.table_offset = placed.offset;
+        old.slices.clear();
+        old.dirty = 0;
+        old.new_blocks.clear();
+        old.twice = None;
+        // Others may share it now, or nobody has it any more.
+        old.tail = None;
+        old.hint = self.freed.iter().map(|r| r.first).fold(old.hint, u64::min).max(1);
+        if self.freed.len() == MAX_FREED {
+            old.hint = 1;
+        }
+        self.freed
+    }
+}
+
+/// The largest count.
+fn max_count(order: u32) -> u64 {
+    match order {
+        6.. => u64::MAX,
+        _ => (1 << (1u32 << order)) - 1,
+    }
+}
+
+fn too_many(name: &Name, offset: u64, order: u32) -> Error {
+    Error::invalid(format!(
+        "{name}: the cluster at {offset:#x} would have more references than its refcounts of {} bits can \
+         count; refcount-bits says how many they have",
+        1u32 << order
+    ))
+}
+
+fn unused(name: &Name, offset: u64) -> Error {
+    Error::corrupt(name, format!("the cluster at {offset:#x} is in use but has a refcount of 0"))
+}

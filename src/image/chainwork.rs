@@ -1,0 +1,336 @@
+//! Work on a chain: what the uppermost image has goes into the one below (commit), or another image comes
+//! below it (rebase).
+//!
+//! Meanwhile the device belongs to the work alone: its chain is taken away from its contexts, whose calls
+//! wait, as when it is reopened. Whatever happens, they find a chain again afterwards.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::ptr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::*;
+
+use super::copy::{Disk, Job, Which, threads};
+use super::life::close_tree;
+use super::{Image, OpenFlags, Options, Tree, Use, chain, info_only, state};
+use crate::block::*;
+use crate::log::{Level, log};
+
+/// Zeroes of so many bytes in data are zeroed, not written.
+const SPARSE: u64 = 64 << 10;
+
+/// A device of a chain, outside of any context.
+struct Part<'a> {
+    dev: &'a Device,
+    calls: &'a InFlight,
+}
+
+impl Disk for Part<'_> {
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let call = self.calls.enter();
+        let _own = call.own();
+        self.dev.read_slice(buf, offset)
+    }
+    fn write(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let call = self.calls.enter();
+        let _own = call.own();
+        self.dev.write_slice(buf, offset, ReqFlags::NONE)
+    }
+    fn write_compressed(&self, buf: &[u8], offset: u64) -> Result<()> {
+        let call = self.calls.enter();
+        let _own = call.own();
+        self.dev.driver().write_compressed(OneIov::src(buf).iov(), offset)
+    }
+    fn zero(&self, offset: u64, count: u64) -> Result<()> {
+        let call = self.calls.enter();
+        let _own = call.own();
+        self.dev.zero(offset, count, ReqFlags::MAY_TRIM)
+    }
+    fn extents(&self, offset: u64, count: u64, out: &mut [Extent]) -> Result<usize> {
+        let call = self.calls.enter();
+        let _own = call.own();
+        let mut list = ExtentList::for_c(out);
+        crate::format::extents(self.dev, offset, count, &mut list)?;
+        Ok(list.len())
+    }
+}
+
+/// What is to be below: an image, or nothing; zeroes follow its end.
+struct NewBelow(Option<Image>);
+
+impl NewBelow {
+    fn size(&self) -> Result<u64> {
+        self.0.as_ref().map_or(Ok(0), Image::size)
+    }
+}
+
+impl Disk for NewBelow {
+    fn read(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let there = self.size()?.saturating_sub(offset).min(buf.len() as u64) as usize;
+        buf[there..].fill(0);
+        match &self.0 {
+            Some(image) if there > 0 => image.read_at(&mut buf[..there], offset),
+            _ => Ok(()),
+        }
+    }
+    fn write(&self, _: &[u8], _: u64) -> Result<()> {
+        Err(Error::Internal("what is below is not written".into()))
+    }
+    fn write_compressed(&self, _: &[u8], _: u64) -> Result<()> {
+        Err(Error::Internal("what is below is not written".into()))
+    }
+    fn zero(&self, _: u64, _: u64) -> Result<()> {
+        Err(Error::Internal("what is below is not written".into()))
+    }
+    fn extents(&self, offset: u64, count: u64, out: &mut [Extent]) -> Result<usize> {
+        let there = self.size()?.saturating_sub(offset).min(count);
+        match (&self.0, out) {
+            (Some(image), out) if there > 0 => image.extents(offset, there, out),
+            (_, [first, ..]) => {
+                *first = Extent::new(offset, count, Extent::ZERO);
+                Ok(1)
+            }
+            _ => Ok(0),
+        }
+    }
+}
+
+/// What became of a chain that was worked on.
+enum Outcome {
+    /// It is as it was, or good to go on with.
+    Same,
+    /// It goes on as this one.
+    Other(Tree),
+}
+
+impl Image {
+    /// Write what the uppermost image has itself into the one below, and (unless it is to `keep` it) empty
+    /// it then. The one below grows if it is smaller.
+    pub fn commit(&self, keep: bool, progress: Progress<'_>) -> Result<()> {
+        self.alone_on_chain(|old, calls| {
+            if old.top.driver().backing().is_none() {
+                return Err(Error::invalid(format!("{}: has no backing image", old.name)));
+            }
+            close_tree(old)?;
+            // It takes the locks over, and more of them for the image below.
+            let options = &old.options;
+            let both = chain::reopen(old, options, old.flags | OpenFlags::WRITE_BELOW, calls)?;
+            let done = commit_tree(&both, keep, progress, calls);
+            // What the old one keeps in memory is out of date by now.
+            let again = chain::reopen(&both, options, old.flags, calls);
+            match (again, done) {
+                (Ok(new), done) => Ok((Outcome::Other(new), done)),
+                (Err(e), done) => {
+                    let both = Tree { flags: old.flags, ..both };
+                    log(Level::Warn, format_args!("{}: stays locked for writing: {e}", both.name));
+                    Ok((Outcome::Other(both), done))
+                }
+            }
+        })
+    }
+
+    /// Name `backing` (none: empty) as the image below. What differs between the old chain and the new
+    /// one is copied first; if `blind`, nothing is, and what the disk holds may become something else.
+    pub fn rebase(
+        &self,
+        backing: &OsStr,
+        options: &Options,
+        blind: bool,
+        progress: Progress<'_>,
+    ) -> Result<()> {
+        options.check(Use::Rebase)?;
+        let threads = threads(options)?;
+        if backing.is_empty() && options.get("backing-fmt").is_some() {
+            let what = "option 'backing-fmt' has no use without a backing file";
+            return Err(Error::invalid(what));
+        }
+        self.alone_on_chain(|old, calls| {
+            if !blind {
+                refuse_without_chain(old)?;
+            }
+            let (below, format) = match backing.is_empty() {
+                true => (NewBelow(None), None),
+                false => {
+                    let (image, format) = open_below(old, backing, options, blind)?;
+                    (NewBelow(image), format)
+                }
+            };
+            close_tree(old)?;
+            if !blind {
+                copy_what_differs(old, &below, threads, progress, calls)?;
+            }
+            let named = (!backing.is_empty()).then(|| (backing.as_bytes(), format.as_deref()));
+            old.top.driver().set_backing(named)?;
+            // How the old one below was opened says nothing of the new one.
+            let options = old.options.without_backing();
+            let new = chain::reopen(old, &options, old.flags, calls);
+            // Until here nobody could write to it.
+            drop(below);
+            match new {
+                Ok(new) => Ok((Outcome::Other(new), Ok(()))),
+                // It is named, as was asked.
+                Err(e) if blind => {
+                    let text = format_args!("{}: goes on with its old backing file: {e}", old.name);
+                    log(Level::Warn, text);
+                    Ok((Outcome::Same, Ok(())))
+                }
+                Err(e) => Ok((Outcome::Same, Err(e))),
+            }
+        })
+    }
+
+    /// Take the chain away from all contexts, do `work` on it, and give them what became of it: what it was
+    /// where the work failed as a whole. The inner result is answered in any case.
+    fn alone_on_chain(
+        &self,
+        work: impl FnOnce(&Tree, &Arc<InFlight>) -> Result<(Outcome, Result<()>)>,
+    ) -> Result<()> {
+        let _admin = self.shared.admin.lock();
+        let old = self.shared.tree.load(SeqCst);
+        if old.is_null() {
+            return Err(Error::BadHandle("the device is closed".into()));
+        }
+        {
+            // SAFETY: the tree is replaced and freed under `admin` only, which is held.
+            let old = unsafe { &*old };
+            if old.flags.has(OpenFlags::INFO_ONLY) {
+                return Err(info_only(&old.name));
+            }
+            if !self.write.load(Relaxed) || !old.flags.has(OpenFlags::RDWR) {
+                return Err(Error::ReadOnly(old.name.clone()));
+            }
+            old.may_write()?;
+            chain::check_reopen(old)?;
+        }
+        self.shared.tree.store(ptr::null_mut(), SeqCst);
+        self.shared.calls.wait();
+        // SAFETY: we took it out, and no call uses it any more.
+        let old = unsafe { Box::from_raw(old) };
+        let (tree, result) = match work(&old, &self.shared.calls) {
+            Ok((Outcome::Same, result)) => (old, result),
+            Ok((Outcome::Other(new), result)) => (Box::new(new), result),
+            Err(e) => (old, Err(e)),
+        };
+        self.shared.tree.store(Box::into_raw(tree), SeqCst);
+        result
+    }
+}
+
+/// What the disk holds must be known before something else comes below it; and what is below must be
+/// openable then.
+fn refuse_without_chain(tree: &Tree) -> Result<()> {
+    let driver = tree.top.driver();
+    if driver.backing().is_none() && driver.describe().state & state::HAS_BACKING != 0 {
+        let what = "opened without its backing file, so what it holds is not known";
+        return Err(Error::invalid(format!("{}: {what}", tree.name)));
+    }
+    if tree.flags.has(OpenFlags::UNTRUSTED) {
+        let what = "QBLK_OPEN_UNTRUSTED opens no backing file, so none can be put below";
+        return Err(Error::policy(&tree.name, what));
+    }
+    Ok(())
+}
+
+/// Commit on a chain whose image below is open for writing.
+fn commit_tree(
+    tree: &Tree,
+    keep: bool,
+    progress: Progress<'_>,
+    calls: &Arc<InFlight>,
+) -> Result<()> {
+    let lost = || Error::Internal("the image below is gone".into());
+    let (top, base) = (&tree.top, tree.top.driver().backing().ok_or_else(lost)?);
+    let size = top.size();
+    let done = (|| {
+        if base.size() < size {
+            base.driver().resize(size, Prealloc::Off, false)?;
+        }
+        let (from, to) = (Part { dev: top, calls }, Part { dev: base, calls });
+        let job = Job {
+            from: &from,
+            to: &to,
+            size,
+            room: base.size(),
+            which: Which::Own,
+            shown: &to,
+            shows_zeroes: false,
+            compare: false,
+            sparse: SPARSE,
+            compress: None,
+            threads: threads(&Options::new())?,
+        };
+        job.run(progress)?;
+        // It is there for good before the other one is gone.
+        base.flush()?;
+        tree.may_write()?;
+        match keep {
+            true => Ok(()),
+            false => top.driver().make_empty(),
+        }
+    })();
+    // Also where that has failed: what is written is whole as far as it goes.
+    let closed = base.driver().close().and_then(|()| close_tree(tree));
+    done.and(closed)
+}
+
+/// Copy into the uppermost image what would read otherwise if `below` were below.
+fn copy_what_differs(
+    tree: &Tree,
+    below: &NewBelow,
+    threads: u32,
+    progress: Progress<'_>,
+    calls: &Arc<InFlight>,
+) -> Result<()> {
+    let top = Part { dev: &tree.top, calls };
+    let size = tree.top.size();
+    let job = Job {
+        from: &top,
+        to: &top,
+        size,
+        room: size,
+        which: Which::NotOwn,
+        shown: below,
+        shows_zeroes: below.0.is_none(),
+        compare: true,
+        sparse: SPARSE,
+        compress: None,
+        threads,
+    };
+    tree.top.driver().hold_zeroes(true);
+    let done = job.run(progress);
+    tree.top.driver().hold_zeroes(false);
+    done.map(|_| ())
+}
+
+/// Open what is to be below, and find out its format: given, or found now, when it is still the caller's
+/// word and not a guest's. Where nothing is copied it need not be there if the format is given.
+fn open_below(
+    tree: &Tree,
+    name: &OsStr,
+    options: &Options,
+    blind: bool,
+) -> Result<(Option<Image>, Option<Vec<u8>>)> {
+    let local = name.as_bytes().strip_prefix(b"file:").unwrap_or(name.as_bytes());
+    let below = chain::beside(tree.name.as_path(), Path::new(OsStr::from_bytes(local)));
+    // As a path, whatever it begins with.
+    let mut path = OsString::from("file:");
+    path.push(&below);
+    let (mut how, given) = (Options::new(), options.get("backing-fmt"));
+    how.set("format", given);
+    let keep = OpenFlags::DIRECT | OpenFlags::NO_LOCK;
+    let flags = match blind {
+        true => OpenFlags::INFO_ONLY,
+        false => OpenFlags(tree.flags.0 & keep.0),
+    };
+    let image = match Image::open(&path, &how, flags) {
+        Ok(image) => image,
+        Err(Error::Os { errno: libc::ENOENT, .. }) if blind && given.is_some() => {
+            return Ok((None, given.map(<[u8]>::to_vec)));
+        }
+        Err(e) => return Err(e),
+    };
+    chain::refuse_loop(&chain::file_of(&tree.name), below.as_os_str(), &how)?;
+    let format = image.info()?.format.as_bytes().to_vec();
+    Ok((Some(image).filter(|_| !blind), Some(format)))
+}

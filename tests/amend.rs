@@ -1,0 +1,369 @@
+//! Amending: the image holds the same before and after, is what it was told to be, and QEMU finds it sound.
+
+mod common;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use common::*;
+use qblk::block::{ErrorKind, Progress};
+use qblk::{Image, OneIov, Options};
+
+const MB: u64 = 1 << 20;
+
+fn amend(image: &Image, pairs: &[(&str, &str)]) -> Result<(), qblk::Error> {
+    image.amend(&options(pairs), Progress::NONE)
+}
+
+fn about(path: &Path, words: &[&str]) {
+    let text = qemu_img!("info", "-f", "qcow2", path);
+    for word in words {
+        assert!(text.contains(word), "{word:?} is not in {text}");
+    }
+}
+
+fn zero_flags(path: &Path) -> String {
+    qemu_img!("map", "--output=json", "-f", "qcow2", path)
+}
+
+/// An image with data, zeroes of both kinds, compressed clusters, and two snapshots.
+fn rich(
+    dir: &Tmp,
+    name: &str,
+    pairs: &[(&str, &str)],
+    backed: bool,
+) -> (std::path::PathBuf, Vec<u8>) {
+    let path = dir.join(name);
+    let mut rng = Rng::new(11);
+    let mut pairs = pairs.to_vec();
+    if backed {
+        std::fs::write(dir.join("base"), rng.bytes(6 * MB as usize)).unwrap();
+        pairs.extend([("backing-file", "base"), ("backing-fmt", "raw")]);
+    }
+    create(&path, "qcow2", 5 * MB, &pairs);
+    let image = open(&path, RW);
+    image.write_at(&rng.bytes(2 * MB as usize), MB / 2, NONE).unwrap();
+    image.zero(MB, MB / 4, NONE).unwrap();
+    image.zero(3 * MB, MB / 2, qblk::ReqFlags::MAY_TRIM).unwrap();
+    image.vm_state_write(OneIov::src(&rng.bytes(300_000)).iov(), 0).unwrap();
+    image.snapshot_create(b"one", &Options::new()).unwrap();
+    image.write_at(&rng.bytes(MB as usize), 3 * MB + 12345, NONE).unwrap();
+    image.zero(MB / 2, MB / 2, NONE).unwrap();
+    image.snapshot_create(b"two", &Options::new()).unwrap();
+    image.write_at(&rng.bytes(100_000), 4 * MB, NONE).unwrap();
+    image.zero(2 * MB, 300_000, NONE).unwrap();
+    let bytes = read_all(&image);
+    image.close().unwrap();
+    check_clean(&path);
+    (path, bytes)
+}
+
+fn snapshot(path: &Path, name: &str) -> (Vec<u8>, Vec<u8>) {
+    let image = open_with(path, &options(&[("snapshot", name)]), RO);
+    let mut state = vec![0; 300_000];
+    image.vm_state_read(OneIov::dst(&mut state).iov(), 0).unwrap();
+    (read_all(&image), state)
+}
+
+#[test]
+fn versions_change_both_ways_and_everything_reads_as_before() {
+    let dir = Tmp::in_memory("amend-compat");
+    for (backed, cluster) in [(false, "64k"), (true, "64k"), (false, "512"), (true, "4k")] {
+        let name = format!("{backed}-{cluster}");
+        let (path, bytes) = rich(&dir, &name, &[("cluster-size", cluster)], backed);
+        let (one, two) = (snapshot(&path, "one"), snapshot(&path, "two"));
+        let image = open(&path, RW);
+        let context = image.context(&Options::new(), RW).unwrap();
+        for (compat, word) in [("0.10", "compat: 0.10"), ("1.1", "compat: 1.1"), ("0.10", "0.10")] {
+            amend(&image, &[("compat", compat)]).unwrap();
+            assert_same(&read_all(&image), &bytes, 0, compat);
+            image.flush().unwrap();
+            check_no_corruption(&path_copy(&dir, &path));
+            about(&path_copy(&dir, &path), &[word]);
+            // The contexts are of the same device still.
+            context.write_at(&bytes[..1000], 0, NONE).unwrap();
+        }
+        drop(context);
+        image.close().unwrap();
+        check_clean(&path);
+        check_same(&path, "qcow2", &bytes, &dir.join("model"));
+        assert!(zero_flags(&path).contains("data"));
+        assert!(snapshot(&path, "one") == one && snapshot(&path, "two") == two);
+        let image = open(&path, RW);
+        image.snapshot_apply(b"one").unwrap();
+        assert_same(&read_all(&image), &one.0, 0, "applied");
+        image.snapshot_delete(b"two").unwrap();
+        image.close().unwrap();
+        check_clean(&path);
+    }
+}
+
+fn path_copy(dir: &Tmp, path: &Path) -> std::path::PathBuf {
+    let copy = dir.join("copy");
+    std::fs::copy(path, &copy).unwrap();
+    copy
+}
+
+#[test]
+fn what_qemu_made_is_amended_and_what_was_amended_qemu_amends() {
+    let dir = Tmp::in_memory("amend-qemu");
+    let path = dir.join("image");
+    qemu_img!("create", "-q", "-f", "qcow2", "-o", "compat=0.10", path, "8M");
+    qemu_io(&path, "qcow2", &["write -P 1 0 3M", "write -z 1M 64k", "discard 2M 512k"]);
+    qemu_img!("snapshot", "-c", "s", path);
+    qemu_io(&path, "qcow2", &["write -P 2 1M 1M"]);
+    let image = open(&path, RW);
+    let bytes = read_all(&image);
+    amend(&image, &[("compat", "1.1"), ("lazy-refcounts", "on")]).unwrap();
+    image.close().unwrap();
+    check_clean(&path);
+    about(&path, &["compat: 1.1", "lazy refcounts: true"]);
+    qemu_io(&path, "qcow2", &["write -z 1M 512k"]);
+    qemu_img!("amend", "-f", "qcow2", "-o", "compat=0.10", path);
+    qemu_img!("amend", "-f", "qcow2", "-o", "compat=1.1,refcount_bits=64", path);
+    let image = open(&path, RW);
+    amend(&image, &[("refcount-bits", "16")]).unwrap();
+    amend(&image, &[("compat", "0.10")]).unwrap();
+    image.close().unwrap();
+    check_clean(&path);
+    let mut model = bytes;
+    model[MB as usize..][..MB as usize / 2].fill(0);
+    check_same(&path, "qcow2", &model, &dir.join("model"));
+    qemu_img!("snapshot", "-a", "s", path);
+    check_clean(&path);
+}
+
+#[test]
+fn refcounts_get_every_width_that_holds_them() {
+    let dir = Tmp::in_memory("amend-width");
+    for cluster in ["512", "64k"] {
+        let (path, bytes) = rich(&dir, cluster, &[("cluster-size", cluster)], false);
+        let one = snapshot(&path, "one");
+        let image = open(&path, RW);
+        for bits in ["2", "64", "4", "32", "8", "16"] {
+            amend(&image, &[("refcount-bits", bits)]).unwrap();
+            assert_eq!(image.property("qcow2.refcount-bits").unwrap().unwrap(), bits.as_bytes());
+            image.write_at(&bytes[..100_000], 0, NONE).unwrap();
+            image.flush().unwrap();
+            check_no_corruption(&path_copy(&dir, &path));
+        }
+        let before = std::fs::read(&path).unwrap();
+        let e = amend(&image, &[("refcount-bits", "1")]).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Errno(libc::EINVAL), "{e}");
+        assert!(e.to_string().contains("1 bits"), "{e}");
+        assert_same(&std::fs::read(&path).unwrap()[..512], &before[..512], 0, "the header");
+        assert_same(&read_all(&image), &bytes, 0, "all");
+        image.snapshot_delete(b"one").unwrap();
+        image.snapshot_delete(b"two").unwrap();
+        amend(&image, &[("refcount-bits", "1")]).unwrap();
+        image.write_at(&bytes[..100_000], 0, NONE).unwrap();
+        amend(&image, &[("refcount-bits", "16"), ("compat", "0.10")]).unwrap();
+        image.close().unwrap();
+        check_clean(&path);
+        check_same(&path, "qcow2", &bytes, &dir.join("model"));
+        drop(one);
+    }
+}
+
+#[test]
+fn version_2_takes_no_image_that_it_can_not_describe() {
+    let dir = Tmp::in_memory("amend-refused");
+    for (pairs, word) in [
+        (&[("compression-type", "zstd")][..], "compression"),
+        (&[("refcount-bits", "8")], "16 bits"),
+    ] {
+        let path = dir.join(word.split(' ').next().unwrap());
+        create(&path, "qcow2", MB, pairs);
+        let image = open(&path, RW);
+        let e = amend(&image, &[("compat", "0.10")]).unwrap_err();
+        assert!(e.to_string().contains(word), "{e}");
+        image.write_at(&[1; 1000], 0, NONE).unwrap();
+        image.close().unwrap();
+        about(&path, &["compat: 1.1"]);
+    }
+    let path = dir.join("size");
+    create(&path, "qcow2", MB, &[]);
+    let image = open(&path, RW);
+    image.snapshot_create(b"s", &Options::new()).unwrap();
+    image.resize(2 * MB, &Options::new(), false).unwrap();
+    let e = amend(&image, &[("compat", "0.10")]).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
+    let e = amend(&image, &[("compat", "0.10"), ("lazy-refcounts", "on")]).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Errno(libc::EINVAL), "{e}");
+    for pairs in [
+        &[("data-file-raw", "on")][..],
+        &[("backing-fmt", "raw")],
+        &[("backing-fmt", "floppy"), ("backing-file", "x")],
+        &[("cluster-size", "4k")],
+        &[("state", "active")],
+        &[("encrypt.keyslot", "1")],
+        &[("key", "x")],
+    ] {
+        let e = amend(&image, pairs).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Errno(libc::EINVAL), "{pairs:?}: {e}");
+    }
+    let e = image.context(&Options::new(), RO).unwrap().amend(&Options::new(), Progress::NONE);
+    assert_eq!(e.unwrap_err().kind(), ErrorKind::Errno(libc::EROFS));
+    let raw = dir.join("raw");
+    create(&raw, "raw", MB, &[]);
+    let e = amend(&open(&raw, RW), &[("compat", "1.1")]).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Errno(libc::ENOTSUP), "{e}");
+}
+
+#[test]
+fn the_backing_file_that_is_recorded_is_what_the_handle_stands_on() {
+    let dir = Tmp::in_memory("amend-backing");
+    std::fs::write(dir.join("a"), vec![0xa; MB as usize]).unwrap();
+    std::fs::write(dir.join("b"), vec![0xb; MB as usize]).unwrap();
+    let path = dir.join("image");
+    create(&path, "qcow2", MB, &[("backing-file", "a"), ("backing-fmt", "raw")]);
+    let image = open(&path, RW);
+    assert_eq!(read_range(&image, 5, 1), [0xa]);
+    amend(&image, &[("backing-file", "b")]).unwrap();
+    assert_eq!(read_range(&image, 5, 1), [0xb]);
+    amend(&image, &[("backing-file", "")]).unwrap();
+    assert_eq!(read_range(&image, 5, 1), [0]);
+    // What is not there: it is recorded, and the handle can only be reopened without it.
+    let e = amend(&image, &[("backing-file", "c"), ("backing-fmt", "raw")]).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Errno(libc::ENOENT), "{e}");
+    image.write_at(&[1], 0, NONE).unwrap_err();
+    let no_backing = options(&[("backing-file", "")]);
+    image.reopen(Some(&no_backing), RW).unwrap();
+    image.write_at(&[1], 0, NONE).unwrap();
+    image.close().unwrap();
+    about(&path, &["backing file: c", "backing file format: raw"]);
+    std::fs::rename(dir.join("a"), dir.join("c")).unwrap();
+    check_clean(&path);
+}
+
+#[test]
+fn who_is_told_may_stop_it_and_the_image_is_as_it_was() {
+    let dir = Tmp::in_memory("amend-cancel");
+    let (path, bytes) = rich(&dir, "image", &[("cluster-size", "512")], false);
+    let image = open(&path, RW);
+    let before = std::fs::read(&path).unwrap();
+    for pairs in [[("compat", "0.10")], [("refcount-bits", "64")]] {
+        let asked = AtomicU64::new(0);
+        let tell = |done: u64, total: u64| {
+            assert!(done <= total, "{done} of {total}");
+            asked.fetch_add(1, Relaxed) < 5
+        };
+        let e = image.amend(&options(&pairs), Progress::new(&tell)).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Errno(libc::ECANCELED), "{e}");
+        assert_eq!(std::fs::read(&path).unwrap()[..512], before[..512]);
+    }
+    image.write_at(&bytes[..5000], 0, NONE).unwrap();
+    assert_same(&read_all(&image), &bytes, 0, "all");
+    image.close().unwrap();
+    check_clean(&path);
+}
+
+/// qemu-img on an encrypted image, with a passphrase that opens it.
+fn opens(path: &Path, format: &str, key: &str) -> bool {
+    let secret = format!("secret,id=s,data={key}");
+    let name = if format == "luks" { "key-secret" } else { "encrypt.key-secret" };
+    let more = if format == "luks" { "" } else { ",encrypt.format=luks" };
+    let opts =
+        format!("driver={format}{more},{name}=s,file.driver=file,file.filename={}", path.display());
+    let out =
+        run("qemu-io", &[&"--object", &secret, &"--image-opts", &opts, &"-c", &"read -P 7 0 4k"]);
+    let text = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(!text.contains("Pattern verification failed"), "{text}");
+    out.status.success()
+}
+
+#[test]
+fn key_slots_come_and_go() {
+    let dir = Tmp::in_memory("amend-luks");
+    for (format, prefix) in [("qcow2", "encrypt."), ("luks", "")] {
+        let path = dir.join(format);
+        let fast = format!("{prefix}iter-time");
+        let mut pairs = vec![("key", "first"), (&fast, "10")];
+        if format == "qcow2" {
+            pairs.push(("encrypt.format", "luks"));
+        }
+        create(&path, format, MB, &pairs);
+        let key = |key: &str| options(&[("format", format), ("key", key)]);
+        let image = open_with(&path, &key("first"), RW);
+        image.write_at(&[7; 4096], 0, NONE).unwrap();
+        image.flush().unwrap();
+        let amend = |pairs: &[(&str, &str)]| {
+            let all = pairs.iter().fold(Options::new(), |o, (k, v)| match *k {
+                "key" => o.with(k, v),
+                _ => o.with(&format!("{prefix}{k}"), v),
+            });
+            image.amend(&all, Progress::NONE)
+        };
+        let errno = |e: Result<(), qblk::Error>| e.unwrap_err().kind();
+        let (invalid, bad) = (ErrorKind::Errno(libc::EINVAL), ErrorKind::BadKey);
+        let add = |new: &str, slot: &str| {
+            let mut all = vec![("state", "active"), ("new-secret", new), ("iter-time", "10")];
+            if !slot.is_empty() {
+                all.push(("keyslot", slot));
+            }
+            amend(&all)
+        };
+        add("second", "").unwrap();
+        add("third", "6").unwrap();
+        assert_eq!(image.property("luks.key-slots").unwrap().unwrap(), b"0,1,6");
+        assert_eq!(errno(add("fourth", "6")), invalid);
+        assert_eq!(errno(add("fourth", "8")), invalid);
+        for key in ["first", "second", "third"] {
+            assert!(opens_closed(&path, format, key), "{format}: {key}");
+        }
+        assert!(!opens_closed(&path, format, "fourth"));
+        let take = |old: &str| amend(&[("state", "inactive"), ("old-secret", old)]);
+        assert_eq!(errno(take("fourth")), bad);
+        assert_eq!(errno(amend(&[("state", "inactive")])), invalid);
+        assert_eq!(errno(amend(&[("state", "inactive"), ("keyslot", "3")])), invalid);
+        let both = [("state", "inactive"), ("keyslot", "1"), ("old-secret", "first")];
+        assert_eq!(errno(amend(&both)), bad);
+        take("first").unwrap();
+        amend(&[("state", "inactive"), ("keyslot", "6")]).unwrap();
+        assert_eq!(errno(take("second")), invalid, "{format}: the last one");
+        assert_eq!(image.property("luks.key-slots").unwrap().unwrap(), b"1");
+        // What the image was opened with is gone; another must be given.
+        assert_eq!(errno(add("fifth", "")), bad);
+        let all =
+            [("state", "active"), ("new-secret", "fifth"), ("iter-time", "10"), ("key", "second")];
+        amend(&all).unwrap();
+        assert_eq!(read_range(&image, 0, 4096), [7; 4096]);
+        image.close().unwrap();
+        assert!(!opens(&path, format, "first") && !opens(&path, format, "third"));
+        assert!(opens(&path, format, "second") && opens(&path, format, "fifth"));
+        drop(open_with(&path, &key("fifth"), RW));
+        // And what QEMU adds and takes away.
+        let opts = match format {
+            "luks" => "state=active,new-secret=n,iter-time=10",
+            _ => "encrypt.state=active,encrypt.new-secret=n,encrypt.iter-time=10",
+        };
+        let name = if format == "luks" { "key-secret" } else { "encrypt.key-secret" };
+        let more = if format == "luks" { "" } else { "encrypt.format=luks," };
+        let file = path.display();
+        let image_opts =
+            format!("driver={format},{more}{name}=s,file.driver=file,file.filename={file}");
+        let (s, n) = ("secret,id=s,data=second", "secret,id=n,data=sixth");
+        run_ok(
+            "qemu-img",
+            &[
+                &"amend",
+                &"--object",
+                &s,
+                &"--object",
+                &n,
+                &"-o",
+                &opts,
+                &"--image-opts",
+                &image_opts,
+            ],
+        );
+        drop(open_with(&path, &key("sixth"), RW));
+    }
+}
+
+/// [`opens`], of an image that is open here.
+fn opens_closed(path: &Path, format: &str, key: &str) -> bool {
+    let copy = path.with_extension("copy");
+    std::fs::copy(path, &copy).unwrap();
+    opens(&copy, format, key)
+}
