@@ -115,6 +115,14 @@ impl Driver for Qcow2 {
         self.change_size(size, prealloc)
     }
 
+    fn check(&self, repair: Repair, progress: Progress<'_>) -> Result<CheckReport> {
+        // What is in memory belongs to what is checked, unless nothing is written any more.
+        if !self.is_fenced() {
+            self.settle()?;
+        }
+        super::check::run(&self.file, repair, progress)
+    }
+
     fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
         self.list_snapshots()
     }

@@ -4,6 +4,7 @@
 mod amend;
 mod bench;
 mod chainwork;
+mod check;
 mod copy;
 mod create;
 mod data;
