@@ -6,7 +6,8 @@ use std::process::Output;
 use std::sync::Arc;
 
 use qblk::block::{
-    BitmapChange, Device, ErrorKind, InFlight, NewSnapshot, OneIov, Prealloc, ReqFlags, Result,
+    BitmapChange, Device, ErrorKind, InFlight, NewSnapshot, OneIov, Prealloc, Progress, Repair,
+    ReqFlags, Result,
 };
 use qblk::crypto::Secret;
 use qblk::format::{BackingRef, Params, luks, qcow2};
@@ -574,7 +575,11 @@ pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&P
         let told = |text: &[u8]| String::from_utf8_lossy(text).into_owned();
         assert!(sound, "{}{}", told(&out.stdout), told(&out.stderr));
     }
-    let image = scenario.open(&Disk::new(content), false).unwrap_or_else(|e| panic!("{e}"));
+    let disk = Disk::new(content);
+    let found = qcow2::check::run(&disk.device(), Repair::Nothing, Progress::NONE);
+    let found = found.unwrap_or_else(|e| panic!("{e}"));
+    assert!(found.corruptions == 0 && found.check_errors == 0, "{found:?}");
+    let image = scenario.open(&disk, false).unwrap_or_else(|e| panic!("{e}"));
     let bytes = read_all(&image).unwrap_or_else(|e| panic!("{e}"));
     guest.judge(&bytes).unwrap_or_else(|e| panic!("{e}"));
     if scenario.bitmaps > 0 {
