@@ -124,6 +124,23 @@ extern "C" {
 #define QBLK_OPEN_DIRECT 64
 
 /**
+ * qblk_open(): for qblk_check() only. Opens images that are too damaged to be opened otherwise (marked
+ * as corrupt, with a broken refcount table...), nothing but the image's own file, and needs no key.
+ * Data calls answer -EBADF. With QBLK_OPEN_RDWR it can be repaired.
+ */
+#define QBLK_OPEN_CHECK 128
+
+/**
+ * qblk_check(): give back space that nothing uses.
+ */
+#define QBLK_CHECK_REPAIR_LEAKS 1
+
+/**
+ * qblk_check(): repair all that can be repaired.
+ */
+#define QBLK_CHECK_REPAIR_ALL 3
+
+/**
  * A request: return when this write is on stable storage.
  */
 #define QBLK_REQ_FUA 1
@@ -398,6 +415,10 @@ extern "C" {
 
 #define QBLK_HAVE_RESIZE2 1
 
+#define QBLK_HAVE_CHECK 1
+
+#define QBLK_HAVE_CHECK2 1
+
 #define QBLK_HAVE_SERVER_NEW 1
 
 #define QBLK_HAVE_SERVER_SET 1
@@ -651,6 +672,56 @@ typedef struct qblk_bitmap {
      */
     uint8_t reserved[108];
 } qblk_bitmap;
+
+/**
+ * What qblk_check() found. 128 bytes for ever; later versions give reserved bytes a meaning.
+ */
+typedef struct qblk_check_result {
+    /**
+     * Places found that contradict the format, or at which data is or will be lost.
+     */
+    uint64_t corruptions;
+    /**
+     * Clusters found that are counted as in use more often than they are: space that is lost.
+     */
+    uint64_t leaks;
+    /**
+     * How many of the corruptions were repaired; the rest is still there.
+     */
+    uint64_t corruptions_fixed;
+    /**
+     * How many of the leaks were repaired; the rest is still there.
+     */
+    uint64_t leaks_fixed;
+    /**
+     * Places that could not be looked at or repaired: what they hide is not in the numbers above.
+     */
+    uint64_t check_errors;
+    /**
+     * Where the last part of the file that is in use ends, bytes.
+     */
+    uint64_t image_end;
+    /**
+     * Clusters of the disk.
+     */
+    uint64_t total_clusters;
+    /**
+     * Those of them that this image has.
+     */
+    uint64_t allocated_clusters;
+    /**
+     * Those of them that are compressed.
+     */
+    uint64_t compressed_clusters;
+    /**
+     * Those that do not lie behind the one before them.
+     */
+    uint64_t fragmented_clusters;
+    /**
+     * Zero.
+     */
+    uint8_t reserved[48];
+} qblk_check_result;
 
 /**
  * Is told how far long work is: `done` of `total`, in a unit of the work's own; `total` may grow.
@@ -1228,6 +1299,39 @@ int qblk_write_compressed(struct qblk *dev,
                           const void *buf,
                           size_t count,
                           uint64_t offset);
+
+/**
+ * Check the image: qblk_check2() without progress.
+ *
+ * Since 0.1.
+ */
+int qblk_check(struct qblk *dev, uint32_t flags, struct qblk_check_result *result);
+
+/**
+ * Check the image (not those that it stands on), repair it if `flags` says so, and tell in `*result`
+ * what was found and what was repaired.
+ *
+ * Flags: 0 = nothing is written; QBLK_CHECK_REPAIR_LEAKS = space that nothing uses is given back;
+ * QBLK_CHECK_REPAIR_ALL = all is repaired that can be without losing data, also refcounts and their
+ * tables, and the marks "dirty" and "corrupt" are taken away when nothing is wrong any more. What is
+ * counted, and how, is as in `qemu-img check`. `progress` (NULL: nobody) is told how far it is, and
+ * may stop it; the image is whole then, and no worse than before.
+ *
+ * On a device that is open for writing, other calls wait meanwhile. An image that can not be opened
+ * otherwise is opened with QBLK_OPEN_CHECK. After a repair on another handle the device has been
+ * opened anew; should that fail the code says why, and the handle is as if QBLK_OPEN_CHECK had been
+ * given.
+ *
+ * Returns 0 if the check ran, whatever it found; -EINVAL for a NULL or another flag; -EROFS if it is to
+ * repair through a handle that does not write; -EBADF on a handle that is open for its description
+ * only; -ENOTSUP for a format without a check; -ECANCELED; QBLK_ECORRUPT for a header that says
+ * nothing; QBLK_EUNSUPPORTED; codes of reading and writing. Any thread. Since 0.1.
+ */
+int qblk_check2(struct qblk *dev,
+                uint32_t flags,
+                qblk_progress_fn progress,
+                void *opaque,
+                struct qblk_check_result *result);
 
 /**
  * Copy all bytes of the device `from` to the beginning of `to`, in parallel.

@@ -425,13 +425,13 @@ fn whenever_the_power_goes_an_amended_image_is_whole() {
         assert_same(&amended(&disk, &scenario, &to), &bytes, 0, name);
         let all = std::mem::take(&mut disk.state().ops);
         let count = all.len();
-        let mut epochs = Epochs::new(all);
+        let mut epochs = Epochs::new(all, Default::default());
         for ops in first..=count {
             for left in [Left::All, Left::Nothing, Left::Some, Left::Some] {
                 let content = epochs.cut(&mut rng, ops, left);
                 let about = About(format!("{name}: after {} of {}", ops - first, count - first));
                 if left as u8 == Left::Some as u8 || rng.one_in(10) {
-                    std::fs::write(&path, &content).unwrap();
+                    std::fs::write(&path, &content[0]).unwrap();
                     check_no_corruption(&path);
                 }
                 let image = scenario.open(&Disk::new(content), false).unwrap();
@@ -465,7 +465,7 @@ fn whenever_the_power_goes_an_encrypted_image_opens_by_a_key_that_it_should() {
         drop(image);
         let ops = disk.state().ops.clone();
         let count = ops.len();
-        let mut epochs = Epochs::new(ops);
+        let mut epochs = Epochs::new(ops, Default::default());
         for ops in first..=count {
             for left in [Left::All, Left::Nothing, Left::Some, Left::Some] {
                 let disk = Disk::new(epochs.cut(&mut rng, ops, left));

@@ -33,13 +33,13 @@ fn operations_of_the_corpus_do_no_harm() {
 }
 
 #[test]
-fn bitmaps_of_the_corpus_do_no_harm() {
-    run(qblk_fuzz::bitmaps::qcow2_bitmaps, "qcow2_bitmaps");
+fn snapshots_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::qcow2_snapshots, "qcow2_snapshots");
 }
 
 #[test]
-fn snapshots_of_the_corpus_do_no_harm() {
-    run(qblk_fuzz::qcow2_snapshots, "qcow2_snapshots");
+fn bitmaps_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::bitmaps::qcow2_bitmaps, "qcow2_bitmaps");
 }
 
 #[test]

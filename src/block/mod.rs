@@ -5,6 +5,7 @@
 
 mod amend;
 mod bitmap;
+mod check;
 mod device;
 mod error;
 mod extent;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 
 pub use amend::{Amend, AmendKeys};
 pub use bitmap::{BitmapChange, BitmapInfo};
+pub use check::{CheckReport, Repair};
 pub use device::Device;
 pub(crate) use error::last_errno;
 pub use error::{Error, ErrorKind, Result};
@@ -305,6 +307,12 @@ pub trait Driver: Send + Sync {
     /// Change the size; bytes that come into being read as zeroes.
     fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {
         Err(Error::NotSupported("resize"))
+    }
+    /// Check the image, and mend what `repair` says. Before, everything that was written is made to be
+    /// in the file; no other call is under way. When the report says `changed`, what the driver knows of
+    /// the image may be out of date: it must be opened anew before it is used for anything else.
+    fn check(&self, _repair: Repair, _progress: Progress<'_>) -> Result<CheckReport> {
+        Err(Error::NotSupported("checking images of this format"))
     }
     /// The dirty bitmaps that there are; `count`: also what is dirty in them, where that can be had.
     fn bitmaps(&self, _count: bool) -> Result<Vec<BitmapInfo>> {

@@ -6,12 +6,13 @@ use std::process::Output;
 use std::sync::Arc;
 
 use qblk::block::{
-    BitmapChange, Device, ErrorKind, InFlight, NewSnapshot, OneIov, Prealloc, ReqFlags, Result,
+    BitmapChange, Device, ErrorKind, InFlight, NewSnapshot, OneIov, Prealloc, Progress, Repair,
+    ReqFlags, Result,
 };
 use qblk::crypto::Secret;
 use qblk::format::{BackingRef, Params, luks, qcow2};
 
-use super::disk::{Disk, SECTOR};
+use super::disk::{Disk, Files, SECTOR};
 use super::{Rng, run};
 
 /// What the guest does; places are sectors.
@@ -52,6 +53,8 @@ pub struct Scenario {
     pub encrypted: bool,
     /// L2 entries with subclusters.
     pub extended: bool,
+    /// Data lies in another file; `true`: which is always what the guest sees.
+    pub data_file: Option<bool>,
     pub backing: bool,
     /// How often something is done about bitmaps; 0: there are none.
     pub bitmaps: u64,
@@ -75,6 +78,7 @@ pub const PLAIN: Scenario = Scenario {
     refcount_order: 4,
     encrypted: false,
     extended: false,
+    data_file: None,
     backing: false,
     bitmaps: 0,
     sectors: 2048,
@@ -135,6 +139,17 @@ pub fn scenarios() -> Vec<Scenario> {
             snapshots: 4,
             ..PLAIN
         },
+        Scenario { name: "data file", data_file: Some(false), weights: all, ..PLAIN },
+        Scenario {
+            name: "data file over a backing file, subclusters",
+            data_file: Some(false),
+            extended: true,
+            cluster_bits: 14,
+            backing: true,
+            weights: all,
+            ..PLAIN
+        },
+        Scenario { name: "raw data file", data_file: Some(true), weights: all, ..PLAIN },
         Scenario { name: "compressed", pack: 8, ..PLAIN },
         Scenario {
             name: "compressed, with everything else, over a backing file",
@@ -195,13 +210,13 @@ impl Scenario {
         let most = if r.one_in(8) { self.sectors } else { self.most };
         let to = from + 1 + r.below((self.sectors - from).min(most));
         let value = r.below(255) as u8 + 1;
+        if r.below(self.weights.iter().sum::<u64>() + self.pack) < self.pack {
+            return Step::Pack(from, to, value);
+        }
         if r.below(self.weights.iter().sum::<u64>() + self.bitmaps) < self.bitmaps {
             use Bitmap::*;
             let all = [Save, Save, Add, Add, Remove, Clear, Merge, Enable, Disable];
             return Step::Bitmap(r.pick(&all));
-        }
-        if r.below(self.weights.iter().sum::<u64>() + self.pack) < self.pack {
-            return Step::Pack(from, to, value);
         }
         let mut roll = r.below(self.weights.iter().sum::<u64>() + self.snapshots);
         let kind = self.weights.iter().position(|w| {
@@ -244,13 +259,16 @@ impl Scenario {
                 .then(|| BackingRef { name: b"below".to_vec(), format: Some(b"raw".to_vec()) }),
             prealloc: Prealloc::Off,
             extended: self.extended,
-            data_file: None,
+            data_file: self.data_file.map(|raw| qcow2::DataFile { name: b"data".to_vec(), raw }),
         }
     }
 
     /// Make the image.
     pub fn create(&self) -> Disk {
-        let disk = Disk::new(Vec::new());
+        // What is in a data file at first is nobody's.
+        let data = if self.data_file == Some(false) { 0xee } else { 0 };
+        let len = if self.data_file.is_some() { self.first_size() * SECTOR } else { 0 };
+        let disk = Disk::new([Vec::new(), vec![data; len as usize]]);
         qcow2::create(&disk.device(), self.first_size() * SECTOR, &self.geometry()).unwrap();
         if self.bitmaps > 0 {
             let image = self.open(&disk, true).unwrap();
@@ -274,8 +292,11 @@ impl Scenario {
             calls: Arc::new(InFlight::default()),
         };
         let mut image = qcow2::Qcow2::open(disk.device(), params)?;
+        if self.data_file.is_some() {
+            image.attach_data(disk.data());
+        }
         if let Some(content) = self.below() {
-            image.attach(Disk::new(content).device(), true);
+            image.attach(Disk::new([content, Vec::new()]).device(), true);
         }
         Ok(Device::new(Box::new(image)))
     }
@@ -478,27 +499,6 @@ pub fn take(
     Ok(())
 }
 
-fn about_bitmaps(image: &Device, what: Bitmap, guest: &mut Guest) -> Result<()> {
-    let change = match what {
-        Bitmap::Save => {
-            image.driver().close()?;
-            guest.flushed();
-            return Ok(());
-        }
-        Bitmap::Add => BitmapChange::Add { name: b"some", granularity: 4096, disabled: false },
-        Bitmap::Remove => BitmapChange::Remove(b"some"),
-        Bitmap::Clear => BitmapChange::Clear(b"some"),
-        Bitmap::Merge => BitmapChange::Merge { target: b"some", source: b"all" },
-        Bitmap::Enable => BitmapChange::Enable(b"some"),
-        Bitmap::Disable => BitmapChange::Disable(b"some"),
-    };
-    match image.driver().change_bitmap(&change) {
-        // It is there already, or not.
-        Err(e) if matches!(e.kind(), ErrorKind::Errno(libc::EEXIST | libc::ENOENT)) => Ok(()),
-        done => done,
-    }
-}
-
 /// [`Step::Snapshot`].
 fn snapshot(
     image: &Device,
@@ -542,6 +542,27 @@ fn snapshot(
     Ok(())
 }
 
+fn about_bitmaps(image: &Device, what: Bitmap, guest: &mut Guest) -> Result<()> {
+    let change = match what {
+        Bitmap::Save => {
+            image.driver().close()?;
+            guest.flushed();
+            return Ok(());
+        }
+        Bitmap::Add => BitmapChange::Add { name: b"some", granularity: 4096, disabled: false },
+        Bitmap::Remove => BitmapChange::Remove(b"some"),
+        Bitmap::Clear => BitmapChange::Clear(b"some"),
+        Bitmap::Merge => BitmapChange::Merge { target: b"some", source: b"all" },
+        Bitmap::Enable => BitmapChange::Enable(b"some"),
+        Bitmap::Disable => BitmapChange::Disable(b"some"),
+    };
+    match image.driver().change_bitmap(&change) {
+        // It is there already, or not.
+        Err(e) if matches!(e.kind(), ErrorKind::Errno(libc::EEXIST | libc::ENOENT)) => Ok(()),
+        done => done,
+    }
+}
+
 /// Everything the guest can read.
 pub fn read_all(image: &Device) -> Result<Vec<u8>> {
     let mut bytes = vec![0; image.size() as usize];
@@ -551,16 +572,22 @@ pub fn read_all(image: &Device) -> Result<Vec<u8>> {
 
 /// The image that `content` is must be sound, by qemu-img's judgement too if it is given a place for
 /// it, and hold what the guest may count on.
-pub fn judge(content: Vec<u8>, guest: &Guest, scenario: &Scenario, qemu: Option<&Path>) {
+pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&Path>) {
     if let Some(path) = qemu {
-        fs::write(path, &content).unwrap();
-        let out = qemu_check(path, scenario.encrypted);
+        fs::write(path, &content[0]).unwrap();
+        let data = path.with_extension("data");
+        fs::write(&data, &content[1]).unwrap();
+        let out = qemu_check(path, scenario, &data);
         // 0 is sound, 3 has leaks only.
         let sound = matches!(out.status.code(), Some(0 | 3));
         let told = |text: &[u8]| String::from_utf8_lossy(text).into_owned();
         assert!(sound, "{}{}", told(&out.stdout), told(&out.stderr));
     }
-    let image = scenario.open(&Disk::new(content), false).unwrap_or_else(|e| panic!("{e}"));
+    let disk = Disk::new(content);
+    let found = qcow2::check::run(&disk.device(), Repair::Nothing, Progress::NONE);
+    let found = found.unwrap_or_else(|e| panic!("{e}"));
+    assert!(found.corruptions == 0 && found.check_errors == 0, "{found:?}");
+    let image = scenario.open(&disk, false).unwrap_or_else(|e| panic!("{e}"));
     let bytes = read_all(&image).unwrap_or_else(|e| panic!("{e}"));
     guest.judge(&bytes).unwrap_or_else(|e| panic!("{e}"));
     if scenario.bitmaps > 0 {
@@ -605,8 +632,16 @@ impl Drop for About {
     }
 }
 
-fn qemu_check(path: &Path, encrypted: bool) -> Output {
-    if !encrypted {
+fn qemu_check(path: &Path, scenario: &Scenario, data: &Path) -> Output {
+    if scenario.data_file.is_some() {
+        let opts = format!(
+            "driver=qcow2,file.driver=file,file.filename={},data-file.driver=file,data-file.filename={}",
+            path.display(),
+            data.display()
+        );
+        return run("qemu-img", &[&"check", &"--image-opts", &opts]);
+    }
+    if !scenario.encrypted {
         return run("qemu-img", &[&"check", &"-f", &"qcow2", &path]);
     }
     let opts = format!(

@@ -32,6 +32,8 @@ pub enum Command {
     Map(MapArgs),
     /// Copy an image into a new one, keeping holes
     Copy(CopyArgs),
+    /// Say whether an image is sound, or repair it
+    Check(CheckArgs),
     /// Change an image's size
     Resize(ResizeArgs),
     /// List, make, apply or delete internal snapshots
@@ -263,6 +265,19 @@ fn parse_sparse(text: &str) -> Result<u64, String> {
         size if size.is_multiple_of(4096) && size <= 2 << 20 => Ok(size),
         _ => Err("expected 0 or a multiple of 4k up to 2M".into()),
     }
+}
+
+#[derive(Args)]
+pub struct CheckArgs {
+    /// The image; those below it are not looked at
+    pub image: OsString,
+    /// Repair leaks, or all that can be repaired
+    #[arg(long, value_name = "WHAT", value_parser = ["leaks", "all"])]
+    pub repair: Option<String>,
+    #[command(flatten)]
+    pub open: OpenArgs,
+    #[command(flatten)]
+    pub told: Told,
 }
 
 #[derive(Args)]

@@ -119,6 +119,13 @@ impl Driver for Qcow2 {
         self.change_size(size, prealloc)
     }
 
+    fn check(&self, repair: Repair, progress: Progress<'_>) -> Result<CheckReport> {
+        // What is in memory belongs to what is checked, unless nothing is written any more.
+        if !self.is_fenced() {
+            self.settle()?;
+        }
+        super::check::run(&self.file, repair, progress)
+    }
     fn bitmaps(&self, count: bool) -> Result<Vec<BitmapInfo>> {
         self.bitmap_infos(count)
     }

@@ -59,14 +59,14 @@ impl Qcow2 {
         let result = self
             .drop_clusters(whole(new), whole(old), Fate::Forget)
             .and_then(|()| self.flush_all())
-            .and_then(|()| self.record_size(new))
-            .and_then(|()| self.shrink_data(new));
+            .and_then(|()| self.record_size(new));
         if result.is_err() {
             self.size.store(old, Release);
             return result;
         }
         // The space goes back now, not at some later flush: no call holds it any more.
-        self.flush_all()
+        self.flush_all()?;
+        self.shrink_data(new)
     }
 
     fn grow(&self, writer: &Writer, old: u64, new: u64, prealloc: Prealloc) -> Result<()> {

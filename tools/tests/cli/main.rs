@@ -5,6 +5,7 @@ mod amend;
 mod bench;
 mod bitmap;
 mod chainwork;
+mod check;
 mod copy;
 mod create;
 mod data;

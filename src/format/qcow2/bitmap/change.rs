@@ -58,7 +58,7 @@ impl Qcow2 {
             ));
         }
         let size = self.size.load(Acquire);
-        self.check_data(name, granularity_bits, size)?;
+        self.check_bitmap_data(name, granularity_bits, size)?;
         let directory = state.list.iter().map(|b| entry_size(&b.name, &b.extra)).sum::<u64>()
             + entry_size(name, &[]);
         if state.list.len() >= MAX_BITMAPS as usize || directory > MAX_DIRECTORY {
@@ -97,7 +97,7 @@ impl Qcow2 {
     }
 
     /// Refuse a bitmap whose data would be too large, or none at all: QEMU would refuse the image.
-    fn check_data(&self, name: &[u8], granularity_bits: u32, size: u64) -> Result<()> {
+    fn check_bitmap_data(&self, name: &[u8], granularity_bits: u32, size: u64) -> Result<()> {
         if size == 0 {
             let what = "a disk of no bytes can have no bitmaps";
             return Err(bitmap_error(self.file.name(), name, what, libc::EINVAL));
@@ -239,7 +239,7 @@ impl Qcow2 {
             return Ok(());
         }
         for b in state.list.iter().filter(|b| b.fit == Fit::Fine) {
-            self.check_data(&b.name, b.granularity_bits, new)?;
+            self.check_bitmap_data(&b.name, b.granularity_bits, new)?;
         }
         self.check_memory(&state, new, 0)?;
         drop(state);

@@ -9,7 +9,7 @@
 //!
 //! Source: "Host cluster management" of the QCOW2 specification.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 
 use super::*;
@@ -420,7 +420,7 @@ impl<'a> Shadow<'a> {
         old.slices.clear();
         old.dirty = 0;
         old.new_blocks.clear();
-        old.blocks = None;
+        old.twice = None;
         // Others may share it now, or nobody has it any more.
         old.tail = None;
         old.hint = self.freed.iter().map(|r| r.first).fold(old.hint, u64::min).max(1);
