@@ -474,7 +474,10 @@ fn whenever_the_power_goes_an_encrypted_image_opens_by_a_key_that_it_should() {
                 for key in [&b"key"[..], b"new", b"none"] {
                     let (was, is) = (both(before, key), both(after, key));
                     let found = opens(key);
-                    assert!(!(was && is) || found, "{key:?} does not open it after {ops}, {left:?}");
+                    assert!(
+                        !(was && is) || found,
+                        "{key:?} does not open it after {ops}, {left:?}"
+                    );
                     assert!(was || is || !found, "{key:?} opens it");
                 }
             }
