@@ -211,6 +211,8 @@ fn a_safe_rebase_changes_nothing_that_is_read() {
     for round in 0..12 {
         let compat = if round % 3 == 2 { "0.10" } else { "1.1" };
         let cluster = rng.pick(&["512", "4k", "64k"]);
+        let subclusters = round % 4 == 1 && compat == "1.1";
+        let (cluster, extended) = if subclusters { ("16k", "on") } else { (cluster, "off") };
         let mut size = || (rng.range(1, 6) << 19) as usize;
         let (a, b, c) = (size(), size(), size());
         let (first, second, top) = (tmp.join("a.raw"), tmp.join("b.qcow2"), tmp.join("top.qcow2"));
@@ -225,7 +227,7 @@ fn a_safe_rebase_changes_nothing_that_is_read() {
             c,
             Some((&first, &under)),
             &mut rng,
-            &[("compat", compat), ("cluster-size", cluster)],
+            &[("compat", compat), ("cluster-size", cluster), ("extended-l2", extended)],
         );
         let image = open(&top, RW);
         age(&image, &mut rng, &mut model, 3);

@@ -47,6 +47,8 @@ pub enum Kind {
     Empty,
     /// 1 TiB, every L2 table full, data at each [`PIECE`].
     Tib,
+    /// What the compressed ones hold, raw.
+    Programs,
     /// Compressed.
     Zlib,
     /// Compressed.
@@ -70,6 +72,7 @@ impl Kind {
             Self::Spread => "spread.qcow2",
             Self::Empty => "empty.qcow2",
             Self::Tib => "tib.qcow2",
+            Self::Programs => "programs.raw",
             Self::Zlib => "zlib.qcow2",
             Self::Zstd => "zstd.qcow2",
             Self::Luks => "luks.qcow2",
@@ -287,8 +290,9 @@ impl Images {
                 }
                 Ok(())
             }
+            Kind::Programs => write_programs(path, self.small),
             Kind::Zlib | Kind::Zstd => {
-                let raw = self.tmpfs.join("programs.raw");
+                let raw = self.tmpfs.join("to-compress.raw");
                 write_programs(&raw, self.small)?;
                 let how = if kind == Kind::Zlib {
                     "compression_type=zlib"
@@ -317,6 +321,11 @@ impl Images {
                 made.map(drop)
             }
         }
+    }
+
+    /// A file that is made by what is measured.
+    pub fn output(&self, name: &str) -> PathBuf {
+        self.tmpfs.join(name)
     }
 
     /// What the `i`th image of [`Kind::Spread`] has: every cluster is in one of them.

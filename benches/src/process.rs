@@ -57,6 +57,26 @@ pub fn whole(plan: &Plan, program: &Path, args: &[PathBuf]) -> Res<Sample> {
     Ok(Sample { value: times[times.len() / 2], cpu_us, foreign: used.foreign })
 }
 
+/// Let a program make a file, once.
+pub fn makes(program: &Path, args: &[PathBuf], file: &Path) -> Res<Sample> {
+    let shown = program.display().to_string();
+    let _ = std::fs::remove_file(file);
+    let start = Load::now();
+    let status = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .status()
+        .map_err(|e| qemu::missing(&shown, &e))?;
+    let used = start.used();
+    match status.success() && file.exists() {
+        true => {
+            Ok(Sample { value: used.wall * 1e3, cpu_us: used.own * 1e6, foreign: used.foreign })
+        }
+        false => Err(format!("{shown} failed: {status}")),
+    }
+}
+
 /// The memory, MiB, of a small program that has `image` open; see bin/one-image.rs.
 pub fn resident(program: &Path, image: Option<&Path>) -> Res<Sample> {
     let out = Command::new(program)

@@ -149,6 +149,30 @@ pub const ROWS: &[Spec] = &[
         build: zlib_4k,
     },
     Spec {
+        id: "pack-zlib",
+        title: "compressed writing, zlib, all cores, whole process",
+        needs: &[(Programs, Tmpfs)],
+        build: pack_zlib,
+    },
+    Spec {
+        id: "pack-zstd",
+        title: "compressed writing, zstd, all cores, whole process",
+        needs: &[(Programs, Tmpfs)],
+        build: pack_zstd,
+    },
+    Spec {
+        id: "unpack-zlib",
+        title: "reading all back, zlib, all cores, whole process",
+        needs: &[(Zlib, Tmpfs)],
+        build: unpack_zlib,
+    },
+    Spec {
+        id: "unpack-zstd",
+        title: "reading all back, zstd, all cores, whole process",
+        needs: &[(Zstd, Tmpfs)],
+        build: unpack_zstd,
+    },
+    Spec {
         id: "zstd-64k",
         title: "zstd, 64 KiB random, per core",
         needs: &[(Zstd, Tmpfs), (Zstd, Disk)],
@@ -383,6 +407,84 @@ fn luks<'a>(images: &'a Images, plan: &'a Plan, block: usize, lead: f64) -> Res<
     };
     add_qemu(&mut row, images, plan, Luks, work, KEY)?;
     Ok(row)
+}
+
+fn pack_zlib<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    pack(images, "zlib", 2.0)
+}
+fn pack_zstd<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    pack(images, "zstd", 1.7)
+}
+
+/// `qblk copy -c` beside `qemu-img convert -c`, from a raw file in memory to a file in memory.
+fn pack<'a>(images: &'a Images, kind: &'static str, lead: f64) -> Res<Row<'a>> {
+    let raw = images.path(Programs, Tmpfs);
+    let (a, b) = (images.output("packed-ours.qcow2"), images.output("packed-qemu.qcow2"));
+    let tool = process::built("qblk-tool", "qblk")?;
+    let how = format!("compression_type={kind}");
+    let ours = ["copy", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", &how];
+    let theirs = ["convert", "-c", "-m", "8", "-W", "-f", "raw", "-O", "qcow2", "-o", &how];
+    let mut row = converts((tool, &ours, raw.clone(), a.clone()), (&theirs, raw, b.clone()), lead)?;
+    // Each is made once before the clock runs, and the sizes must be right.
+    let mut sizes = Vec::new();
+    for (contender, file) in row.contenders.iter_mut().zip([&a, &b]) {
+        (contender.run)()?;
+        sizes.push(at(file, file.metadata())?.len());
+    }
+    if sizes[0] > sizes[1] {
+        return Err(format!("{kind}: {} bytes, qemu-img makes {}", sizes[0], sizes[1]));
+    }
+    let part = |n: u64| n as f64 * 100.0 / images.small as f64;
+    row.remarks = vec![format!(
+        "{} MiB of programs and libraries to {:.1} %, by qemu-img to {:.1} %.",
+        images.small >> 20,
+        part(sizes[0]),
+        part(sizes[1])
+    )];
+    Ok(row)
+}
+
+fn unpack_zlib<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    unpack(images, Zlib, 2.5)
+}
+fn unpack_zstd<'a>(images: &'a Images, _: &'a Plan) -> Res<Row<'a>> {
+    unpack(images, Zstd, 2.0)
+}
+
+fn unpack<'a>(images: &'a Images, kind: Kind, lead: f64) -> Res<Row<'a>> {
+    let (image, tool) = (images.path(kind, Tmpfs), process::built("qblk-tool", "qblk")?);
+    let (a, b) = (images.output("unpacked-ours.raw"), images.output("unpacked-qemu.raw"));
+    let ours = ["copy", "-q", "-f", "qcow2", "-O", "raw"];
+    let theirs = ["convert", "-m", "8", "-W", "-f", "qcow2", "-O", "raw"];
+    let mut row = converts((tool, &ours, image.clone(), a), (&theirs, image, b), lead)?;
+    row.remarks = vec!["An image that qemu-img has made, to a raw file.".to_owned()];
+    Ok(row)
+}
+
+/// Our tool and qemu-img, each of which makes a file of another.
+fn converts<'a>(
+    (tool, ours, our_source, our_target): (PathBuf, &[&str], PathBuf, PathBuf),
+    (theirs, their_source, their_target): (&[&str], PathBuf, PathBuf),
+    lead: f64,
+) -> Res<Row<'a>> {
+    let args = |words: &[&str], from: PathBuf, to: &Path| -> Vec<PathBuf> {
+        words.iter().map(PathBuf::from).chain([from, to.to_owned()]).collect()
+    };
+    let one = |who, program: PathBuf, args: Vec<PathBuf>, file: PathBuf| Contender {
+        who,
+        run: Box::new(move || process::makes(&program, &args, &file)),
+    };
+    let our_args = args(ours, our_source, &our_target);
+    let their_args = args(theirs, their_source, &their_target);
+    Ok(Row {
+        unit: Unit::Millis,
+        contenders: vec![
+            one(Who::Ours, tool, our_args, our_target),
+            one(Who::QemuTool, "qemu-img".into(), their_args, their_target),
+        ],
+        targets: vec![to_reach(Qemu, lead)],
+        remarks: Vec::new(),
+    })
 }
 
 fn compressed<'a>(

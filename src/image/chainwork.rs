@@ -101,7 +101,7 @@ enum Outcome {
     /// It is as it was, or good to go on with.
     Same,
     /// It goes on as this one.
-    Other(Tree),
+    Other(Box<Tree>),
 }
 
 impl Image {
@@ -120,11 +120,11 @@ impl Image {
             // What the old one keeps in memory is out of date by now.
             let again = chain::reopen(&both, options, old.flags, calls);
             match (again, done) {
-                (Ok(new), done) => Ok((Outcome::Other(new), done)),
+                (Ok(new), done) => Ok((Outcome::Other(new.into()), done)),
                 (Err(e), done) => {
                     let both = Tree { flags: old.flags, ..both };
                     log(Level::Warn, format_args!("{}: stays locked for writing: {e}", both.name));
-                    Ok((Outcome::Other(both), done))
+                    Ok((Outcome::Other(both.into()), done))
                 }
             }
         })
@@ -168,7 +168,7 @@ impl Image {
             // Until here nobody could write to it.
             drop(below);
             match new {
-                Ok(new) => Ok((Outcome::Other(new), Ok(()))),
+                Ok(new) => Ok((Outcome::Other(new.into()), Ok(()))),
                 // It is named, as was asked.
                 Err(e) if blind => {
                     let text = format_args!("{}: goes on with its old backing file: {e}", old.name);
@@ -209,7 +209,7 @@ impl Image {
         let old = unsafe { Box::from_raw(old) };
         let (tree, result) = match work(&old, &self.shared.calls) {
             Ok((Outcome::Same, result)) => (old, result),
-            Ok((Outcome::Other(new), result)) => (Box::new(new), result),
+            Ok((Outcome::Other(new), result)) => (new, result),
             Err(e) => (old, Err(e)),
         };
         self.shared.tree.store(Box::into_raw(tree), SeqCst);

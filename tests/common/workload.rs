@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Output;
 use std::sync::Arc;
 
-use qblk::block::{Device, InFlight, NewSnapshot, Prealloc, ReqFlags, Result};
+use qblk::block::{Device, InFlight, NewSnapshot, OneIov, Prealloc, ReqFlags, Result};
 use qblk::crypto::Secret;
 use qblk::format::{BackingRef, Params, luks, qcow2};
 
@@ -22,6 +22,8 @@ pub enum Step {
     Resize(u64),
     /// Make an internal snapshot, apply one or delete one; the number says which.
     Snapshot(u64),
+    /// Whole clusters, in compressed form.
+    Pack(u64, u64, u8),
 }
 
 /// What an image is made like, and how often each kind of step is taken.
@@ -43,6 +45,8 @@ pub struct Scenario {
     pub weights: [u64; 7],
     /// How often a snapshot is made, applied or deleted, beside those.
     pub snapshots: u64,
+    /// How often clusters are written in compressed form, beside those.
+    pub pack: u64,
 }
 
 /// An image with the defaults of `qemu-img create`, but small, that is written to.
@@ -58,6 +62,7 @@ pub const PLAIN: Scenario = Scenario {
     most: 64,
     weights: [6, 1, 0, 0, 0, 2, 0],
     snapshots: 0,
+    pack: 0,
 };
 
 /// The workloads by name.
@@ -111,6 +116,29 @@ pub fn scenarios() -> Vec<Scenario> {
             snapshots: 4,
             ..PLAIN
         },
+        Scenario { name: "compressed", pack: 8, ..PLAIN },
+        Scenario {
+            name: "compressed, with everything else, over a backing file",
+            pack: 5,
+            backing: true,
+            weights: all,
+            ..PLAIN
+        },
+        Scenario {
+            name: "compressed, refcounts of 2 bits",
+            pack: 8,
+            refcount_order: 1,
+            weights: all,
+            cluster_bits: 10,
+            ..PLAIN
+        },
+        Scenario {
+            name: "compressed, with snapshots",
+            pack: 5,
+            weights: all,
+            snapshots: 3,
+            ..PLAIN
+        },
         Scenario { name: "encrypted", encrypted: true, weights: all, ..PLAIN },
     ]
 }
@@ -126,6 +154,9 @@ impl Scenario {
         let most = if r.one_in(8) { self.sectors } else { self.most };
         let to = from + 1 + r.below((self.sectors - from).min(most));
         let value = r.below(255) as u8 + 1;
+        if r.below(self.weights.iter().sum::<u64>() + self.pack) < self.pack {
+            return Step::Pack(from, to, value);
+        }
         let mut roll = r.below(self.weights.iter().sum::<u64>() + self.snapshots);
         let kind = self.weights.iter().position(|w| {
             let hit = roll < *w;
@@ -331,6 +362,19 @@ pub fn take(
             let data = vec![value; ((to - from) * SECTOR) as usize];
             image.write_slice(&data, from * SECTOR, flags)?;
             guest.done(from, to, flags.has(ReqFlags::FUA));
+        }
+        Step::Pack(from, to, value) => {
+            // The clusters that are touched, as far as there are any.
+            let cluster = u64::from(image.driver().describe().cluster_size).max(SECTOR) / SECTOR;
+            let (from, to) = range(from - from % cluster, to.next_multiple_of(cluster));
+            guest.set(from, to, value);
+            begun(guest);
+            let data = vec![value; ((to - from) * SECTOR) as usize];
+            let data = OneIov::src(&data);
+            if from < to {
+                image.driver().write_compressed(data.iov(), from * SECTOR)?;
+            }
+            guest.done(from, to, false);
         }
         Step::Zero(from, to, flags) => {
             let (from, to) = range(from, to);
