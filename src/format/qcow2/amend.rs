@@ -40,7 +40,11 @@ impl Qcow2 {
         let change = |head: &mut Edit| self.amend_header(head, to, v3);
         if v3 == self.v3 && new_order == order {
             self.flush_all()?;
-            self.or_fail(writer, self.edit_header(|head| Ok(change(head))))?;
+            let changed = self.edit_header(|head| {
+                change(head);
+                Ok(())
+            });
+            self.or_fail(writer, changed)?;
         } else {
             self.rebuild(new_order, progress, |new, plan| {
                 if self.v3 && !v3 {
