@@ -32,6 +32,8 @@ mod data;
 pub use data::*;
 mod info;
 pub use info::*;
+mod bitmap;
+pub use bitmap::*;
 mod images;
 pub use images::*;
 mod check;
@@ -147,6 +149,8 @@ pub const QBLK_EXTENT_DATA: u32 = 4;
 pub const QBLK_EXTENT_COMPRESSED: u32 = 8;
 /// qblk_extent.flags: host_offset is valid.
 pub const QBLK_EXTENT_HOST: u32 = 16;
+/// qblk_extent.flags, of qblk_extents2(): dirty in the bitmap that was asked for.
+pub const QBLK_EXTENT_DIRTY: u32 = 32;
 
 /// qblk_set_log(): something failed, and nobody could be told otherwise.
 pub const QBLK_LOG_ERROR: c_int = 1;
@@ -192,6 +196,7 @@ const _: () = {
     assert!(QBLK_EXTENT_DATA == Extent::DATA);
     assert!(QBLK_EXTENT_COMPRESSED == Extent::COMPRESSED);
     assert!(QBLK_EXTENT_HOST == Extent::HOST);
+    assert!(QBLK_EXTENT_DIRTY == Extent::DIRTY);
 };
 
 /// An open block device: a context, an independent way into a source of bytes.

@@ -8,6 +8,7 @@
 //! moves but those that change what a handle is (resize, reopen, close).
 
 mod amend;
+mod bitmap;
 mod chain;
 mod chainwork;
 mod check;
@@ -421,12 +422,18 @@ impl Image {
     }
 
     /// What a meta context of the NBD server behind the image says of a range: runs of so many bytes
-    /// with these flags, from `offset` on, perhaps not to its end.
-    pub fn block_status(&self, context: &[u8], offset: u64, count: u64) -> Result<Vec<(u64, u64)>> {
+    /// with these flags, from `offset` on, perhaps not to its end; `most` of them, or a few more.
+    pub fn block_status(
+        &self,
+        context: &[u8],
+        offset: u64,
+        count: u64,
+        most: usize,
+    ) -> Result<Vec<(u64, u64)>> {
         let call = self.data_call(offset, count)?;
         let mut out = Vec::new();
         if count > 0 {
-            call.top.driver().status(context, offset, count, &mut out)?;
+            call.top.driver().status(context, offset, count, most, &mut out)?;
         }
         Ok(out)
     }

@@ -50,6 +50,8 @@ pub enum Command {
     Write(WriteArgs),
     /// Measure how fast an image is read or written
     Bench(BenchArgs),
+    /// List and change the dirty bitmaps of an image
+    Bitmap(crate::bitmap::BitmapArgs),
     /// Say who has an image locked
     Lock(crate::lock::LockArgs),
     /// Serve images by NBD, until a signal or the end of a command
@@ -501,6 +503,9 @@ pub struct ServeArgs {
     /// Tell clients that list the exports what the one image is
     #[arg(long, value_name = "TEXT")]
     pub description: Option<OsString>,
+    /// Tell clients of the dirty bitmap NAME only [default: of all that are consistent]
+    #[arg(short = 'B', long, value_name = "NAME")]
+    pub bitmap: Option<OsString>,
     /// Do not let clients write
     #[arg(short, long)]
     pub read_only: bool,

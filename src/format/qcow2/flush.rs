@@ -96,6 +96,19 @@ impl Qcow2 {
         }
     }
 
+    /// Write the counts that have changed, and make them last: what they count may be pointed to then.
+    pub(super) fn publish_counts(&self, meta: &mut Meta) -> Result<()> {
+        for (offset, block) in meta.refs.take_dirty() {
+            self.file.write_slice(&block, offset, ReqFlags::NONE)?;
+        }
+        meta.refs.written();
+        self.file.flush()?;
+        for (offset, entry) in meta.refs.take_new_blocks() {
+            self.file.write_slice(&entry.to_be_bytes(), offset, ReqFlags::NONE)?;
+        }
+        self.file.flush()
+    }
+
     /// Remember a failure for good: what the kernel could not write it may have dropped.
     pub(super) fn or_fail(&self, writer: &Writer, result: Result<()>) -> Result<()> {
         if let Err(e) = &result {
@@ -295,6 +308,9 @@ impl Qcow2 {
     /// The caller is no call under way, and no other is left.
     pub fn settle(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
+        // Bitmaps vouch for what is on disk only.
+        self.flush_all()?;
+        let saved = self.settle_bitmaps();
         // Each round may free clusters, which changes counts again; two suffice.
         let mut all = false;
         for _ in 0..8 {
@@ -314,6 +330,7 @@ impl Qcow2 {
         drop(meta);
         self.sync()?;
         // Only now do the refcounts on disk say all.
-        if all { self.set_incompatible(incompat::DIRTY, false) } else { Ok(()) }
+        let clean = if all { self.set_incompatible(incompat::DIRTY, false) } else { Ok(()) };
+        saved.and(clean)
     }
 }

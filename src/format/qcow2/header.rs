@@ -104,6 +104,8 @@ pub struct Header {
     pub backing: Option<BackingRef>,
     pub data_file: Option<Vec<u8>>,
     pub has_bitmaps: bool,
+    /// The bitmaps extension, as it is.
+    pub bitmaps: Option<[u8; super::bitmap::EXTENSION_BYTES]>,
     /// Where the LUKS header and its keys lie: offset and bytes.
     luks: Option<(u64, u64)>,
     /// Incompatible features that nobody here knows, by name.
@@ -212,6 +214,7 @@ impl Header {
             backing: None,
             data_file: None,
             has_bitmaps: false,
+            bitmaps: None,
             luks: None,
             unknown: None,
         };
@@ -296,7 +299,10 @@ impl Header {
             let data = &head[at as usize + 8..(at + 8 + len) as usize];
             match magic {
                 EXT_BACKING_FORMAT => *backing_format = Some(data.to_vec()),
-                EXT_BITMAPS => self.has_bitmaps = true,
+                EXT_BITMAPS => {
+                    self.has_bitmaps = true;
+                    self.bitmaps = self.bitmaps.or(data.try_into().ok());
+                }
                 EXT_LUKS if len == 16 => {
                     self.luks = Some((Fields(data).u64(0), Fields(data).u64(8)));
                 }

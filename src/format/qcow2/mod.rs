@@ -13,10 +13,11 @@
 //!
 //! Source: the QCOW2 specification (QEMU, docs/interop/qcow2).
 //!
-//! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache,
-//! then `Features::turn` (one writer of header fields).
+//! Lock order: `Bitmaps::state`, `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of
+//! the L2 cache, then `Features::turn` (one writer of header fields).
 
 mod amend;
+mod bitmap;
 mod chain;
 pub mod check;
 mod cluster;
@@ -159,6 +160,7 @@ pub struct Qcow2 {
     writer: Option<Writer>,
     /// Where metadata is; of a writable image only.
     areas: Arc<guard::Areas>,
+    bitmaps: bitmap::Bitmaps,
     calls: Arc<InFlight>,
 }
 
@@ -273,10 +275,12 @@ impl Qcow2 {
             files_below: Vec::new(),
             writer,
             areas,
+            bitmaps: bitmap::Bitmaps::new(params.untrusted),
             calls: params.calls,
         };
         if image.writer.is_some() {
             image.note_l2_tables();
+            image.begin_bitmaps()?;
         }
         Ok(image)
     }
@@ -293,12 +297,6 @@ impl Qcow2 {
             return Err(Error::unsupported(
                 name,
                 "writing to an image with both internal snapshots and an external data file",
-            ));
-        }
-        if header.has_bitmaps && header.autoclear & header::AUTOCLEAR_BITMAPS != 0 {
-            return Err(Error::unsupported(
-                name,
-                "writing to an image with persistent dirty bitmaps (they would become wrong)",
             ));
         }
         Ok(())
@@ -348,6 +346,8 @@ impl Qcow2 {
         snapshot::check_l1(file, header, chosen, l2_bits)?;
         (header.l1_offset, header.l1_entries) = (chosen.l1_offset, chosen.l1_entries);
         header.size = chosen.info.disk_size;
+        // They tell of the active image.
+        (header.bitmaps, header.has_bitmaps) = (None, false);
         let state = vmstate::State::default();
         state.is_kept(chosen.info.vm_state_size);
         Ok(state)
@@ -404,13 +404,15 @@ impl Qcow2 {
     /// Clear the autoclear bits that a program which does not know them must clear before it writes.
     /// To be called when nothing else can fail any more.
     pub(super) fn clear_autoclear(&self) -> Result<()> {
-        // A raw data file is kept right while writing; nothing else is, so all other bits go. (Where
-        // bitmaps are in use, `check_writable` has refused.)
         if self.writer.is_none() {
             return Ok(());
         }
-        let kept = if self.is_raw { header::AUTOCLEAR_RAW } else { 0 };
-        self.set_autoclear(!kept, false)
+        // Bitmaps and a raw data file are kept right while writing; nothing else is, so all other bits
+        // go.
+        let mut kept = if self.header.has_bitmaps { header::AUTOCLEAR_BITMAPS } else { 0 };
+        kept |= if self.is_raw { header::AUTOCLEAR_RAW } else { 0 };
+        self.set_autoclear(!kept, false)?;
+        self.drop_stale_bitmaps()
     }
 
     /// What the image says it is backed by.

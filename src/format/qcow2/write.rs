@@ -201,7 +201,7 @@ impl Qcow2 {
     }
 
     /// Take host clusters, and make the file long enough for them.
-    fn allocate(&self, meta: &mut Meta, want: u64) -> Change<(Run, bool)> {
+    pub(super) fn allocate(&self, meta: &mut Meta, want: u64) -> Change<(Run, bool)> {
         let (run, blank) = meta.refs.allocate(&self.file, want)?;
         match self.lengthen((run.first + run.count) << self.cluster_bits) {
             Ok(()) => Ok((run, blank)),

@@ -3,6 +3,7 @@
 
 mod amend;
 mod bench;
+mod bitmap;
 mod chainwork;
 mod check;
 mod copy;
