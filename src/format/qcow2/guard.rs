@@ -185,7 +185,6 @@ impl Qcow2 {
 
     /// Note where the bitmap directory lies from now on, if there is one: offset and bytes. To be called
     /// whenever that changes, before what it had before is free.
-    #[allow(dead_code)] // until bitmaps are kept while writing
     pub(super) fn note_bitmap_directory(&self, place: Option<(u64, u64)>) {
         let runs = place.map(|(offset, bytes)| Run {
             first: offset >> self.cluster_bits,
