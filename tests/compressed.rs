@@ -354,3 +354,40 @@ fn what_can_not_be_packed_is_refused_and_left_alone() {
     model[65536..].fill(1);
     assert_same(&read_all(&image), &model, 0, "only the whole one was written");
 }
+
+#[test]
+fn entries_that_lie_are_named_and_counts_that_lie_do_no_further_harm() {
+    let tmp = Tmp::in_memory("packed-hostile");
+    let mut rng = Rng::new(9);
+    let path = tmp.join("a.qcow2");
+    let all = packed(&path, 40 * 65536, 65536, &[], &mut rng);
+    let l2 = peek_u64(&path, peek_u64(&path, 40)) & 0x00ff_ffff_ffff_fe00;
+    let good = peek(&path, l2 + 8 * 5, 8);
+    // Marked as writable in place; a plain one with reserved bits.
+    for bad in [3u64 << 62 | 0x50000, 1 << 60 | 0x50000] {
+        poke(&path, l2 + 8 * 5, &bad.to_be_bytes());
+        let image = open(&path, RW);
+        let e = pack(&image, &all[..65536], 5 * 65536).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
+        let text = e.to_string();
+        assert!(text.contains("0x50000") && text.contains(&format!("{bad:#018x}")), "{text}");
+        drop(image);
+        // A reader says the same.
+        let e = open(&path, RO).read_at(&mut [0; 10], 5 * 65536).unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
+        poke(&path, l2 + 8 * 5, &good);
+        // Who found it may have marked the image, as QEMU does.
+        qemu_img!("check", "-q", "-r", "all", "-f", "qcow2", path);
+    }
+    // Nothing is counted that is in use: what is freed can not be counted down, and stays.
+    let blocks = peek_u64(&path, peek_u64(&path, 48));
+    let entry = peek_u64(&path, l2);
+    let host = (entry & ((1 << 54) - 1)) >> 16;
+    poke(&path, blocks + 2 * host, &[0, 0]);
+    let image = open(&path, RW);
+    let _ = pack(&image, &all[65536..2 * 65536], 0);
+    let _ = image.flush();
+    let got = read_range(&image, 65536, 65536);
+    assert_same(&got, &all[65536..2 * 65536], 65536, "its neighbour");
+    drop(image);
+}

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::Plan;
+use crate::checking;
 use crate::contenders::*;
 use crate::durable;
 use crate::images::{CLUSTER, Images, Kind, On, PIECE, create, overlay};
@@ -72,6 +73,18 @@ pub const ROWS: &[Spec] = &[
         title: "1 MiB random read, two threads",
         needs: &[(Full, Tmpfs)],
         build: read_1m_2,
+    },
+    Spec {
+        id: "check",
+        title: "check of an image with 256 GiB allocated",
+        needs: &[],
+        build: checking::time,
+    },
+    Spec {
+        id: "check-memory",
+        title: "memory that this check needs",
+        needs: &[],
+        build: checking::memory,
     },
     Spec { id: "open", title: "open, read 4 KiB, close", needs: &[(Full, Tmpfs)], build: open_one },
     Spec {

@@ -5,12 +5,14 @@
 //! * [`qcow2_header`]: the input is a file. It is described, probed and opened.
 //! * [`qcow2_ops`]: the input is a script of operations and an image that they are done to.
 //! * [`qcow2_snapshots`]: the same, for internal snapshots and amending.
+//! * [`bitmaps::qcow2_bitmaps`]: the same, and what is done is done to bitmaps.
 //! * [`nbd::handshake`]: the input is what a client says to the NBD server, from its first byte on.
 //! * [`nbd::transmission`]: the input is a script of requests after a right negotiation.
 //!
 //! Nothing that an image names is ever opened: images are opened with `implicit-open=deny`, and with a
 //! backing device or a data file in memory or none.
 
+pub mod bitmaps;
 pub mod nbd;
 pub mod nbd_client;
 mod snapshots;

@@ -48,6 +48,8 @@ pub struct State {
     pub calls: [u64; 3],
     /// Whether it has struck.
     pub struck: bool,
+    /// Bytes asked for by reads.
+    pub bytes_read: u64,
 }
 
 impl State {
@@ -203,7 +205,8 @@ impl Driver for Recorder {
         self.1.lock().unwrap().content[self.2].len() as u64
     }
     fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
-        let file = self.call(Call::Read, "reading", offset)?;
+        let mut file = self.call(Call::Read, "reading", offset)?;
+        file.bytes_read += buf.len() as u64;
         let from = file.content[self.2].get(offset as usize..).unwrap_or_default();
         let n = buf.copy_from(&from[..from.len().min(buf.len())]);
         buf.split_at(n).1.zero_fill();

@@ -5,7 +5,9 @@ use std::path::Path;
 use std::process::Output;
 use std::sync::Arc;
 
-use qblk::block::{Device, InFlight, NewSnapshot, OneIov, Prealloc, ReqFlags, Result};
+use qblk::block::{
+    BitmapChange, Device, ErrorKind, InFlight, NewSnapshot, OneIov, Prealloc, ReqFlags, Result,
+};
 use qblk::crypto::Secret;
 use qblk::format::{BackingRef, Params, luks, qcow2};
 
@@ -24,6 +26,20 @@ pub enum Step {
     Snapshot(u64),
     /// Whole clusters, in compressed form.
     Pack(u64, u64, u8),
+    Bitmap(Bitmap),
+}
+
+/// What is done about dirty bitmaps. There is one from the beginning that is only marked; this is about
+/// another, but for the saving of all.
+#[derive(Clone, Copy, Debug)]
+pub enum Bitmap {
+    Save,
+    Add,
+    Remove,
+    Clear,
+    Merge,
+    Enable,
+    Disable,
 }
 
 /// What an image is made like, and how often each kind of step is taken.
@@ -39,6 +55,8 @@ pub struct Scenario {
     /// Data lies in another file; `true`: which is always what the guest sees.
     pub data_file: Option<bool>,
     pub backing: bool,
+    /// How often something is done about bitmaps; 0: there are none.
+    pub bitmaps: u64,
     /// Largest size, sectors.
     pub sectors: u64,
     /// Largest write, sectors.
@@ -61,6 +79,7 @@ pub const PLAIN: Scenario = Scenario {
     extended: false,
     data_file: None,
     backing: false,
+    bitmaps: 0,
     sectors: 2048,
     most: 64,
     weights: [6, 1, 0, 0, 0, 2, 0],
@@ -146,7 +165,28 @@ pub fn scenarios() -> Vec<Scenario> {
             cluster_bits: 10,
             ..PLAIN
         },
+        Scenario {
+            name: "compressed, with snapshots",
+            pack: 5,
+            weights: all,
+            snapshots: 3,
+            ..PLAIN
+        },
         Scenario { name: "encrypted", encrypted: true, weights: all, ..PLAIN },
+        Scenario {
+            name: "bitmaps over a backing file",
+            bitmaps: 4,
+            backing: true,
+            weights: [4, 1, 1, 1, 1, 2, 0],
+            ..PLAIN
+        },
+        Scenario {
+            name: "bitmaps",
+            bitmaps: 6,
+            cluster_bits: 9,
+            weights: [4, 1, 1, 1, 1, 2, 2],
+            ..PLAIN
+        },
     ]
 }
 
@@ -163,6 +203,11 @@ impl Scenario {
         let value = r.below(255) as u8 + 1;
         if r.below(self.weights.iter().sum::<u64>() + self.pack) < self.pack {
             return Step::Pack(from, to, value);
+        }
+        if r.below(self.weights.iter().sum::<u64>() + self.bitmaps) < self.bitmaps {
+            use Bitmap::*;
+            let all = [Save, Save, Add, Add, Remove, Clear, Merge, Enable, Disable];
+            return Step::Bitmap(r.pick(&all));
         }
         let mut roll = r.below(self.weights.iter().sum::<u64>() + self.snapshots);
         let kind = self.weights.iter().position(|w| {
@@ -216,6 +261,12 @@ impl Scenario {
         let len = if self.data_file.is_some() { self.first_size() * SECTOR } else { 0 };
         let disk = Disk::new([Vec::new(), vec![data; len as usize]]);
         qcow2::create(&disk.device(), self.first_size() * SECTOR, &self.geometry()).unwrap();
+        if self.bitmaps > 0 {
+            let image = self.open(&disk, true).unwrap();
+            let add = BitmapChange::Add { name: b"all", granularity: 512, disabled: false };
+            image.driver().change_bitmap(&add).unwrap();
+            image.driver().close().unwrap();
+        }
         disk
     }
 
@@ -431,6 +482,10 @@ pub fn take(
             guest.sizes.last_mut().into_iter().for_each(|s| s.1 = true);
             guest.done(new.min(size), all, false);
         }
+        Step::Bitmap(what) => {
+            begun(guest);
+            return about_bitmaps(image, what, guest);
+        }
     }
     Ok(())
 }
@@ -478,6 +533,27 @@ fn snapshot(
     Ok(())
 }
 
+fn about_bitmaps(image: &Device, what: Bitmap, guest: &mut Guest) -> Result<()> {
+    let change = match what {
+        Bitmap::Save => {
+            image.driver().close()?;
+            guest.flushed();
+            return Ok(());
+        }
+        Bitmap::Add => BitmapChange::Add { name: b"some", granularity: 4096, disabled: false },
+        Bitmap::Remove => BitmapChange::Remove(b"some"),
+        Bitmap::Clear => BitmapChange::Clear(b"some"),
+        Bitmap::Merge => BitmapChange::Merge { target: b"some", source: b"all" },
+        Bitmap::Enable => BitmapChange::Enable(b"some"),
+        Bitmap::Disable => BitmapChange::Disable(b"some"),
+    };
+    match image.driver().change_bitmap(&change) {
+        // It is there already, or not.
+        Err(e) if matches!(e.kind(), ErrorKind::Errno(libc::EEXIST | libc::ENOENT)) => Ok(()),
+        done => done,
+    }
+}
+
 /// Everything the guest can read.
 pub fn read_all(image: &Device) -> Result<Vec<u8>> {
     let mut bytes = vec![0; image.size() as usize];
@@ -501,6 +577,35 @@ pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&P
     let image = scenario.open(&Disk::new(content), false).unwrap_or_else(|e| panic!("{e}"));
     let bytes = read_all(&image).unwrap_or_else(|e| panic!("{e}"));
     guest.judge(&bytes).unwrap_or_else(|e| panic!("{e}"));
+    if scenario.bitmaps > 0 {
+        judge_bitmaps(&image, &bytes, scenario);
+    }
+}
+
+/// Bitmaps that say of themselves that they can be trusted can be: whatever is not as it was in the
+/// beginning is dirty in the one that was there then.
+fn judge_bitmaps(image: &Device, bytes: &[u8], scenario: &Scenario) {
+    let all = image.driver().bitmaps(true).unwrap_or_else(|e| panic!("{e}"));
+    let b = all.iter().find(|b| b.name == b"all").expect("the bitmap is gone");
+    if b.inconsistent {
+        return;
+    }
+    let mut dirty = vec![false; bytes.len() / SECTOR as usize];
+    let (mut at, mut runs) = (0, Vec::new());
+    let context = b"qemu:dirty-bitmap:all";
+    image.driver().status(context, 0, bytes.len() as u64, usize::MAX, &mut runs).unwrap();
+    for (len, flags) in runs {
+        dirty[(at / SECTOR) as usize..((at + len) / SECTOR) as usize].fill(flags == 1);
+        at += len;
+    }
+    let before = scenario.guest();
+    for (i, sector) in bytes.chunks(SECTOR as usize).enumerate() {
+        let was = before.sectors.get(i).map_or(0, |s| s[0].0);
+        assert!(
+            dirty[i] || sector == [was; SECTOR as usize],
+            "sector {i} has changed, and is clean"
+        );
+    }
 }
 
 /// Says what was being looked at should that panic.
