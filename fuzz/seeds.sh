@@ -61,6 +61,30 @@ keep zeroed
 qemu-img snapshot -c one "$image"
 put "write -P 3 1k 4k"
 keep snapshot
+qemu-img snapshot -c two "$image"
+# Apply, delete, create, write to the state, change the width and the version.
+mkdir -p "$out/qcow2_snapshots"
+seed() {
+    {
+        printf "\\$1\\007"
+        printf '\002\000\000\000\000\000'
+        printf '\013\001\000\010\000\040'
+        printf '\004\002\000\000\000\000'
+        printf '\005\001\000\000\000\040'
+        printf '\000\005\000\000\000\000'
+        printf '\011\000\000\000\000\006'
+        printf '\012\000\000\000\000\000'
+        cat "$image"
+    } > "$out/qcow2_snapshots/$2"
+}
+seed 000 one
+seed 007 two-hostile
+make -o cluster_size=512,refcount_bits=2
+put "write -P 1 3k 6k"
+qemu-img snapshot -c one "$image"
+put "write -z 4k 1k"
+qemu-img snapshot -c two "$image"
+seed 003 narrow
 for type in zlib zstd; do
     make -o "cluster_size=1k,compression_type=$type"
     put "write -c -P 1 0 1k" "write -c -P 2 1k 1k" "write -c -P 3 12k 1k"

@@ -2,6 +2,8 @@
 //! that contradict their format, disks that are full, writers that are killed.
 
 mod common;
+#[path = "bad_input/extended.rs"]
+mod extended;
 #[path = "bad_input/files.rs"]
 mod files;
 #[path = "bad_input/full_disk.rs"]

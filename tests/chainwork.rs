@@ -260,6 +260,29 @@ fn a_safe_rebase_changes_nothing_that_is_read() {
 }
 
 #[test]
+fn a_rebase_to_an_image_further_down_copies_only_what_lies_between() {
+    let tmp = Tmp::in_memory("rebase-down");
+    let mut rng = Rng::new(seed("rebase-down"));
+    let size = 8 << 20;
+    let (base, middle, top) = (tmp.join("0.raw"), tmp.join("1.qcow2"), tmp.join("2.qcow2"));
+    for middle_size in [size, size / 2] {
+        let under = layer(&base, "raw", size, None, &mut rng, &[]);
+        let between = layer(&middle, "qcow2", middle_size, Some((&base, &under)), &mut rng, &[]);
+        let model = layer(&top, "qcow2", size, Some((&middle, &between)), &mut rng, &[]);
+        let image = open(&middle, RO);
+        let moved = own_bytes(&image) + (size - middle_size) as u64;
+        drop(image);
+        let image = open(&top, RW);
+        let had = own_bytes(&image);
+        rebase(&image, "0.raw", &[("backing-fmt", "raw")], false).unwrap();
+        assert_same(&read_all(&image), &model, 0, "over what was two below");
+        assert!(own_bytes(&image) <= had + moved, "{} and {had} + {moved}", own_bytes(&image));
+        image.close().unwrap();
+        equal(&top, &model, &tmp);
+    }
+}
+
+#[test]
 fn an_unsafe_rebase_changes_the_name_only() {
     let tmp = Tmp::in_memory("rebase-unsafe");
     let mut rng = Rng::new(3);

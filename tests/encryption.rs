@@ -123,7 +123,7 @@ fn scribble(image: &Image, model: &mut [u8], rng: &mut Rng, count: usize) {
             _ => assert!(read_range(image, at, len) == model[range], "read {len}@{at}"),
         }
     }
-    assert!(read_all(image) == model);
+    assert_same(&read_all(image), model, 0, "after all");
 }
 
 fn error(path: &Path, options: &Options, flags: OpenFlags) -> Error {

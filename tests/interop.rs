@@ -6,6 +6,8 @@ mod chain;
 mod common;
 #[path = "interop/compressed.rs"]
 mod compressed;
+#[path = "interop/data_file.rs"]
+mod data_file;
 #[path = "interop/extents.rs"]
 mod extents;
 #[path = "interop/features.rs"]
@@ -16,3 +18,5 @@ mod growth;
 mod header;
 #[path = "interop/matrix.rs"]
 mod matrix;
+#[path = "interop/subclusters.rs"]
+mod subclusters;

@@ -4,6 +4,7 @@
 //! * [`luks_header`]: the input is a file. It is described, and opened with a key.
 //! * [`qcow2_header`]: the input is a file. It is described, probed and opened.
 //! * [`qcow2_ops`]: the input is a script of operations and an image that they are done to.
+//! * [`qcow2_snapshots`]: the same, for internal snapshots and amending.
 //! * [`nbd::handshake`]: the input is what a client says to the NBD server, from its first byte on.
 //! * [`nbd::transmission`]: the input is a script of requests after a right negotiation.
 //!
@@ -12,12 +13,14 @@
 
 pub mod nbd;
 pub mod nbd_client;
+mod snapshots;
 
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{FromRawFd, OwnedFd};
 
 use qblk::{Extent, Image, OpenFlags, Options, ReqFlags, Result};
+pub use snapshots::qcow2_snapshots;
 
 /// Bytes of one data call, at most: larger ones find nothing more.
 const MAX_CALL: u64 = 64 << 10;

@@ -33,6 +33,11 @@ fn operations_of_the_corpus_do_no_harm() {
 }
 
 #[test]
+fn snapshots_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::qcow2_snapshots, "qcow2_snapshots");
+}
+
+#[test]
 fn negotiations_of_the_corpus_do_no_harm() {
     run(qblk_fuzz::nbd::handshake, "nbd_server_handshake");
 }

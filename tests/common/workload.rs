@@ -20,10 +20,10 @@ pub enum Step {
     Trim(u64, u64),
     Flush,
     Resize(u64),
-    /// Whole clusters, in compressed form.
-    Pack(u64, u64, u8),
     /// Make an internal snapshot, apply one or delete one; the number says which.
     Snapshot(u64),
+    /// Whole clusters, in compressed form.
+    Pack(u64, u64, u8),
 }
 
 /// What an image is made like, and how often each kind of step is taken.
@@ -43,10 +43,10 @@ pub struct Scenario {
     pub most: u64,
     /// write, write with FUA, zero, zero and trim, trim, flush, resize.
     pub weights: [u64; 7],
-    /// How often clusters are written in compressed form, beside those.
-    pub pack: u64,
     /// How often a snapshot is made, applied or deleted, beside those.
     pub snapshots: u64,
+    /// How often clusters are written in compressed form, beside those.
+    pub pack: u64,
 }
 
 /// An image with the defaults of `qemu-img create`, but small, that is written to.
@@ -61,8 +61,8 @@ pub const PLAIN: Scenario = Scenario {
     sectors: 2048,
     most: 64,
     weights: [6, 1, 0, 0, 0, 2, 0],
-    pack: 0,
     snapshots: 0,
+    pack: 0,
 };
 
 /// The workloads by name.
@@ -97,29 +97,6 @@ pub fn scenarios() -> Vec<Scenario> {
             most: 16,
             ..PLAIN
         },
-        Scenario { name: "compressed", pack: 8, ..PLAIN },
-        Scenario {
-            name: "compressed, with everything else, over a backing file",
-            pack: 5,
-            backing: true,
-            weights: all,
-            ..PLAIN
-        },
-        Scenario {
-            name: "compressed, refcounts of 2 bits",
-            pack: 8,
-            refcount_order: 1,
-            weights: all,
-            cluster_bits: 10,
-            ..PLAIN
-        },
-        Scenario {
-            name: "compressed, with snapshots",
-            pack: 5,
-            weights: all,
-            snapshots: 3,
-            ..PLAIN
-        },
         Scenario { name: "snapshots", weights: all, snapshots: 4, ..PLAIN },
         Scenario {
             name: "snapshots of version 2",
@@ -137,6 +114,29 @@ pub fn scenarios() -> Vec<Scenario> {
             backing: true,
             weights: all,
             snapshots: 4,
+            ..PLAIN
+        },
+        Scenario { name: "compressed", pack: 8, ..PLAIN },
+        Scenario {
+            name: "compressed, with everything else, over a backing file",
+            pack: 5,
+            backing: true,
+            weights: all,
+            ..PLAIN
+        },
+        Scenario {
+            name: "compressed, with snapshots",
+            pack: 5,
+            weights: all,
+            snapshots: 3,
+            ..PLAIN
+        },
+        Scenario {
+            name: "compressed, refcounts of 2 bits",
+            pack: 8,
+            refcount_order: 1,
+            weights: all,
+            cluster_bits: 10,
             ..PLAIN
         },
         Scenario { name: "encrypted", encrypted: true, weights: all, ..PLAIN },

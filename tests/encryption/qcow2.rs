@@ -35,6 +35,10 @@ fn images_of_both_kinds_are_read_and_written_as_qemu_does() {
         ("luks", "cluster_size=2M,refcount_bits=1"),
         ("luks", "encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv"),
         ("luks", "preallocation=metadata"),
+        ("luks", "extended_l2=on,cluster_size=16k"),
+        ("luks", "extended_l2=on,cluster_size=2M,data_file=@"),
+        ("luks", "data_file=@,data_file_raw=on"),
+        ("aes", "extended_l2=on,data_file=@"),
         ("aes", "compat=1.1"),
         ("aes", "compat=0.10,cluster_size=512"),
         ("aes", "cluster_size=2M"),
@@ -43,6 +47,7 @@ fn images_of_both_kinds_are_read_and_written_as_qemu_does() {
         eprintln!("{format} {opts}");
         let path = dir.join("image");
         let time = if format == "luks" { ",encrypt.iter-time=10" } else { "" };
+        let opts = opts.replace('@', dir.join("data").to_str().unwrap());
         let all = format!("{opts},encrypt.format={format},encrypt.key-secret=s{time}");
         qemu_create(&path, "qcow2", &all, "5M");
         let how = kind(&path);
@@ -95,9 +100,13 @@ fn images_made_here_are_sound_and_the_same_in_qemu() {
         "preallocation=metadata",
         "preallocation=full,encrypt.cipher-alg=aes-128,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv",
         "preallocation=falloc,compression-type=zstd",
+        "extended-l2=on",
+        "data-file=@",
+        "data-file=@,data-file-raw=on,extended-l2=on,cluster-size=16k",
     ] {
         eprintln!("{opts}");
         let path = dir.join("image");
+        let opts = &opts.replace('@', dir.join("data").to_str().unwrap());
         create(&path, "qcow2", 3_000_320, &own(opts));
         check(&path);
         let zeroes = vec![0; 3_000_320];
@@ -111,15 +120,18 @@ fn images_made_here_are_sound_and_the_same_in_qemu() {
         fs::remove_file(&path).unwrap();
     }
     // A size that is no whole number of sectors; QEMU shows its whole sectors.
-    let path = dir.join("odd");
-    create(&path, "qcow2", 100_001, &own(""));
-    let image = open_key(&path, RW);
-    let mut model = vec![0; 100_001];
-    scribble(&image, &mut model, rng, 60);
-    image.close().unwrap();
-    check(&path);
-    assert!(read_all(&open_key(&path, RO)) == model);
-    qemu_reads(&path, "qcow2", &model[..100_001 / 512 * 512], &dir.join("raw"));
+    let data = format!("data-file={}", dir.join("odd.data").display());
+    for opts in ["", &data] {
+        let path = dir.join("odd");
+        create(&path, "qcow2", 100_001, &own(opts));
+        let image = open_key(&path, RW);
+        let mut model = vec![0; 100_001];
+        scribble(&image, &mut model, rng, 60);
+        image.close().unwrap();
+        check(&path);
+        assert!(read_all(&open_key(&path, RO)) == model);
+        qemu_reads(&path, "qcow2", &model[..100_001 / 512 * 512], &dir.join("raw"));
+    }
 }
 
 #[test]

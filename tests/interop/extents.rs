@@ -93,14 +93,23 @@ fn extents_are_those_that_qemu_tells() {
         let cluster = rng.pick(&["4k", "64k", "512k"]);
         let compat = rng.pick(&["0.10", "1.1"]);
         let mid_size = size - if round % 2 == 0 { 1 << 20 } else { 0 };
-        let pairs = [("backing-file", "raw"), ("backing-fmt", "raw"), ("cluster-size", cluster)];
+        let extended = if cluster == "4k" { "off" } else { rng.pick(&["off", "on"]) };
+        let pairs = [
+            ("backing-file", "raw"),
+            ("backing-fmt", "raw"),
+            ("cluster-size", cluster),
+            ("extended-l2", extended),
+        ];
         create(&mid, "qcow2", mid_size, &pairs);
         let cluster = rng.pick(&["512", "64k", "2M"]);
+        let can = cluster != "512" && compat == "1.1";
+        let extended = if can { rng.pick(&["off", "on"]) } else { "off" };
         let pairs = [
             ("backing-file", "mid"),
             ("backing-fmt", "qcow2"),
             ("cluster-size", cluster),
             ("compat", compat),
+            ("extended-l2", extended),
         ];
         create(&top, "qcow2", size, &pairs);
         for (path, size) in [(&mid, mid_size), (&top, size)] {
@@ -125,7 +134,7 @@ fn extents_are_those_that_qemu_tells() {
         }
         let expected = by_qemu(&top);
         for bite in [1, 3, 1000] {
-            assert_eq!(by_us(&top, bite), expected, "round {round}, {cluster} {compat}");
+            assert_eq!(by_us(&top, bite), expected, "round {round}, {cluster} {compat} {extended}");
         }
     }
 }

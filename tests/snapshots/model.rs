@@ -26,6 +26,8 @@ struct Round {
     kept: Vec<Kept>,
     /// Most that refcounts can count.
     most: usize,
+    /// Enough for host clusters that compressed ones share.
+    wide: bool,
     made: u32,
     log: Vec<String>,
     seed: u64,
@@ -92,7 +94,8 @@ impl Round {
         let most = if width == 2 { 2 } else { 6 };
         let image = Some(open(&path, RW));
         let (state, kept) = (Vec::new(), Vec::new());
-        Self { rng, dir, path, image, cluster, v3, disk, state, kept, most, made: 0, log, seed }
+        let (wide, made) = (width >= 16, 0);
+        Self { rng, dir, path, image, cluster, v3, disk, state, kept, most, wide, made, log, seed }
     }
 
     fn image(&self) -> &Image {
@@ -118,7 +121,8 @@ impl Round {
 
     fn step(&mut self) {
         match self.rng.below(20) {
-            0..=5 => self.write(),
+            0..=4 => self.write(),
+            5 => self.pack(),
             6 | 7 => self.zero(),
             8 => {
                 self.note("flush".into());
@@ -140,6 +144,23 @@ impl Round {
         self.note(format!("write {n}@{at}"));
         let data = self.rng.bytes(n as usize);
         self.image().write_at(&data, at, NONE).unwrap();
+        self.disk[at as usize..][..n as usize].copy_from_slice(&data);
+    }
+
+    /// Compressed clusters share host clusters, with those of snapshots too.
+    fn pack(&mut self) {
+        if !self.wide {
+            return;
+        }
+        let clusters = (self.disk.len() as u64).div_ceil(self.cluster);
+        let first = self.rng.below(clusters);
+        let to = (first + self.rng.range(1, 9)).min(clusters) * self.cluster;
+        let at = first * self.cluster;
+        let n = to.min(self.disk.len() as u64) - at;
+        self.note(format!("write compressed {n}@{at}"));
+        let byte = self.rng.next() as u8;
+        let data: Vec<u8> = (0..n).map(|i| byte.wrapping_add((i / 60) as u8)).collect();
+        self.image().write_compressed(OneIov::src(&data).iov(), at).unwrap();
         self.disk[at as usize..][..n as usize].copy_from_slice(&data);
     }
 

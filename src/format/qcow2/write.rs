@@ -302,6 +302,7 @@ impl Qcow2 {
         while first + want < last && self.joins(self.entry_of(&held, first + want)?) {
             want += 1;
         }
+        end = end.min((first + want) << self.cluster_bits);
         let (start, to) = self.with_old_data(old, first, start, end);
         if to != end {
             (want, end) = (1, to);

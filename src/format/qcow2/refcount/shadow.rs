@@ -415,6 +415,8 @@ impl<'a> Shadow<'a> {
         old.dirty = 0;
         old.new_blocks.clear();
         old.blocks = None;
+        // Others may share it now, or nobody has it any more.
+        old.tail = None;
         old.hint = self.freed.iter().map(|r| r.first).fold(old.hint, u64::min).max(1);
         if self.freed.len() == MAX_FREED {
             old.hint = 1;
