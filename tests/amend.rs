@@ -3,10 +3,15 @@
 mod common;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use common::disk::{Disk, Epochs, Left};
+use common::workload::{self, About, Scenario, scenarios};
 use common::*;
-use qblk::block::{ErrorKind, Progress};
+use qblk::block::{Amend, AmendKeys, ErrorKind, InFlight, Progress};
+use qblk::crypto::Secret;
+use qblk::format::{Params, qcow2};
 use qblk::{Image, OneIov, Options};
 
 const MB: u64 = 1 << 20;
@@ -366,4 +371,130 @@ fn opens_closed(path: &Path, format: &str, key: &str) -> bool {
     let copy = path.with_extension("copy");
     std::fs::copy(path, &copy).unwrap();
     opens(&copy, format, key)
+}
+
+/// What [`whenever_the_power_goes_an_amended_image_is_whole`] does to an image.
+fn amended(disk: &Disk, scenario: &Scenario, to: &Amend) -> Vec<u8> {
+    let image = scenario.open(disk, true).unwrap();
+    image.driver().amend(to, Progress::NONE).unwrap();
+    drop(image);
+    let image = scenario.open(disk, false).unwrap();
+    workload::read_all(&image).unwrap()
+}
+
+#[test]
+fn whenever_the_power_goes_an_amended_image_is_whole() {
+    let mut rng = Rng::new(seed("amend power cuts"));
+    let dir = Tmp::in_memory("amend-cut");
+    std::fs::write(dir.join("below"), [0; 512]).unwrap();
+    let path = dir.join("cut.qcow2");
+    let mut tried = 0;
+    let to = |v3: Option<bool>, refcount_order: Option<u32>| Amend {
+        v3,
+        refcount_order,
+        lazy: v3.filter(|v3| *v3),
+        ..Amend::default()
+    };
+    let named = Amend {
+        backing: Some(b"below".to_vec()),
+        backing_format: Some(b"raw".to_vec()),
+        ..Amend::default()
+    };
+    for (name, v3, to) in [
+        ("snapshots", true, to(Some(false), None)),
+        ("snapshots", true, to(None, Some(6))),
+        ("snapshots", true, to(None, Some(3))),
+        ("snapshots of version 2", false, to(Some(true), None)),
+        ("snapshots of version 2", false, to(Some(true), Some(5))),
+        ("snapshots", true, named),
+    ] {
+        let scenario = scenarios().into_iter().find(|s| s.name == name).unwrap();
+        let mut scenario = Scenario { v3, ..scenario };
+        // A size that changes would not do for version 2.
+        scenario.weights[6] = 0;
+        let disk = scenario.create();
+        let image = scenario.open(&disk, true).unwrap();
+        let mut guest = scenario.guest();
+        for step in scenario.steps(&mut rng, 40) {
+            workload::take(&image, step, &mut guest, &mut |_| {}).unwrap();
+        }
+        image.driver().close().unwrap();
+        let bytes = workload::read_all(&image).unwrap();
+        drop(image);
+        let first = disk.state().ops.len();
+        assert_same(&amended(&disk, &scenario, &to), &bytes, 0, name);
+        let all = std::mem::take(&mut disk.state().ops);
+        let count = all.len();
+        let mut epochs = Epochs::new(all, Default::default());
+        for ops in first..=count {
+            for left in [Left::All, Left::Nothing, Left::Some, Left::Some] {
+                let content = epochs.cut(&mut rng, ops, left);
+                let about = About(format!("{name}: after {} of {}", ops - first, count - first));
+                if left as u8 == Left::Some as u8 || rng.one_in(10) {
+                    std::fs::write(&path, &content[0]).unwrap();
+                    check_no_corruption(&path);
+                }
+                let image = scenario.open(&Disk::new(content), false).unwrap();
+                assert_same(&workload::read_all(&image).unwrap(), &bytes, 0, "cut");
+                drop(about);
+                tried += 1;
+            }
+        }
+    }
+    eprintln!("amend: {tried} states of a cut-off disk tried");
+}
+
+#[test]
+fn whenever_the_power_goes_an_encrypted_image_opens_by_a_key_that_it_should() {
+    let mut rng = Rng::new(seed("keys and power cuts"));
+    let scenario = scenarios().into_iter().find(|s| s.encrypted).unwrap();
+    let disk = scenario.create();
+    let secret = |text: &[u8]| Some(Secret::new(text.to_vec()));
+    let slot = |activate, new, old, slot| Amend {
+        keys: Some(AmendKeys { activate, slot, new, old, unlock: secret(b"key"), ms: 1 }),
+        ..Amend::default()
+    };
+    // Slot 6 lies across the border of two sectors.
+    for (to, before, after) in [
+        (slot(true, secret(b"new"), None, Some(6)), &[&b"key"[..]][..], &[&b"key"[..], b"new"][..]),
+        (slot(false, None, secret(b"new"), None), &[b"key", b"new"], &[b"key"]),
+    ] {
+        let first = disk.state().ops.len();
+        let image = scenario.open(&disk, true).unwrap();
+        image.driver().amend(&to, Progress::NONE).unwrap();
+        drop(image);
+        let ops = disk.state().ops.clone();
+        let count = ops.len();
+        let mut epochs = Epochs::new(ops, Default::default());
+        for ops in first..=count {
+            for left in [Left::All, Left::Nothing, Left::Some, Left::Some] {
+                let disk = Disk::new(epochs.cut(&mut rng, ops, left));
+                let opens = |key: &[u8]| open_disk(&disk, key).is_ok();
+                let both = |list: &[&[u8]], key: &[u8]| list.contains(&key);
+                for key in [&b"key"[..], b"new", b"none"] {
+                    let (was, is) = (both(before, key), both(after, key));
+                    let found = opens(key);
+                    assert!(
+                        !(was && is) || found,
+                        "{key:?} does not open it after {ops}, {left:?}"
+                    );
+                    assert!(was || is || !found, "{key:?} opens it");
+                }
+            }
+        }
+    }
+}
+
+fn open_disk(disk: &Disk, key: &[u8]) -> Result<qcow2::Qcow2, qblk::Error> {
+    let params = Params {
+        write: false,
+        info_only: false,
+        probed: false,
+        l2_cache: None,
+        untrusted: false,
+        key: Some(Secret::new(key.to_vec())),
+        snapshot: None,
+        calls: Arc::new(InFlight::default()),
+    };
+    qcow2::Qcow2::open(disk.device(), params)
 }

@@ -221,14 +221,23 @@ fn a_safe_rebase_changes_nothing_that_is_read() {
             0 => layer(&second, "qcow2", b, None, &mut rng, &[]),
             _ => layer(&second, "qcow2", b, Some((&first, &under)), &mut rng, &[]),
         };
+        let lazy = if round % 3 == 1 { "on" } else { "off" };
         let mut model = layer(
             &top,
             "qcow2",
             c,
             Some((&first, &under)),
             &mut rng,
-            &[("compat", compat), ("cluster-size", cluster), ("extended-l2", extended)],
+            &[
+                ("lazy-refcounts", lazy),
+                ("compat", compat),
+                ("cluster-size", cluster),
+                ("extended-l2", extended),
+            ],
         );
+        if compat == "1.1" {
+            qemu_img!("bitmap", "--add", "-f", "qcow2", top, "changes");
+        }
         let image = open(&top, RW);
         age(&image, &mut rng, &mut model, 3);
         // To another, to none, and back to the first.
@@ -247,6 +256,10 @@ fn a_safe_rebase_changes_nothing_that_is_read() {
         equal(&top, &model, &tmp);
         equal(&second, &beside, &tmp);
         equal(&first, &under, &tmp);
+        if compat == "1.1" {
+            let info = qemu_img!("info", "-f", "qcow2", top);
+            assert!(info.contains("changes") && !info.contains("in-use"), "{info}");
+        }
         // QEMU does the same to it, and we agree.
         qemu_img!("rebase", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", top);
         let image = open(&top, RW);

@@ -167,6 +167,8 @@ impl Image {
             close_tree(old)?;
             if !blind {
                 copy_what_differs(old, &below, threads, progress, calls)?;
+                // Settled once more: what is opened next is to find nothing half done.
+                close_tree(old)?;
             }
             let named = (!backing.is_empty()).then(|| (backing.as_bytes(), format.as_deref()));
             old.top.driver().set_backing(named)?;

@@ -118,7 +118,7 @@ impl Qcow2 {
                 return lacks(what);
             }
         }
-        if self.header.has_bitmaps {
+        if self.has_bitmaps() {
             return lacks("persistent dirty bitmaps");
         }
         let meta = self.writer_parts()?.meta.lock();

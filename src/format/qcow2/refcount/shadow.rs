@@ -9,7 +9,7 @@
 //!
 //! Source: "Host cluster management" of the QCOW2 specification.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 
 use super::*;
@@ -331,6 +331,12 @@ impl<'a> Shadow<'a> {
 
     /// Take `count` free clusters that follow one another.
     pub fn take(&mut self, count: u64) -> Result<Run> {
+        if count == 1 {
+            // The search goes on where the last one ended: many are taken one by one.
+            let first = self.pick()?;
+            self.change(first, true)?;
+            return Ok(Run { first, count });
+        }
         let mut first = self.unused(self.hint)?;
         let mut have = 0;
         while have < count {
@@ -414,7 +420,7 @@ impl<'a> Shadow<'a> {
         old.slices.clear();
         old.dirty = 0;
         old.new_blocks.clear();
-        old.blocks = None;
+        old.twice = None;
         // Others may share it now, or nobody has it any more.
         old.tail = None;
         old.hint = self.freed.iter().map(|r| r.first).fold(old.hint, u64::min).max(1);
