@@ -5,7 +5,7 @@ set -eu
 
 out=${1:?usage: fuzz/seeds.sh DIRECTORY}
 command -v qemu-img >/dev/null || { echo "install qemu-utils (apt-get install qemu-utils)" >&2; exit 1; }
-mkdir -p "$out/luks_header" "$out/qcow2_header" "$out/qcow2_ops"
+mkdir -p "$out/luks_header" "$out/qcow2_header" "$out/qcow2_ops" "$out/qcow2_bitmaps"
 out=$(cd "$out" && pwd)
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT INT TERM
@@ -102,6 +102,28 @@ put "write -P 1 1k 600"
 keep overlay 000 002 006
 qemu-img bitmap --add -f qcow2 "$image" b
 cp "$image" "$out/qcow2_header/bitmap"
+# Bitmaps: with clusters of 512 bytes and 2 MiB of disk a fine one has several of them.
+size=2M
+make -o cluster_size=512
+qemu-img bitmap --add -f qcow2 -g 512 "$image" fine
+qemu-img bitmap --add -f qcow2 "$image" coarse
+qemu-img bitmap --add -f qcow2 --disable "$image" off
+put "write -P 1 0 512" "write -z 1M 100k"
+for how in 000 001 002; do
+    {
+        printf "\\$how\\010"
+        printf '\016\000\007\000\010\000'
+        printf '\004\002\000\000\000\000'
+        printf '\001\002\000\000\000\000'
+        printf '\010\000\000\001\000\000'
+        printf '\014\000\000\000\000\000'
+        printf '\003\001\000\000\000\000'
+        printf '\005\003\000\000\014\000'
+        printf '\000\000\000\000\000\000'
+        cat "$image"
+    } > "$out/qcow2_bitmaps/bitmaps-$how"
+done
+size=100k
 make -o extended_l2=on,cluster_size=16k
 head -c 16384 "$image" > "$out/qcow2_header/extended-l2"
 # Headers of LUKS with the key they open with (fuzz/src/lib.rs), and the old AES.

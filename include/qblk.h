@@ -124,6 +124,23 @@ extern "C" {
 #define QBLK_OPEN_DIRECT 64
 
 /**
+ * qblk_open(): for qblk_check() only. Opens images that are too damaged to be opened otherwise (marked
+ * as corrupt, with a broken refcount table...), nothing but the image's own file, and needs no key.
+ * Data calls answer -EBADF. With QBLK_OPEN_RDWR it can be repaired.
+ */
+#define QBLK_OPEN_CHECK 128
+
+/**
+ * qblk_check(): give back space that nothing uses.
+ */
+#define QBLK_CHECK_REPAIR_LEAKS 1
+
+/**
+ * qblk_check(): repair all that can be repaired.
+ */
+#define QBLK_CHECK_REPAIR_ALL 3
+
+/**
  * A request: return when this write is on stable storage.
  */
 #define QBLK_REQ_FUA 1
@@ -244,6 +261,11 @@ extern "C" {
 #define QBLK_EXTENT_HOST 16
 
 /**
+ * qblk_extent.flags, of qblk_extents2(): dirty in the bitmap that was asked for.
+ */
+#define QBLK_EXTENT_DIRTY 32
+
+/**
  * qblk_set_log(): something failed, and nobody could be told otherwise.
  */
 #define QBLK_LOG_ERROR 1
@@ -292,6 +314,37 @@ extern "C" {
  * The header's version as one number, to compare with qblk_version().
  */
 #define QBLK_VERSION (((QBLK_VERSION_MAJOR << 24) | (QBLK_VERSION_MINOR << 16)) | QBLK_VERSION_MICRO)
+
+/**
+ * Size of a qblk_bitmap in bytes, for ever.
+ */
+#define QBLK_BITMAP_SIZE 1152
+
+/**
+ * qblk_bitmap.flags: writes are noted in it.
+ */
+#define QBLK_BITMAP_ENABLED 1
+
+/**
+ * qblk_bitmap.flags: it is inconsistent, for it was in use and never saved (the program that had it
+ * was killed, or another writes the image now). It can be removed, and nothing else.
+ */
+#define QBLK_BITMAP_IN_USE 2
+
+/**
+ * qblk_bitmap.flags: it is kept in the image.
+ */
+#define QBLK_BITMAP_PERSISTENT 4
+
+/**
+ * qblk_bitmap_add(): writes are not noted in it until qblk_bitmap_enable().
+ */
+#define QBLK_BITMAP_DISABLED 1
+
+/**
+ * qblk_extents2(): tell of QBLK_EXTENT_DIRTY only, not of where bytes are.
+ */
+#define QBLK_EXTENTS_BITMAP 1
 
 /**
  * qblk_server_add_export(): clients can not write to it.
@@ -362,6 +415,10 @@ extern "C" {
 
 #define QBLK_HAVE_RESIZE2 1
 
+#define QBLK_HAVE_CHECK 1
+
+#define QBLK_HAVE_CHECK2 1
+
 #define QBLK_HAVE_SERVER_NEW 1
 
 #define QBLK_HAVE_SERVER_SET 1
@@ -395,6 +452,22 @@ extern "C" {
 #define QBLK_HAVE_LOCK_MANAGER_FREE 1
 
 #define QBLK_HAVE_BLOCK_STATUS 1
+
+#define QBLK_HAVE_BITMAP_LIST 1
+
+#define QBLK_HAVE_BITMAP_ADD 1
+
+#define QBLK_HAVE_BITMAP_REMOVE 1
+
+#define QBLK_HAVE_BITMAP_ENABLE 1
+
+#define QBLK_HAVE_BITMAP_DISABLE 1
+
+#define QBLK_HAVE_BITMAP_CLEAR 1
+
+#define QBLK_HAVE_BITMAP_MERGE 1
+
+#define QBLK_HAVE_EXTENTS2 1
 
 #define QBLK_HAVE_AMEND 1
 
@@ -575,6 +648,82 @@ typedef struct qblk_status {
 } qblk_status;
 
 /**
+ * What qblk_bitmap_list() tells of a dirty bitmap. 1152 bytes for ever.
+ */
+typedef struct qblk_bitmap {
+    /**
+     * Its name, NUL-terminated: at most 1023 bytes, in no encoding that would be known.
+     */
+    char name[1024];
+    /**
+     * Bytes of the device that one bit stands for.
+     */
+    uint64_t granularity;
+    /**
+     * Bytes of the device that are dirty; UINT64_MAX = not known.
+     */
+    uint64_t dirty;
+    /**
+     * Bits of QBLK_BITMAP_...
+     */
+    uint32_t flags;
+    /**
+     * Zero.
+     */
+    uint8_t reserved[108];
+} qblk_bitmap;
+
+/**
+ * What qblk_check() found. 128 bytes for ever; later versions give reserved bytes a meaning.
+ */
+typedef struct qblk_check_result {
+    /**
+     * Places found that contradict the format, or at which data is or will be lost.
+     */
+    uint64_t corruptions;
+    /**
+     * Clusters found that are counted as in use more often than they are: space that is lost.
+     */
+    uint64_t leaks;
+    /**
+     * How many of the corruptions were repaired; the rest is still there.
+     */
+    uint64_t corruptions_fixed;
+    /**
+     * How many of the leaks were repaired; the rest is still there.
+     */
+    uint64_t leaks_fixed;
+    /**
+     * Places that could not be looked at or repaired: what they hide is not in the numbers above.
+     */
+    uint64_t check_errors;
+    /**
+     * Where the last part of the file that is in use ends, bytes.
+     */
+    uint64_t image_end;
+    /**
+     * Clusters of the disk.
+     */
+    uint64_t total_clusters;
+    /**
+     * Those of them that this image has.
+     */
+    uint64_t allocated_clusters;
+    /**
+     * Those of them that are compressed.
+     */
+    uint64_t compressed_clusters;
+    /**
+     * Those that do not lie behind the one before them.
+     */
+    uint64_t fragmented_clusters;
+    /**
+     * Zero.
+     */
+    uint8_t reserved[48];
+} qblk_check_result;
+
+/**
  * Is told how far long work is: `done` of `total`, in a unit of the work's own; `total` may grow.
  *
  * What is returned decides: 0 = go on, anything else = stop, and the call answers -ECANCELED, with
@@ -653,7 +802,7 @@ const char *qblk_version_string(void);
  * Whether the library that is loaded can do `feature`: 1 or 0.
  *
  * Features are named "format:qcow2", "format:raw", "format:luks", "encrypt:luks", "compress:zlib",
- * "compress:zstd", "io:mmap", "mem", "file". What it does not know, and NULL, is 0.
+ * "compress:zstd", "io:mmap", "mem", "file", "bitmaps". What it does not know, and NULL, is 0.
  *
  * Cannot fail. Any thread. Since 0.1.
  */
@@ -952,7 +1101,8 @@ int64_t qblk_get_property(struct qblk *dev,
  * at `offset` and follow one another without gaps. Neighbours that are alike are one extent.
  *
  * They cover `count` bytes, or fewer when `max` is too small; go on from where the last one ends.
- * There are no flags yet, so `flags` must be 0. `out` may be NULL if `max` is 0.
+ * There are no flags yet, so `flags` must be 0. `out` may be NULL if `max` is 0. What has changed is
+ * told by qblk_extents2().
  *
  * Returns how many were filled; -EINVAL for a NULL, a flag, a range that leaves the device; -EBADF
  * on a handle that is open for its description only; codes of reading. Any thread. Since 0.1.
@@ -965,7 +1115,8 @@ int64_t qblk_extents(struct qblk *dev,
                      size_t max);
 
 /**
- * Tell what a meta context of the NBD server behind `dev` says of a range: fills `out` with at most
+ * Tell what a meta context of the NBD server behind `dev` says of a range (or, of an image that has
+ * dirty bitmaps, what "qemu:dirty-bitmap:NAME" would be): fills `out` with at most
  * `max` runs, which begin at `offset` and follow one another.
  *
  * `context` is "base:allocation", "qemu:allocation-depth", or one that the option "nbd.contexts" asked
@@ -983,6 +1134,113 @@ int64_t qblk_block_status(struct qblk *dev,
                           uint32_t flags,
                           struct qblk_status *out,
                           size_t max);
+
+/**
+ * List the dirty bitmaps of the device: fills `out` with the first `max` of them.
+ *
+ * Bitmaps are counted as far as that is quick (64 MiB of them are read); on a handle that is open for
+ * its description only none is. A device that can have none has none. `out` may be NULL if `max`
+ * is 0.
+ *
+ * Returns how many bitmaps there are, which may be more than `max`; -EINVAL for a NULL; QBLK_ECORRUPT
+ * if what the image says of its bitmaps contradicts the format; codes of reading. Any thread.
+ * Since 0.1.
+ */
+int64_t qblk_bitmap_list(struct qblk *dev,
+                         struct qblk_bitmap *out,
+                         size_t max);
+
+/**
+ * Add a dirty bitmap `name`, in which nothing is dirty. It is kept in the image, a qcow2 one of
+ * version 3, and says what was changed since, through whichever program that knows bitmaps.
+ *
+ * `granularity` is how many bytes one bit stands for: a power of two from 512 to 2 GiB, 0 for 64 KiB.
+ * Writes, zeroing and trims are noted in it from now on, before they happen, unless
+ * QBLK_BITMAP_DISABLED is given.
+ *
+ * Returns 0; -EINVAL for a NULL, a name of none or more than 1023 bytes, a granularity that is none,
+ * an unknown flag; -EEXIST; -EFBIG if it would have more than 512 MiB, or there are 65535; -EROFS on
+ * a handle without QBLK_OPEN_RDWR; -EBADF on one that is open for its description only; -ENOTSUP
+ * for a device that can have none; codes of writing. Any thread; other calls on the device may run
+ * meanwhile. Since 0.1.
+ */
+int qblk_bitmap_add(struct qblk *dev,
+                    const char *name,
+                    uint64_t granularity,
+                    uint32_t flags);
+
+/**
+ * Remove the dirty bitmap `name`, also one that is inconsistent.
+ *
+ * Returns 0; -EINVAL for a NULL; -ENOENT if there is none of that name; -EROFS on a handle without
+ * QBLK_OPEN_RDWR; -EBADF on one that is open for its description only; -ENOTSUP for a device that
+ * can have none; codes of writing. Any thread; other calls on the device may run meanwhile.
+ * Since 0.1.
+ */
+int qblk_bitmap_remove(struct qblk *dev,
+                       const char *name);
+
+/**
+ * Note what is changed from now on in the dirty bitmap `name`. One that is enabled stays so.
+ *
+ * Returns 0; -ESTALE if it is inconsistent; codes of qblk_bitmap_remove(). Any thread; other calls on
+ * the device may run meanwhile. Since 0.1.
+ */
+int qblk_bitmap_enable(struct qblk *dev,
+                       const char *name);
+
+/**
+ * Note nothing more in the dirty bitmap `name`. One that is disabled stays so.
+ *
+ * If it fails to be saved it is disabled all the same, and saved when the device is closed.
+ *
+ * Returns 0; -ESTALE if it is inconsistent; codes of qblk_bitmap_remove(). Any thread; other calls on
+ * the device may run meanwhile. Since 0.1.
+ */
+int qblk_bitmap_disable(struct qblk *dev,
+                        const char *name);
+
+/**
+ * Make nothing dirty in the dirty bitmap `name`. An enabled one notes all that is changed from the
+ * return of this call on; what calls that run meanwhile change has happened by then.
+ *
+ * Returns 0; -ESTALE if it is inconsistent; codes of qblk_bitmap_remove(). Any thread; other calls on
+ * the device may run meanwhile. Since 0.1.
+ */
+int qblk_bitmap_clear(struct qblk *dev,
+                      const char *name);
+
+/**
+ * Make dirty in the bitmap `target` what is dirty in the bitmap `source`, which stays as it is. Their
+ * granularities may differ.
+ *
+ * Returns 0; -ESTALE if one of them is inconsistent; codes of qblk_bitmap_remove(). Any thread;
+ * other calls on the device may run meanwhile. Since 0.1.
+ */
+int qblk_bitmap_merge(struct qblk *dev,
+                      const char *target,
+                      const char *source);
+
+/**
+ * qblk_extents(), and what the dirty bitmap `bitmap` says: extents have QBLK_EXTENT_DIRTY where it is
+ * dirty, and end where that ends.
+ *
+ * With QBLK_EXTENTS_BITMAP nothing else is told: `flags` of an extent are QBLK_EXTENT_DIRTY or 0, and
+ * there are fewer of them. `bitmap` may be NULL without that flag: then this is qblk_extents(). Over
+ * NBD a bitmap can be asked for whose context the option "nbd.contexts" named at open
+ * ("qemu:dirty-bitmap:NAME").
+ *
+ * Returns how many were filled; -ENOENT if there is no bitmap of that name; -ESTALE if it is
+ * inconsistent; -ENOTSUP for a device that can have none, or a server that does not tell of it; codes
+ * of qblk_extents(). Any thread. Since 0.1.
+ */
+int64_t qblk_extents2(struct qblk *dev,
+                      uint64_t count,
+                      uint64_t offset,
+                      const char *bitmap,
+                      uint32_t flags,
+                      struct qblk_extent *out,
+                      size_t max);
 
 /**
  * Make the image `name` of `format` ("qcow2", "raw") with `size` bytes, all zero.
@@ -1041,6 +1299,39 @@ int qblk_write_compressed(struct qblk *dev,
                           const void *buf,
                           size_t count,
                           uint64_t offset);
+
+/**
+ * Check the image: qblk_check2() without progress.
+ *
+ * Since 0.1.
+ */
+int qblk_check(struct qblk *dev, uint32_t flags, struct qblk_check_result *result);
+
+/**
+ * Check the image (not those that it stands on), repair it if `flags` says so, and tell in `*result`
+ * what was found and what was repaired.
+ *
+ * Flags: 0 = nothing is written; QBLK_CHECK_REPAIR_LEAKS = space that nothing uses is given back;
+ * QBLK_CHECK_REPAIR_ALL = all is repaired that can be without losing data, also refcounts and their
+ * tables, and the marks "dirty" and "corrupt" are taken away when nothing is wrong any more. What is
+ * counted, and how, is as in `qemu-img check`. `progress` (NULL: nobody) is told how far it is, and
+ * may stop it; the image is whole then, and no worse than before.
+ *
+ * On a device that is open for writing, other calls wait meanwhile. An image that can not be opened
+ * otherwise is opened with QBLK_OPEN_CHECK. After a repair on another handle the device has been
+ * opened anew; should that fail the code says why, and the handle is as if QBLK_OPEN_CHECK had been
+ * given.
+ *
+ * Returns 0 if the check ran, whatever it found; -EINVAL for a NULL or another flag; -EROFS if it is to
+ * repair through a handle that does not write; -EBADF on a handle that is open for its description
+ * only; -ENOTSUP for a format without a check; -ECANCELED; QBLK_ECORRUPT for a header that says
+ * nothing; QBLK_EUNSUPPORTED; codes of reading and writing. Any thread. Since 0.1.
+ */
+int qblk_check2(struct qblk *dev,
+                uint32_t flags,
+                qblk_progress_fn progress,
+                void *opaque,
+                struct qblk_check_result *result);
 
 /**
  * Copy all bytes of the device `from` to the beginning of `to`, in parallel.
@@ -1282,8 +1573,11 @@ int qblk_server_add_export(struct qblk_server *srv,
  * may be closed before. Clients can write if `dev` can, unless `flags` has QBLK_EXPORT_RDONLY. The
  * option "description" is a text for people; `options` may be NULL.
  *
+ * Clients are told of the device's dirty bitmaps as the meta contexts "qemu:dirty-bitmap:NAME"; the
+ * option "bitmap" names one that they are told of alone, or ("") keeps them all to itself.
+ *
  * Returns 0; -EINVAL for a NULL, an unknown flag, a name of more than 4096 bytes; -EEXIST if the name
- * is taken; -EBADF for a device that is open for its description only, and for a server that was
+ * is taken; -ENOENT or -ESTALE for a bitmap that is not there or inconsistent; -EBADF for a device that is open for its description only, and for a server that was
  * stopped. Any thread. Since 0.1.
  */
 int qblk_server_add_export2(struct qblk_server *srv,
@@ -1454,6 +1748,12 @@ QBLK_STATIC_ASSERT(offsetof(qblk_extent, host_offset) == 16, "fields do not move
 QBLK_STATIC_ASSERT(offsetof(qblk_extent, flags) == 24, "fields do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_extent, depth) == 28, "fields do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_extent, reserved) == 32, "fields do not move");
+QBLK_STATIC_ASSERT(sizeof(qblk_bitmap) == QBLK_BITMAP_SIZE, "qblk_bitmap is 1152 bytes, for ever");
+QBLK_STATIC_ASSERT(offsetof(qblk_bitmap, name) == 0, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_bitmap, granularity) == 1024, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_bitmap, dirty) == 1032, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_bitmap, flags) == 1040, "fields do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_bitmap, reserved) == 1044, "fields do not move");
 QBLK_STATIC_ASSERT(sizeof(qblk_snapshot) == 512, "qblk_snapshot is 512 bytes, for ever");
 QBLK_STATIC_ASSERT(offsetof(qblk_snapshot, vm_state_size) == 384, "fields do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_snapshot, vm_clock_nsec) == 416, "fields do not move");

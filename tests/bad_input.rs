@@ -1,6 +1,8 @@
 //! Bad input gets a clear error, and nothing is lost: files that are no images, headers and tables
 //! that contradict their format, disks that are full, writers that are killed.
 
+#[path = "bad_input/bitmaps.rs"]
+mod bitmaps;
 mod common;
 #[path = "bad_input/extended.rs"]
 mod extended;

@@ -72,7 +72,7 @@ fn try_to_open(disk: &Disk, how: How) -> Result<()> {
         key: Some(qblk::crypto::Secret::new(b"key".to_vec())),
         calls: Arc::new(InFlight::default()),
     };
-    let first = disk.state().content.first_chunk::<6>().copied().unwrap_or_default();
+    let first = disk.state().content[0].first_chunk::<6>().copied().unwrap_or_default();
     if first == luks::MAGIC {
         let image = luks::Luks::open(disk.device(), params)?;
         drop(image.describe());
@@ -166,7 +166,7 @@ fn opening_a_file_costs_memory_and_reading_in_proportion_to_its_size() {
             damage(&mut r, &mut content);
         }
         let n = content.len() as u64;
-        let disk = Disk::new(content);
+        let disk = Disk::new([content, Vec::new()]);
         for how in WAYS {
             disk.state().bytes_read = 0;
             let before = NOW.load(Relaxed);
@@ -175,7 +175,7 @@ fn opening_a_file_costs_memory_and_reading_in_proportion_to_its_size() {
             let memory = (PEAK.load(Relaxed) - before) as u64;
             let read = disk.state().bytes_read;
             let about = || {
-                let head = disk.state().content.iter().take(112).copied().collect::<Vec<_>>();
+                let head = disk.state().content[0].iter().take(112).copied().collect::<Vec<_>>();
                 format!("seed {seed}, {what}, {n} bytes, {how:?}: {result:?}, header {head:02x?}")
             };
             assert!(

@@ -6,7 +6,7 @@
 
 mod common;
 
-use common::disk::{Call, Disk, Fault};
+use common::disk::{Call, Disk, Fault, Files};
 use common::workload::{About, Guest, Scenario, Step, judge, read_all, scenarios, take};
 use common::*;
 use qblk::block::Device;
@@ -22,8 +22,8 @@ struct Outcome {
     errors: u64,
 }
 
-fn go(scenario: &Scenario, new: &[u8], steps: &[Step], fault: Option<Fault>) -> Outcome {
-    let disk = Disk::new(new.to_vec());
+fn go(scenario: &Scenario, new: &Files, steps: &[Step], fault: Option<Fault>) -> Outcome {
+    let disk = Disk::new(new.clone());
     let image = scenario.open(&disk, true).unwrap();
     let mut guest = scenario.guest();
     disk.state().fault = fault;

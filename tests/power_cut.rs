@@ -30,6 +30,8 @@ struct Run {
 
 fn run_through(r: &mut Rng, scenario: &Scenario, steps: usize) -> Run {
     let disk = scenario.create();
+    // The image is made by what was done; what its data file holds was there before.
+    let base = [Vec::new(), disk.state().content[1].clone()];
     let image = scenario.open(&disk, true).unwrap();
     let mut guest = scenario.guest();
     let (mut guests, mut moments) = (vec![guest.clone()], Vec::new());
@@ -47,7 +49,8 @@ fn run_through(r: &mut Rng, scenario: &Scenario, steps: usize) -> Run {
         moments.push(Moment { ops, guest: middle + 1 });
         last = ops;
     }
-    Run { epochs: Epochs::new(std::mem::take(&mut disk.state().ops)), guests, moments }
+    let epochs = Epochs::new(std::mem::take(&mut disk.state().ops), base);
+    Run { epochs, guests, moments }
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! read again before each sample if they left the page cache. A sample during which other programs
 //! used more than half a processor is taken again.
 
+mod checking;
 mod contenders;
 mod durable;
 mod images;

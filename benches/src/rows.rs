@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::Plan;
+use crate::checking;
 use crate::contenders::*;
 use crate::durable;
 use crate::images::{CLUSTER, Images, Kind, On, PIECE, create, overlay};
@@ -73,6 +74,18 @@ pub const ROWS: &[Spec] = &[
         needs: &[(Full, Tmpfs)],
         build: read_1m_2,
     },
+    Spec {
+        id: "check",
+        title: "check of an image with 256 GiB allocated",
+        needs: &[],
+        build: checking::time,
+    },
+    Spec {
+        id: "check-memory",
+        title: "memory that this check needs",
+        needs: &[],
+        build: checking::memory,
+    },
     Spec { id: "open", title: "open, read 4 KiB, close", needs: &[(Full, Tmpfs)], build: open_one },
     Spec {
         id: "open-chain",
@@ -118,6 +131,18 @@ pub const ROWS: &[Spec] = &[
         build: cow_raw,
     },
     Spec { id: "new-4k", title: "4 KiB random write, new image", needs: &[], build: new_image },
+    Spec {
+        id: "new-4k-sub",
+        title: "4 KiB random write, new image, extended L2",
+        needs: &[],
+        build: new_subclusters,
+    },
+    Spec {
+        id: "cow-raw-sub",
+        title: "4 KiB random write over raw, extended L2",
+        needs: &[(Raw, Tmpfs), (Raw, Disk)],
+        build: over_subclusters,
+    },
     Spec {
         id: "unallocated-4k",
         title: "4 KiB random read, unallocated",
@@ -533,6 +558,40 @@ fn new_image<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     row.targets =
         vec![to_reach(Imago, 1.3), to_reach(Qemu, 4.0), to_reach(Limit("a sparse raw file"), 0.8)];
     row.remarks = vec!["The limit is a sparse raw file. Every write allocates.".to_owned()];
+    Ok(row)
+}
+
+/// Clusters of which a subcluster is what one write fills.
+const SUBCLUSTERS: &str = "extended_l2=on,cluster_size=128k";
+
+fn new_subclusters<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    let make = |file: &Path, _| create(file, images.size, &[SUBCLUSTERS]);
+    subclusters(images, plan, make, None)
+}
+fn over_subclusters<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
+    let make = |file: &Path, on| {
+        let below = format!("backing_file={},backing_fmt=raw", images.path(Raw, on).display());
+        create(file, images.size, &[SUBCLUSTERS, &below])
+    };
+    subclusters(images, plan, make, Some(Raw))
+}
+
+fn subclusters<'a>(
+    images: &'a Images,
+    plan: &'a Plan,
+    make: impl Fn(&Path, On) -> Res<()>,
+    below: Option<Kind>,
+) -> Res<Row<'a>> {
+    // Every write is the first to its subcluster, some are to their cluster.
+    let ops = if plan.quick { 4096 } else { 16384 }.min(images.size / 4096 / 8);
+    let work =
+        Work::writes(4096, Pattern::Walk(golden_step(images.size, 4096)), images.size).exactly(ops);
+    let mut row = fresh_row(images, plan, work, make, below)?;
+    // It does not open such images.
+    row.contenders.retain(|c| !matches!(c.who, Who::Imago));
+    row.targets = vec![to_reach(Qemu, 3.0)];
+    row.remarks =
+        vec!["Clusters of 128 KiB, subclusters of 4 KiB; each write fills one.".to_owned()];
     Ok(row)
 }
 

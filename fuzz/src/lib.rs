@@ -5,12 +5,14 @@
 //! * [`qcow2_header`]: the input is a file. It is described, probed and opened.
 //! * [`qcow2_ops`]: the input is a script of operations and an image that they are done to.
 //! * [`qcow2_snapshots`]: the same, for internal snapshots and amending.
+//! * [`bitmaps::qcow2_bitmaps`]: the same, and what is done is done to bitmaps.
 //! * [`nbd::handshake`]: the input is what a client says to the NBD server, from its first byte on.
 //! * [`nbd::transmission`]: the input is a script of requests after a right negotiation.
 //!
-//! Nothing that an image names is ever opened: images are opened with `NO_BACKING`, or with a backing
-//! device in memory.
+//! Nothing that an image names is ever opened: images are opened with `implicit-open=deny`, and with a
+//! backing device or a data file in memory or none.
 
+pub mod bitmaps;
 pub mod nbd;
 pub mod nbd_client;
 mod snapshots;
@@ -45,7 +47,8 @@ fn memory_file(bytes: &[u8]) -> Option<OwnedFd> {
 }
 
 fn open(bytes: &[u8], options: &Options, flags: OpenFlags) -> Option<Image> {
-    Image::open_fd(memory_file(bytes)?, options, flags).ok()
+    let options = options.clone().with("implicit-open", "deny");
+    Image::open_fd(memory_file(bytes)?, &options, flags).ok()
 }
 
 /// Everything that can be asked without touching data.
@@ -141,6 +144,10 @@ pub fn qcow2_ops(data: &[u8]) {
     // Of use where the header asks for the old AES; any key opens that.
     if how & 8 != 0 {
         options = options.with("key", "open sesame");
+    }
+    // Of use where the header asks for one; elsewhere that is a mistake.
+    if how & 16 != 0 {
+        options = options.with("data-file", "mem:1M");
     }
     let Some(image) = open(bytes, &options, flags) else { return };
     let mut buf = vec![how; MAX_CALL as usize];

@@ -44,7 +44,7 @@ fn session(bytes: &[u8]) {
             }
             assert!(end <= SIZE);
         }
-        let _ = image.block_status(b"fuzz:context", 4096, 65536);
+        let _ = image.block_status(b"fuzz:context", 4096, 65536, 1000);
         let _ = image.write_at(&buf[..1000], 5000, ReqFlags::FUA);
         let _ = image.zero(0, 65536, ReqFlags::MAY_TRIM);
         let _ = image.trim(4096, 4096, ReqFlags::NONE);

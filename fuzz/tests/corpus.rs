@@ -38,6 +38,11 @@ fn snapshots_of_the_corpus_do_no_harm() {
 }
 
 #[test]
+fn bitmaps_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::bitmaps::qcow2_bitmaps, "qcow2_bitmaps");
+}
+
+#[test]
 fn negotiations_of_the_corpus_do_no_harm() {
     run(qblk_fuzz::nbd::handshake, "nbd_server_handshake");
 }

@@ -135,6 +135,16 @@ pub enum Error {
         /// What limit was met.
         what: String,
     },
+    /// What a call names can not be had, or is there already.
+    #[error("{file}: {what}: {}", errno_text(*errno))]
+    Refused {
+        /// The image.
+        file: Name,
+        /// What it is, and what is wrong with it.
+        what: String,
+        /// The system's error number for that, positive.
+        errno: i32,
+    },
     /// An earlier flush failed: what was acknowledged before may be lost.
     #[error("{file}: refuses writes since an earlier flush failed ({}); reopen it", errno_text(*errno))]
     Failed {
@@ -251,6 +261,7 @@ impl Error {
             Self::Os { errno, .. }
             | Self::Io { errno, .. }
             | Self::Net { errno, .. }
+            | Self::Refused { errno, .. }
             | Self::Manager { errno, .. } => K::Errno(*errno),
             Self::Invalid(_) | Self::Range { .. } => K::Errno(libc::EINVAL),
             Self::ReadOnly(_) => K::Errno(libc::EROFS),

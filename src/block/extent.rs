@@ -29,6 +29,8 @@ impl Extent {
     pub const COMPRESSED: u32 = 8;
     /// `host_offset` is valid.
     pub const HOST: u32 = 16;
+    /// Changed since some moment, as a bitmap says that was asked for.
+    pub const DIRTY: u32 = 32;
     /// Inside the library only: the image at `depth` has it, as data or as zeroes.
     pub const OWNED: u32 = 1 << 31;
 
@@ -75,13 +77,15 @@ pub struct ExtentList<'a> {
     full: bool,
     /// Flags that are kept.
     keep: u32,
+    /// Flags that are added.
+    mark: u32,
 }
 
 impl<'a> ExtentList<'a> {
     /// An empty list over `out`, which keeps [`Extent::OWNED`].
     pub fn new(out: &'a mut [Extent]) -> Self {
         let full = out.is_empty();
-        Self { out, len: 0, full, keep: u32::MAX }
+        Self { out, len: 0, full, keep: u32::MAX, mark: 0 }
     }
 
     /// An empty list of what the C ABI knows.
@@ -89,9 +93,14 @@ impl<'a> ExtentList<'a> {
         Self { keep: !Extent::OWNED, ..Self::new(out) }
     }
 
+    /// Let extents that are added from now on have these flags, too.
+    pub fn mark(&mut self, flags: u32) {
+        self.mark = flags;
+    }
+
     /// Add an extent that begins where the last one ended. What finds no room is dropped.
     pub fn push(&mut self, mut e: Extent) {
-        e.flags &= self.keep;
+        e.flags = e.flags & self.keep | self.mark;
         if self.full || e.length == 0 {
             return;
         }

@@ -4,6 +4,8 @@
 //! This room knows nobody else's names: no files, no formats.
 
 mod amend;
+mod bitmap;
+mod check;
 mod device;
 mod error;
 mod extent;
@@ -19,6 +21,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use amend::{Amend, AmendKeys};
+pub use bitmap::{BitmapChange, BitmapInfo};
+pub use check::{CheckReport, Repair};
 pub use device::Device;
 pub(crate) use error::last_errno;
 pub use error::{Error, ErrorKind, Result};
@@ -268,12 +272,14 @@ pub trait Driver: Send + Sync {
         Ok(())
     }
     /// What one context of an NBD server (`base:allocation`, `qemu:dirty-bitmap:…`) says of a range: runs
-    /// of so many bytes with these flags, from `offset` on, added to `out`.
+    /// of so many bytes with these flags, from `offset` on, added to `out`. They may end before the range
+    /// does, and more than `most` are of no use.
     fn status(
         &self,
         _context: &[u8],
         _offset: u64,
         _count: u64,
+        _most: usize,
         _out: &mut Vec<(u64, u64)>,
     ) -> Result<()> {
         Err(Error::NotSupported("meta contexts"))
@@ -301,6 +307,20 @@ pub trait Driver: Send + Sync {
     /// Change the size; bytes that come into being read as zeroes.
     fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {
         Err(Error::NotSupported("resize"))
+    }
+    /// Check the image, and mend what `repair` says. Before, everything that was written is made to be
+    /// in the file; no other call is under way. When the report says `changed`, what the driver knows of
+    /// the image may be out of date: it must be opened anew before it is used for anything else.
+    fn check(&self, _repair: Repair, _progress: Progress<'_>) -> Result<CheckReport> {
+        Err(Error::NotSupported("checking images of this format"))
+    }
+    /// The dirty bitmaps that there are; `count`: also what is dirty in them, where that can be had.
+    fn bitmaps(&self, _count: bool) -> Result<Vec<BitmapInfo>> {
+        Ok(Vec::new())
+    }
+    /// Change a dirty bitmap. One at a time, and not from within a call under way.
+    fn change_bitmap(&self, _change: &BitmapChange<'_>) -> Result<()> {
+        Err(Error::NotSupported("dirty bitmaps (qcow2 images do)"))
     }
     /// What internal snapshots there are.
     fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {

@@ -216,7 +216,8 @@ fn no_property(key: &[u8]) -> Fail {
 /// at `offset` and follow one another without gaps. Neighbours that are alike are one extent.
 ///
 /// They cover `count` bytes, or fewer when `max` is too small; go on from where the last one ends.
-/// There are no flags yet, so `flags` must be 0. `out` may be NULL if `max` is 0.
+/// There are no flags yet, so `flags` must be 0. `out` may be NULL if `max` is 0. What has changed is
+/// told by qblk_extents2().
 ///
 /// Returns how many were filled; -EINVAL for a NULL, a flag, a range that leaves the device; -EBADF
 /// on a handle that is open for its description only; codes of reading. Any thread. Since 0.1.
@@ -233,19 +234,31 @@ pub unsafe extern "C" fn qblk_extents(
     unsafe {
         guard::on("qblk_extents", dev, |dev| {
             known_flags(flags, 0)?;
-            if out.is_null() && max > 0 {
-                return Err(Fail::Argument("'out' is NULL"));
-            }
-            // No more than memory can have; a slice of more is not allowed to be.
-            let max = max.min(isize::MAX as usize / size_of::<Extent>());
-            let out: &mut [Extent] = match max {
-                0 => &mut [],
-                // The two types are laid out alike (asserted above), and any bits are valid.
-                _ => slice::from_raw_parts_mut(out.cast(), max),
-            };
+            let out = extents_arg(out, max)?;
             Ok(image(dev)?.extents(offset, count, out)? as i64)
         })
     }
+}
+
+/// Memory for `max` extents.
+///
+/// # Safety
+/// NULL, or good for writing `max` extents for as long as the answer is used.
+pub(super) unsafe fn extents_arg<'a>(
+    out: *mut qblk_extent,
+    max: usize,
+) -> Result<&'a mut [Extent], Fail> {
+    if out.is_null() && max > 0 {
+        return Err(Fail::Argument("'out' is NULL"));
+    }
+    // No more than memory can have; a slice of more is not allowed to be.
+    let max = max.min(isize::MAX as usize / size_of::<Extent>());
+    Ok(match max {
+        0 => &mut [],
+        // SAFETY: the caller's word. The two types are laid out alike (asserted above), and any
+        // bits are valid.
+        _ => unsafe { slice::from_raw_parts_mut(out.cast(), max) },
+    })
 }
 
 /// A run of bytes that a meta context says the same of. 16 bytes for ever.
@@ -260,7 +273,8 @@ pub struct qblk_status {
 
 const _: () = assert!(size_of::<qblk_status>() == 16 && align_of::<qblk_status>() == 8);
 
-/// Tell what a meta context of the NBD server behind `dev` says of a range: fills `out` with at most
+/// Tell what a meta context of the NBD server behind `dev` says of a range (or, of an image that has
+/// dirty bitmaps, what "qemu:dirty-bitmap:NAME" would be): fills `out` with at most
 /// `max` runs, which begin at `offset` and follow one another.
 ///
 /// `context` is "base:allocation", "qemu:allocation-depth", or one that the option "nbd.contexts" asked
@@ -288,7 +302,7 @@ pub unsafe extern "C" fn qblk_block_status(
             if out.is_null() && max > 0 {
                 return Err(Fail::Argument("'out' is NULL"));
             }
-            let runs = image(dev)?.block_status(context.to_bytes(), offset, count)?;
+            let runs = image(dev)?.block_status(context.to_bytes(), offset, count, max)?;
             let n = runs.len().min(max);
             for (i, (length, flags)) in runs.into_iter().take(n).enumerate() {
                 out.add(i).write(qblk_status { length, flags });

@@ -32,8 +32,12 @@ mod data;
 pub use data::*;
 mod info;
 pub use info::*;
+mod bitmap;
+pub use bitmap::*;
 mod images;
 pub use images::*;
+mod check;
+pub use check::*;
 mod copy;
 pub use copy::*;
 mod amend;
@@ -82,6 +86,15 @@ pub const QBLK_OPEN_SHARED: u32 = 16;
 pub const QBLK_OPEN_NO_LOCK: u32 = 32;
 /// qblk_open(): bypass the page cache (O_DIRECT). Any offset, count and memory still work.
 pub const QBLK_OPEN_DIRECT: u32 = 64;
+/// qblk_open(): for qblk_check() only. Opens images that are too damaged to be opened otherwise (marked
+/// as corrupt, with a broken refcount table...), nothing but the image's own file, and needs no key.
+/// Data calls answer -EBADF. With QBLK_OPEN_RDWR it can be repaired.
+pub const QBLK_OPEN_CHECK: u32 = 128;
+
+/// qblk_check(): give back space that nothing uses.
+pub const QBLK_CHECK_REPAIR_LEAKS: u32 = 1;
+/// qblk_check(): repair all that can be repaired.
+pub const QBLK_CHECK_REPAIR_ALL: u32 = 3;
 
 /// A request: return when this write is on stable storage.
 pub const QBLK_REQ_FUA: u32 = 1;
@@ -136,6 +149,8 @@ pub const QBLK_EXTENT_DATA: u32 = 4;
 pub const QBLK_EXTENT_COMPRESSED: u32 = 8;
 /// qblk_extent.flags: host_offset is valid.
 pub const QBLK_EXTENT_HOST: u32 = 16;
+/// qblk_extent.flags, of qblk_extents2(): dirty in the bitmap that was asked for.
+pub const QBLK_EXTENT_DIRTY: u32 = 32;
 
 /// qblk_set_log(): something failed, and nobody could be told otherwise.
 pub const QBLK_LOG_ERROR: c_int = 1;
@@ -160,6 +175,7 @@ const _: () = {
     assert!(QBLK_OPEN_SHARED == OpenFlags::SHARED.0);
     assert!(QBLK_OPEN_NO_LOCK == OpenFlags::NO_LOCK.0);
     assert!(QBLK_OPEN_DIRECT == OpenFlags::DIRECT.0);
+    assert!(QBLK_OPEN_CHECK == OpenFlags::CHECK.0);
     assert!(QBLK_REQ_FUA == ReqFlags::FUA.0);
     assert!(QBLK_REQ_MAY_TRIM == ReqFlags::MAY_TRIM.0);
     assert!(QBLK_REQ_FAST_ZERO == ReqFlags::FAST_ZERO.0);
@@ -180,6 +196,7 @@ const _: () = {
     assert!(QBLK_EXTENT_DATA == Extent::DATA);
     assert!(QBLK_EXTENT_COMPRESSED == Extent::COMPRESSED);
     assert!(QBLK_EXTENT_HOST == Extent::HOST);
+    assert!(QBLK_EXTENT_DIRTY == Extent::DIRTY);
 };
 
 /// An open block device: a context, an independent way into a source of bytes.

@@ -98,8 +98,11 @@ pub unsafe extern "C" fn qblk_server_add_export(
 /// may be closed before. Clients can write if `dev` can, unless `flags` has QBLK_EXPORT_RDONLY. The
 /// option "description" is a text for people; `options` may be NULL.
 ///
+/// Clients are told of the device's dirty bitmaps as the meta contexts "qemu:dirty-bitmap:NAME"; the
+/// option "bitmap" names one that they are told of alone, or ("") keeps them all to itself.
+///
 /// Returns 0; -EINVAL for a NULL, an unknown flag, a name of more than 4096 bytes; -EEXIST if the name
-/// is taken; -EBADF for a device that is open for its description only, and for a server that was
+/// is taken; -ENOENT or -ESTALE for a bitmap that is not there or inconsistent; -EBADF for a device that is open for its description only, and for a server that was
 /// stopped. Any thread. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qblk_server_add_export2(
@@ -136,7 +139,10 @@ unsafe fn add_export(
     let description = options.get("description").unwrap_or_default().to_vec();
     let read_only = flags & QBLK_EXPORT_RDONLY != 0;
     let name = name.to_bytes().to_vec();
-    let export = Export::new(name, description, image, dev.broken.clone(), read_only)?;
+    let mut export = Export::new(name, description, image, dev.broken.clone(), read_only)?;
+    if let Some(bitmap) = options.get("bitmap") {
+        export.show_bitmap(bitmap)?;
+    }
     Ok(server.add(export)?)
 }
 

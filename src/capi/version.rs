@@ -37,6 +37,7 @@ const VERSION_STRING: &CStr =
 
 /// What this build can do.
 const FEATURES: &[&str] = &[
+    "bitmaps",
     "compress:deflate",
     "compress:zlib",
     "compress:zstd",
@@ -73,7 +74,7 @@ pub extern "C" fn qblk_version_string() -> *const c_char {
 /// Whether the library that is loaded can do `feature`: 1 or 0.
 ///
 /// Features are named "format:qcow2", "format:raw", "format:luks", "encrypt:luks", "compress:zlib",
-/// "compress:zstd", "io:mmap", "mem", "file". What it does not know, and NULL, is 0.
+/// "compress:zstd", "io:mmap", "mem", "file", "bitmaps". What it does not know, and NULL, is 0.
 ///
 /// Cannot fail. Any thread. Since 0.1.
 #[unsafe(no_mangle)]

@@ -80,6 +80,8 @@ pub enum Opened {
     Qcow2(Box<qcow2::Qcow2>),
     /// LUKS.
     Luks(Box<luks::Luks>),
+    /// qcow2, to be checked only.
+    Examined(Box<qcow2::check::driver::Examined>),
 }
 
 /// The formats that there are, for messages.
@@ -151,6 +153,17 @@ pub fn open(kind: Kind, file: Device, params: Params) -> Result<Opened> {
     })
 }
 
+/// Open the image in `file` for nothing but to be checked.
+pub fn open_to_check(kind: Kind, file: Device, params: Params) -> Result<Opened> {
+    match kind {
+        Kind::Qcow2 => {
+            let examined = qcow2::check::driver::Examined::open(file, params.write)?;
+            Ok(Opened::Examined(Box::new(examined)))
+        }
+        Kind::Raw | Kind::Luks => open(kind, file, params),
+    }
+}
+
 impl Opened {
     /// What the bytes are kept in.
     pub fn name(&self) -> &Name {
@@ -158,13 +171,14 @@ impl Opened {
             Self::Raw(r) => Driver::name(r),
             Self::Qcow2(q) => Driver::name(&**q),
             Self::Luks(l) => Driver::name(&**l),
+            Self::Examined(e) => Driver::name(&**e),
         }
     }
 
     /// What the image says it is backed by.
     pub fn backing(&self) -> Option<&BackingRef> {
         match self {
-            Self::Raw(_) | Self::Luks(_) => None,
+            Self::Raw(_) | Self::Luks(_) | Self::Examined(_) => None,
             Self::Qcow2(q) => q.backing_ref(),
         }
     }
@@ -172,7 +186,7 @@ impl Opened {
     /// The data file that the image needs.
     pub fn data(&self) -> Option<DataRef> {
         match self {
-            Self::Raw(_) | Self::Luks(_) => None,
+            Self::Raw(_) | Self::Luks(_) | Self::Examined(_) => None,
             Self::Qcow2(q) => q.data_ref(),
         }
     }
@@ -190,6 +204,7 @@ impl Opened {
             Self::Raw(_) => false,
             Self::Qcow2(q) => q.is_encrypted(),
             Self::Luks(_) => true,
+            Self::Examined(e) => e.is_encrypted(),
         }
     }
 
@@ -197,7 +212,7 @@ impl Opened {
     /// `named`: it is the one that the image names.
     pub fn attach(&mut self, below: Device, named: bool) {
         match self {
-            Self::Raw(_) | Self::Luks(_) => {}
+            Self::Raw(_) | Self::Luks(_) | Self::Examined(_) => {}
             Self::Qcow2(q) => q.attach(below, named),
         }
     }
@@ -207,6 +222,7 @@ impl Opened {
         Ok(match self {
             Self::Raw(r) => Box::new(r),
             Self::Luks(l) => l,
+            Self::Examined(e) => e,
             Self::Qcow2(q) => {
                 q.clear_autoclear()?;
                 q

@@ -123,9 +123,10 @@ impl Driver for Raw {
         context: &[u8],
         offset: u64,
         count: u64,
+        most: usize,
         out: &mut Vec<(u64, u64)>,
     ) -> Result<()> {
-        self.file.driver().status(context, offset, count, out)
+        self.file.driver().status(context, offset, count, most, out)
     }
     fn files(&self) -> Vec<Arc<Device>> {
         vec![self.file.clone()]

@@ -319,7 +319,7 @@ impl<'a> Opening<'a> {
         if let Some(data) = self.data(&opened, &this)? {
             opened.attach_data(data);
         }
-        let next = match this.flags.has(OpenFlags::INFO_ONLY) {
+        let next = match this.flags.0 & OpenFlags::NO_DATA != 0 {
             true => None,
             false => self.backing(&opened, &this)?,
         };
@@ -382,7 +382,10 @@ impl<'a> Opening<'a> {
             snapshot: options.get("snapshot").map(<[u8]>::to_vec),
             calls: self.calls.clone(),
         };
-        let opened = format::open(kind, file, params)?;
+        let opened = match flags.has(OpenFlags::CHECK) {
+            true => format::open_to_check(kind, file, params)?,
+            false => format::open(kind, file, params)?,
+        };
         if has_key && !opened.is_encrypted() {
             return Err(key::no_use(opened.name()));
         }
@@ -446,6 +449,9 @@ impl<'a> Opening<'a> {
     #[inline(never)]
     fn data(&mut self, opened: &format::Opened, this: &Part) -> Result<Option<Device>> {
         let (name, options, flags) = (&opened.name().clone(), &this.options, this.flags);
+        if flags.has(OpenFlags::CHECK) {
+            return Ok(None);
+        }
         let chosen = options.os("data-file");
         let Some(data) = opened.data() else {
             return match chosen {

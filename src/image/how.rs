@@ -36,6 +36,9 @@ pub(super) fn check(
     if write && flags.has(OpenFlags::SHARED) {
         return Err(Error::invalid("QBLK_OPEN_SHARED is for read-only opens"));
     }
+    if flags.has(OpenFlags::CHECK) && flags.has(OpenFlags::INFO_ONLY) {
+        return Err(Error::invalid("QBLK_OPEN_CHECK contradicts QBLK_OPEN_INFO_ONLY"));
+    }
     if flags.has(OpenFlags::UNTRUSTED) && options.get("format").is_none() {
         return Err(Error::invalid("QBLK_OPEN_UNTRUSTED needs the option 'format'"));
     }

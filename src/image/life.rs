@@ -27,7 +27,7 @@ impl Image {
             // What the old one still holds in memory must be in the file before the new one reads
             // it. One that refuses writes holds nothing that it could still give.
             match close_tree(&old) {
-                Ok(()) | Err(Error::Failed { .. }) => {}
+                Ok(()) | Err(Error::Failed { .. } | Error::Corrupt { .. }) => {}
                 // Neither does one that has lost its lease.
                 Err(Error::Locked { .. }) if old.lease.as_ref().is_some_and(|l| l.is_lost()) => {}
                 Err(e) => return Err(e),
@@ -64,7 +64,7 @@ impl Image {
 
     fn flush_for_close(&self) -> Result<()> {
         let call = self.call()?;
-        if call.flags.has(OpenFlags::INFO_ONLY) || !call.flags.has(OpenFlags::RDWR) {
+        if call.flags.0 & OpenFlags::NO_DATA != 0 || !call.flags.has(OpenFlags::RDWR) {
             return Ok(());
         }
         call.may_write()?;
@@ -114,6 +114,11 @@ impl Shared {
 }
 
 pub(super) fn close_tree(tree: &Tree) -> Result<()> {
+    if tree.flags.has(OpenFlags::CHECK) {
+        // Its driver may know what is not true any more (see `Image::check`): only what is in the file
+        // already is made to last.
+        return if tree.flags.has(OpenFlags::RDWR) { tree.top.flush() } else { Ok(()) };
+    }
     if tree.flags.has(OpenFlags::RDWR) && !tree.flags.has(OpenFlags::INFO_ONLY) {
         // What is not in the file yet is lost; writing it might harm what is another's now.
         tree.may_write()?;

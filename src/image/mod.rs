@@ -8,8 +8,10 @@
 //! moves but those that change what a handle is (resize, reopen, close).
 
 mod amend;
+mod bitmap;
 mod chain;
 mod chainwork;
+mod check;
 mod copy;
 mod create;
 mod how;
@@ -57,8 +59,12 @@ impl OpenFlags {
     pub const NO_LOCK: Self = Self(32);
     /// Bypass the page cache.
     pub const DIRECT: Self = Self(64);
+    /// To be checked and mended only: what is too broken to be used otherwise can be opened so.
+    pub const CHECK: Self = Self(128);
     /// All flags that there are.
-    pub const ALL: Self = Self(127);
+    pub const ALL: Self = Self(255);
+    /// There are no bytes to be had.
+    const NO_DATA: u32 = Self::INFO_ONLY.0 | Self::CHECK.0;
     /// Inside the library only: write the image below, too.
     const WRITE_BELOW: Self = Self(1 << 31);
 
@@ -284,8 +290,8 @@ impl Image {
     /// Another context with the flags of this one.
     pub fn own_context(&self) -> Result<Self> {
         let call = self.call()?;
-        if call.flags.has(OpenFlags::INFO_ONLY) {
-            return Err(info_only(&call.name));
+        if call.flags.0 & OpenFlags::NO_DATA != 0 {
+            return Err(no_data(&call));
         }
         let write = AtomicBool::new(self.write.load(Relaxed));
         Ok(Self { shared: self.shared.clone(), write })
@@ -319,8 +325,8 @@ impl Image {
     #[inline]
     fn data_call(&self, offset: u64, count: u64) -> Result<Call<'_>> {
         let call = self.call()?;
-        if call.flags.has(OpenFlags::INFO_ONLY) {
-            return Err(info_only(&call.name));
+        if call.flags.0 & OpenFlags::NO_DATA != 0 {
+            return Err(no_data(&call));
         }
         let size = call.top.size();
         match offset.checked_add(count) {
@@ -416,12 +422,18 @@ impl Image {
     }
 
     /// What a meta context of the NBD server behind the image says of a range: runs of so many bytes
-    /// with these flags, from `offset` on, perhaps not to its end.
-    pub fn block_status(&self, context: &[u8], offset: u64, count: u64) -> Result<Vec<(u64, u64)>> {
+    /// with these flags, from `offset` on, perhaps not to its end; `most` of them, or a few more.
+    pub fn block_status(
+        &self,
+        context: &[u8],
+        offset: u64,
+        count: u64,
+        most: usize,
+    ) -> Result<Vec<(u64, u64)>> {
         let call = self.data_call(offset, count)?;
         let mut out = Vec::new();
         if count > 0 {
-            call.top.driver().status(context, offset, count, &mut out)?;
+            call.top.driver().status(context, offset, count, most, &mut out)?;
         }
         Ok(out)
     }
@@ -565,8 +577,8 @@ impl Image {
         }
         // SAFETY: the tree is replaced and freed under `admin` only, which is held.
         let tree = unsafe { &*tree };
-        if tree.flags.has(OpenFlags::INFO_ONLY) {
-            return Err(info_only(&tree.name));
+        if tree.flags.0 & OpenFlags::NO_DATA != 0 {
+            return Err(no_data(tree));
         }
         if write {
             if !self.write.load(Relaxed) {
@@ -575,6 +587,16 @@ impl Image {
             tree.may_write()?;
         }
         work(tree)
+    }
+}
+
+#[cold]
+fn no_data(tree: &Tree) -> Error {
+    match tree.flags.has(OpenFlags::INFO_ONLY) {
+        true => info_only(&tree.name),
+        false => {
+            Error::BadHandle(format!("{}: opened to be checked only (QBLK_OPEN_CHECK)", tree.name))
+        }
     }
 }
 

@@ -47,6 +47,7 @@ const KEYS: &[(&str, u16)] = &[
     ("argv", OPEN),
     ("backing-file", OPEN | CREATE | AMEND),
     ("backing-fmt", OPEN | CREATE | AMEND | REBASE),
+    ("bitmap", EXPORT),
     ("cache.l2-size", OPEN),
     ("cipher-alg", CREATE),
     ("cipher-mode", CREATE),

@@ -26,36 +26,47 @@ fn written(dir: &Tmp, pairs: &[(&str, &str)]) -> (PathBuf, u64) {
 }
 
 /// Everything that touches cluster 1 is answered with ECORRUPT that has these words, and changes
-/// nothing; the others are as before.
+/// nothing but that it fences what is open for writing; the others are as before.
 fn corrupt(path: &Path, words: &[&str]) {
     let before = fs::read(path).unwrap();
+    let copy = path.with_extension("copy");
+    type Touch = fn(&qblk::Image) -> Result<(), qblk::Error>;
+    let reads: [(&str, Touch); 3] = [
+        ("read", |image| image.read_at(&mut [0; 100], CLUSTER + 50)),
+        ("whole read", |image| image.read_at(&mut vec![0; 1 << 20], 0)),
+        ("extents", |image| {
+            image.extents(CLUSTER, CLUSTER, &mut [Extent::default(); 64]).map(drop)
+        }),
+    ];
+    let writes: [(&str, Touch); 3] = [
+        ("write", |image| image.write_at(&[1; 100], CLUSTER + 50, NONE)),
+        ("zero", |image| image.zero(CLUSTER, CLUSTER, ReqFlags::MAY_TRIM)),
+        ("trim", |image| image.trim(CLUSTER, CLUSTER, NONE)),
+    ];
     for flags in [RO, RW] {
-        let image = open(path, flags);
-        let mut some = [Extent::default(); 64];
-        let mut errors = vec![
-            ("read", image.read_at(&mut [0; 100], CLUSTER + 50)),
-            ("whole read", image.read_at(&mut vec![0; 1 << 20], 0)),
-            ("extents", image.extents(CLUSTER, CLUSTER, &mut some).map(drop)),
-        ];
-        if flags == RW {
-            errors.push(("write", image.write_at(&[1; 100], CLUSTER + 50, NONE)));
-            errors.push(("zero", image.zero(CLUSTER, CLUSTER, ReqFlags::MAY_TRIM)));
-            errors.push(("trim", image.trim(CLUSTER, CLUSTER, NONE)));
-        }
-        for (what, result) in errors {
-            let e = result.expect_err(what);
+        let writes = if flags == RW { &writes[..] } else { &[] };
+        for (what, touch) in reads.iter().chain(writes) {
+            fs::copy(path, &copy).unwrap();
+            let image = open(&copy, flags);
+            let e = touch(&image).expect_err(what);
             assert_eq!(e.kind(), ErrorKind::Corrupt, "{what}: {e}");
             for word in words {
                 assert!(e.to_string().contains(word), "{what}: {word:?} not in: {e}");
             }
+            assert_eq!(read_range(&image, 0, 100), [0x11; 100]);
+            assert_eq!(read_range(&image, 2 * CLUSTER, 100), [0x11; 100]);
+            if flags == RW {
+                let e = image.write_at(&[1; 100], 0, NONE).unwrap_err();
+                assert!(e.to_string().contains("refuses writes"), "{e}");
+            }
+            assert_eq!(image.close().is_err(), flags == RW);
+            let mut after = fs::read(&copy).unwrap();
+            assert_eq!(after[79] & 2 != 0, flags == RW, "the mark");
+            after[79] = before[79];
+            let n = before.len().min(after.len());
+            assert_same(&after[..n], &before[..n], 0, "after refusals");
         }
-        assert_eq!(read_range(&image, 0, 100), [0x11; 100]);
-        assert_eq!(read_range(&image, 2 * CLUSTER, 100), [0x11; 100]);
-        image.close().unwrap();
     }
-    let after = fs::read(path).unwrap();
-    let n = before.len().min(after.len());
-    assert_same(&after[..n], &before[..n], 0, "after refusals");
 }
 
 #[test]

@@ -27,25 +27,31 @@ fn written(dir: &Tmp, compat: &str) -> (PathBuf, u64, u64) {
     (path, l1, l2)
 }
 
-/// Everything that touches `at` is answered with ECORRUPT that has these words.
+/// Everything that touches `at` is answered with ECORRUPT that has these words, and leaves the tables as
+/// they were; through a writable handle it also fences the image.
 fn corrupt_at(path: &Path, at: u64, words: &[&str]) {
     let before = fs::read(path).unwrap();
+    let copy = path.with_extension("copy");
+    type Touch = fn(&qblk::Image, u64) -> Result<(), qblk::Error>;
+    let reads: [(&str, Touch); 3] = [
+        ("read", |image, at| image.read_at(&mut [0; 100], at + 50)),
+        ("whole read", |image, _| image.read_at(&mut vec![0; 1 << 20], 0)),
+        ("extents", |image, at| {
+            image.extents(at, CLUSTER, &mut [qblk::Extent::default(); 64]).map(drop)
+        }),
+    ];
+    let writes: [(&str, Touch); 4] = [
+        ("write", |image, at| image.write_at(&[1; 100], at + 50, NONE)),
+        ("whole write", |image, at| image.write_at(&[1; CLUSTER as usize], at, NONE)),
+        ("zero", |image, at| image.zero(at, CLUSTER, ReqFlags::MAY_TRIM)),
+        ("trim", |image, at| image.trim(at, CLUSTER, NONE)),
+    ];
     for flags in [RO, RW] {
-        let image = open(path, flags);
-        let mut errors = vec![
-            ("read", image.read_at(&mut [0; 100], at + 50)),
-            ("whole read", image.read_at(&mut vec![0; 1 << 20], 0)),
-        ];
-        let mut some = [qblk::Extent::default(); 64];
-        errors.push(("extents", image.extents(at, CLUSTER, &mut some).map(drop)));
-        if flags == RW {
-            errors.push(("write", image.write_at(&[1; 100], at + 50, NONE)));
-            errors.push(("whole write", image.write_at(&[1; CLUSTER as usize], at, NONE)));
-            errors.push(("zero", image.zero(at, CLUSTER, ReqFlags::MAY_TRIM)));
-            errors.push(("trim", image.trim(at, CLUSTER, NONE)));
-        }
-        for (what, result) in errors {
-            match result {
+        let writes = if flags == RW { &writes[..] } else { &[] };
+        for (what, touch) in reads.iter().chain(writes) {
+            fs::copy(path, &copy).unwrap();
+            let image = open(&copy, flags);
+            match touch(&image, at) {
                 Ok(()) => panic!("{what} at {at} succeeded, should say {words:?}"),
                 Err(e) => {
                     assert_eq!(e.kind(), ErrorKind::Corrupt, "{what}: {e}");
@@ -54,13 +60,35 @@ fn corrupt_at(path: &Path, at: u64, words: &[&str]) {
                     }
                 }
             }
+            let fenced = flags == RW && image.write_at(&[1; 1], 9 * CLUSTER, NONE).is_err();
+            if !fenced {
+                assert_eq!(flags, RO, "{what}");
+                continue;
+            }
+            is_fenced(&copy, image);
+            // What was refused left the tables as they were, but for the mark.
+            let mut after = fs::read(&copy).unwrap();
+            after[72..80].copy_from_slice(&before[72..80]);
+            let n = before.len().min(after.len());
+            assert_same(&after[..n], &before[..n], 0, "after refusals");
         }
-        image.close().unwrap();
     }
-    // What was refused left the tables as they were.
-    let after = fs::read(path).unwrap();
-    let n = before.len().min(after.len());
-    assert_same(&after[..n], &before[..n], 0, "after refusals");
+}
+
+/// Nothing is written to it any more, and whoever opens it next is told.
+fn is_fenced(path: &Path, image: qblk::Image) {
+    for e in [image.write_at(&[1; 1], 0, NONE), image.flush(), image.trim(0, CLUSTER, NONE)] {
+        let e = e.unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
+        assert!(e.to_string().contains("refuses writes"), "{e}");
+    }
+    assert_eq!(image.close().unwrap_err().kind(), ErrorKind::Corrupt);
+    if peek_u32(path, 4) >= 3 {
+        assert_eq!(peek_u64(path, 72) & 2, 2, "the mark");
+        let e = open_error(path, &Options::new(), RW);
+        assert!(e.to_string().contains("marked as corrupt"), "{e}");
+        assert_ne!(open(path, RO).info().unwrap().state & qblk::image::state::CORRUPT, 0);
+    }
 }
 
 #[test]
@@ -157,8 +185,7 @@ fn wrong_refcount_tables_are_reported_before_anything_is_written() {
     assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
     assert!(e.to_string().contains("refcount block"), "{e}");
     assert_eq!(read_range(&image, 0, 10), [0x11; 10]);
-    image.write_at(&[0x12; 10], 0, NONE).unwrap();
-    drop(image);
+    is_fenced(&path, image);
     assert!(fs::metadata(&path).unwrap().len() < 1 << 30);
 }
 

@@ -1,4 +1,5 @@
 //! A disk in memory: it remembers every write and flush, can be cut off at any moment, and can fail.
+//! It has two files, each with flushes of its own: an image, and its data file where it has one.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -9,7 +10,10 @@ use super::Rng;
 /// The unit in which the guest writes and in which writes tear, bytes.
 pub const SECTOR: u64 = 512;
 
-/// What was done to the disk.
+/// What the files hold: the image, and its data file.
+pub type Files = [Vec<u8>; 2];
+
+/// What was done to a file.
 #[derive(Clone)]
 pub enum Op {
     Write(u64, Vec<u8>),
@@ -36,8 +40,9 @@ pub struct Fault {
 
 #[derive(Default)]
 pub struct State {
-    pub content: Vec<u8>,
-    pub ops: Vec<Op>,
+    pub content: Files,
+    /// With the file that each was done to.
+    pub ops: Vec<(usize, Op)>,
     pub fault: Option<Fault>,
     /// Calls of each kind since the fault was set.
     pub calls: [u64; 3],
@@ -48,9 +53,9 @@ pub struct State {
 }
 
 impl State {
-    fn add(&mut self, op: Op) {
-        apply(&mut self.content, &op);
-        self.ops.push(op);
+    fn add(&mut self, file: usize, op: Op) {
+        apply(&mut self.content[file], &op);
+        self.ops.push((file, op));
     }
 
     fn fails(&mut self, call: Call) -> bool {
@@ -88,7 +93,7 @@ fn grow(content: &mut Vec<u8>, size: usize) {
 pub struct Disk(Arc<Mutex<State>>);
 
 impl Disk {
-    pub fn new(content: Vec<u8>) -> Self {
+    pub fn new(content: Files) -> Self {
         Self(Arc::new(Mutex::new(State { content, ..State::default() })))
     }
 
@@ -96,9 +101,14 @@ impl Disk {
         self.0.lock().unwrap()
     }
 
-    /// A device on it.
+    /// A device on the image.
     pub fn device(&self) -> Device {
-        Device::new(Box::new(Recorder(Name::from("disk"), self.0.clone())))
+        Device::new(Box::new(Recorder(Name::from("disk"), self.0.clone(), 0)))
+    }
+
+    /// A device on the data file.
+    pub fn data(&self) -> Device {
+        Device::new(Box::new(Recorder(Name::from("data"), self.0.clone(), 1)))
     }
 }
 
@@ -111,8 +121,8 @@ pub enum Left {
     Some,
 }
 
-/// What the disk holds when the power goes after `ops`, the first `flushed` of which made `base`.
-pub fn cut(r: &mut Rng, base: &[u8], since: &[Op], left: Left) -> Vec<u8> {
+/// What a file holds when the power goes, if it certainly holds `base` and `since` was done since.
+fn cut<'a>(r: &mut Rng, base: &[u8], since: impl Iterator<Item = &'a Op>, left: Left) -> Vec<u8> {
     let mut content = base.to_vec();
     for op in since {
         let (whole, torn) = match left {
@@ -139,31 +149,36 @@ pub fn cut(r: &mut Rng, base: &[u8], since: &[Op], left: Left) -> Vec<u8> {
 /// The disk as it was at the end of every epoch: after how many operations a flush ended, and what
 /// was certainly there then.
 pub struct Epochs {
-    ops: Vec<Op>,
-    /// Operations that the present base holds.
-    done: usize,
-    base: Vec<u8>,
+    ops: Vec<(usize, Op)>,
+    /// Operations that the present base of each file holds.
+    done: [usize; 2],
+    base: Files,
 }
 
 impl Epochs {
-    pub fn new(ops: Vec<Op>) -> Self {
-        Self { ops, done: 0, base: Vec::new() }
+    pub fn new(ops: Vec<(usize, Op)>, base: Files) -> Self {
+        Self { ops, done: [0; 2], base }
     }
 
     /// What the disk holds if the power goes after `count` operations. Moments must be asked for in
     /// rising order, which spares beginning anew for each.
-    pub fn cut(&mut self, r: &mut Rng, count: usize, left: Left) -> Vec<u8> {
-        let flushed = self.ops[..count].iter().rposition(|op| matches!(op, Op::Flush));
-        let flushed = flushed.map_or(0, |i| i + 1).max(self.done);
-        for op in &self.ops[self.done..flushed] {
-            apply(&mut self.base, op);
-        }
-        self.done = flushed;
-        cut(r, &self.base, &self.ops[flushed..count], left)
+    pub fn cut(&mut self, r: &mut Rng, count: usize, left: Left) -> Files {
+        [0, 1].map(|file| {
+            let of_file = |ops: &'_ &(usize, Op)| ops.0 == file;
+            let ended = |op: &(usize, Op)| op.0 == file && matches!(op.1, Op::Flush);
+            let flushed = self.ops[..count].iter().rposition(ended);
+            let flushed = flushed.map_or(0, |i| i + 1).max(self.done[file]);
+            for (_, op) in self.ops[self.done[file]..flushed].iter().filter(of_file) {
+                apply(&mut self.base[file], op);
+            }
+            self.done[file] = flushed;
+            let since = self.ops[flushed..count].iter().filter(of_file).map(|op| &op.1);
+            cut(r, &self.base[file], since, left)
+        })
     }
 }
 
-struct Recorder(Name, Arc<Mutex<State>>);
+struct Recorder(Name, Arc<Mutex<State>>, usize);
 
 impl Recorder {
     fn call(&self, call: Call, op: &'static str, offset: u64) -> Result<MutexGuard<'_, State>> {
@@ -187,12 +202,12 @@ impl Driver for Recorder {
         Caps { trim: true, zero: true, ..Caps::default() }
     }
     fn size(&self) -> u64 {
-        self.1.lock().unwrap().content.len() as u64
+        self.1.lock().unwrap().content[self.2].len() as u64
     }
     fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
         let mut file = self.call(Call::Read, "reading", offset)?;
         file.bytes_read += buf.len() as u64;
-        let from = file.content.get(offset as usize..).unwrap_or_default();
+        let from = file.content[self.2].get(offset as usize..).unwrap_or_default();
         let n = buf.copy_from(&from[..from.len().min(buf.len())]);
         buf.split_at(n).1.zero_fill();
         Ok(())
@@ -200,30 +215,30 @@ impl Driver for Recorder {
     fn write(&self, buf: Src<'_>, offset: u64, _: ReqFlags) -> Result<()> {
         let mut data = vec![0; buf.len()];
         buf.copy_to(&mut data);
-        self.call(Call::Write, "writing", offset)?.add(Op::Write(offset, data));
+        self.call(Call::Write, "writing", offset)?.add(self.2, Op::Write(offset, data));
         Ok(())
     }
     fn flush(&self) -> Result<()> {
-        self.call(Call::Flush, "flushing", 0)?.add(Op::Flush);
+        self.call(Call::Flush, "flushing", 0)?.add(self.2, Op::Flush);
         Ok(())
     }
     fn zero(&self, offset: u64, count: u64, _: ReqFlags) -> Result<()> {
         let op = Op::Write(offset, vec![0; count as usize]);
-        self.call(Call::Write, "zeroing", offset)?.add(op);
+        self.call(Call::Write, "zeroing", offset)?.add(self.2, op);
         Ok(())
     }
     fn trim(&self, offset: u64, count: u64) -> Result<()> {
         let mut file = self.call(Call::Write, "trimming", offset)?;
-        let count = count.min((file.content.len() as u64).saturating_sub(offset));
-        file.add(Op::Write(offset, vec![0; count as usize]));
+        let count = count.min((file.content[self.2].len() as u64).saturating_sub(offset));
+        file.add(self.2, Op::Write(offset, vec![0; count as usize]));
         Ok(())
     }
     fn resize(&self, size: u64, _: Prealloc, shrink: bool) -> Result<()> {
         let mut file = self.call(Call::Write, "resizing", size)?;
-        if size < file.content.len() as u64 && !shrink {
+        if size < file.content[self.2].len() as u64 && !shrink {
             return Err(Error::invalid("would shrink"));
         }
-        file.add(Op::Resize(size));
+        file.add(self.2, Op::Resize(size));
         Ok(())
     }
 }

@@ -5,11 +5,13 @@ use std::path::Path;
 use std::process::Output;
 use std::sync::Arc;
 
-use qblk::block::{Device, InFlight, NewSnapshot, OneIov, Prealloc, ReqFlags, Result};
+use qblk::block::{
+    BitmapChange, Device, ErrorKind, InFlight, NewSnapshot, OneIov, Prealloc, ReqFlags, Result,
+};
 use qblk::crypto::Secret;
 use qblk::format::{BackingRef, Params, luks, qcow2};
 
-use super::disk::{Disk, SECTOR};
+use super::disk::{Disk, Files, SECTOR};
 use super::{Rng, run};
 
 /// What the guest does; places are sectors.
@@ -24,6 +26,20 @@ pub enum Step {
     Snapshot(u64),
     /// Whole clusters, in compressed form.
     Pack(u64, u64, u8),
+    Bitmap(Bitmap),
+}
+
+/// What is done about dirty bitmaps. There is one from the beginning that is only marked; this is about
+/// another, but for the saving of all.
+#[derive(Clone, Copy, Debug)]
+pub enum Bitmap {
+    Save,
+    Add,
+    Remove,
+    Clear,
+    Merge,
+    Enable,
+    Disable,
 }
 
 /// What an image is made like, and how often each kind of step is taken.
@@ -36,7 +52,11 @@ pub struct Scenario {
     pub encrypted: bool,
     /// L2 entries with subclusters.
     pub extended: bool,
+    /// Data lies in another file; `true`: which is always what the guest sees.
+    pub data_file: Option<bool>,
     pub backing: bool,
+    /// How often something is done about bitmaps; 0: there are none.
+    pub bitmaps: u64,
     /// Largest size, sectors.
     pub sectors: u64,
     /// Largest write, sectors.
@@ -57,7 +77,9 @@ pub const PLAIN: Scenario = Scenario {
     refcount_order: 4,
     encrypted: false,
     extended: false,
+    data_file: None,
     backing: false,
+    bitmaps: 0,
     sectors: 2048,
     most: 64,
     weights: [6, 1, 0, 0, 0, 2, 0],
@@ -116,6 +138,17 @@ pub fn scenarios() -> Vec<Scenario> {
             snapshots: 4,
             ..PLAIN
         },
+        Scenario { name: "data file", data_file: Some(false), weights: all, ..PLAIN },
+        Scenario {
+            name: "data file over a backing file, subclusters",
+            data_file: Some(false),
+            extended: true,
+            cluster_bits: 14,
+            backing: true,
+            weights: all,
+            ..PLAIN
+        },
+        Scenario { name: "raw data file", data_file: Some(true), weights: all, ..PLAIN },
         Scenario { name: "compressed", pack: 8, ..PLAIN },
         Scenario {
             name: "compressed, with everything else, over a backing file",
@@ -140,6 +173,20 @@ pub fn scenarios() -> Vec<Scenario> {
             ..PLAIN
         },
         Scenario { name: "encrypted", encrypted: true, weights: all, ..PLAIN },
+        Scenario {
+            name: "bitmaps over a backing file",
+            bitmaps: 4,
+            backing: true,
+            weights: [4, 1, 1, 1, 1, 2, 0],
+            ..PLAIN
+        },
+        Scenario {
+            name: "bitmaps",
+            bitmaps: 6,
+            cluster_bits: 9,
+            weights: [4, 1, 1, 1, 1, 2, 2],
+            ..PLAIN
+        },
     ]
 }
 
@@ -156,6 +203,11 @@ impl Scenario {
         let value = r.below(255) as u8 + 1;
         if r.below(self.weights.iter().sum::<u64>() + self.pack) < self.pack {
             return Step::Pack(from, to, value);
+        }
+        if r.below(self.weights.iter().sum::<u64>() + self.bitmaps) < self.bitmaps {
+            use Bitmap::*;
+            let all = [Save, Save, Add, Add, Remove, Clear, Merge, Enable, Disable];
+            return Step::Bitmap(r.pick(&all));
         }
         let mut roll = r.below(self.weights.iter().sum::<u64>() + self.snapshots);
         let kind = self.weights.iter().position(|w| {
@@ -198,14 +250,23 @@ impl Scenario {
                 .then(|| BackingRef { name: b"below".to_vec(), format: Some(b"raw".to_vec()) }),
             prealloc: Prealloc::Off,
             extended: self.extended,
-            data_file: None,
+            data_file: self.data_file.map(|raw| qcow2::DataFile { name: b"data".to_vec(), raw }),
         }
     }
 
     /// Make the image.
     pub fn create(&self) -> Disk {
-        let disk = Disk::new(Vec::new());
+        // What is in a data file at first is nobody's.
+        let data = if self.data_file == Some(false) { 0xee } else { 0 };
+        let len = if self.data_file.is_some() { self.first_size() * SECTOR } else { 0 };
+        let disk = Disk::new([Vec::new(), vec![data; len as usize]]);
         qcow2::create(&disk.device(), self.first_size() * SECTOR, &self.geometry()).unwrap();
+        if self.bitmaps > 0 {
+            let image = self.open(&disk, true).unwrap();
+            let add = BitmapChange::Add { name: b"all", granularity: 512, disabled: false };
+            image.driver().change_bitmap(&add).unwrap();
+            image.driver().close().unwrap();
+        }
         disk
     }
 
@@ -227,8 +288,11 @@ impl Scenario {
             calls: Arc::new(InFlight::default()),
         };
         let mut image = qcow2::Qcow2::open(disk.device(), params)?;
+        if self.data_file.is_some() {
+            image.attach_data(disk.data());
+        }
         if let Some(content) = self.below() {
-            image.attach(Disk::new(content).device(), true);
+            image.attach(Disk::new([content, Vec::new()]).device(), true);
         }
         Ok(Device::new(Box::new(image)))
     }
@@ -423,6 +487,10 @@ pub fn take(
             guest.sizes.last_mut().into_iter().for_each(|s| s.1 = true);
             guest.done(new.min(size), all, false);
         }
+        Step::Bitmap(what) => {
+            begun(guest);
+            return about_bitmaps(image, what, guest);
+        }
     }
     Ok(())
 }
@@ -470,6 +538,27 @@ fn snapshot(
     Ok(())
 }
 
+fn about_bitmaps(image: &Device, what: Bitmap, guest: &mut Guest) -> Result<()> {
+    let change = match what {
+        Bitmap::Save => {
+            image.driver().close()?;
+            guest.flushed();
+            return Ok(());
+        }
+        Bitmap::Add => BitmapChange::Add { name: b"some", granularity: 4096, disabled: false },
+        Bitmap::Remove => BitmapChange::Remove(b"some"),
+        Bitmap::Clear => BitmapChange::Clear(b"some"),
+        Bitmap::Merge => BitmapChange::Merge { target: b"some", source: b"all" },
+        Bitmap::Enable => BitmapChange::Enable(b"some"),
+        Bitmap::Disable => BitmapChange::Disable(b"some"),
+    };
+    match image.driver().change_bitmap(&change) {
+        // It is there already, or not.
+        Err(e) if matches!(e.kind(), ErrorKind::Errno(libc::EEXIST | libc::ENOENT)) => Ok(()),
+        done => done,
+    }
+}
+
 /// Everything the guest can read.
 pub fn read_all(image: &Device) -> Result<Vec<u8>> {
     let mut bytes = vec![0; image.size() as usize];
@@ -479,10 +568,12 @@ pub fn read_all(image: &Device) -> Result<Vec<u8>> {
 
 /// The image that `content` is must be sound, by qemu-img's judgement too if it is given a place for
 /// it, and hold what the guest may count on.
-pub fn judge(content: Vec<u8>, guest: &Guest, scenario: &Scenario, qemu: Option<&Path>) {
+pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&Path>) {
     if let Some(path) = qemu {
-        fs::write(path, &content).unwrap();
-        let out = qemu_check(path, scenario.encrypted);
+        fs::write(path, &content[0]).unwrap();
+        let data = path.with_extension("data");
+        fs::write(&data, &content[1]).unwrap();
+        let out = qemu_check(path, scenario, &data);
         // 0 is sound, 3 has leaks only.
         let sound = matches!(out.status.code(), Some(0 | 3));
         let told = |text: &[u8]| String::from_utf8_lossy(text).into_owned();
@@ -493,6 +584,9 @@ pub fn judge(content: Vec<u8>, guest: &Guest, scenario: &Scenario, qemu: Option<
     let bytes = read_all(&image).unwrap_or_else(|e| panic!("{e}"));
     guest.judge(&bytes).unwrap_or_else(|e| panic!("{e}"));
     judge_snapshots(&disk, &image, guest, scenario);
+    if scenario.bitmaps > 0 {
+        judge_bitmaps(&image, &bytes, scenario);
+    }
 }
 
 /// Snapshots are there, but perhaps one that is just being deleted, and hold what they are to.
@@ -512,6 +606,32 @@ fn judge_snapshots(disk: &Disk, image: &Device, guest: &Guest, scenario: &Scenar
     assert!(found + 1 >= guest.snapshots.len(), "{found} of {} snapshots", guest.snapshots.len());
 }
 
+/// Bitmaps that say of themselves that they can be trusted can be: whatever is not as it was in the
+/// beginning is dirty in the one that was there then.
+fn judge_bitmaps(image: &Device, bytes: &[u8], scenario: &Scenario) {
+    let all = image.driver().bitmaps(true).unwrap_or_else(|e| panic!("{e}"));
+    let b = all.iter().find(|b| b.name == b"all").expect("the bitmap is gone");
+    if b.inconsistent {
+        return;
+    }
+    let mut dirty = vec![false; bytes.len() / SECTOR as usize];
+    let (mut at, mut runs) = (0, Vec::new());
+    let context = b"qemu:dirty-bitmap:all";
+    image.driver().status(context, 0, bytes.len() as u64, usize::MAX, &mut runs).unwrap();
+    for (len, flags) in runs {
+        dirty[(at / SECTOR) as usize..((at + len) / SECTOR) as usize].fill(flags == 1);
+        at += len;
+    }
+    let before = scenario.guest();
+    for (i, sector) in bytes.chunks(SECTOR as usize).enumerate() {
+        let was = before.sectors.get(i).map_or(0, |s| s[0].0);
+        assert!(
+            dirty[i] || sector == [was; SECTOR as usize],
+            "sector {i} has changed, and is clean"
+        );
+    }
+}
+
 /// Says what was being looked at should that panic.
 pub struct About(pub String);
 
@@ -523,8 +643,16 @@ impl Drop for About {
     }
 }
 
-fn qemu_check(path: &Path, encrypted: bool) -> Output {
-    if !encrypted {
+fn qemu_check(path: &Path, scenario: &Scenario, data: &Path) -> Output {
+    if scenario.data_file.is_some() {
+        let opts = format!(
+            "driver=qcow2,file.driver=file,file.filename={},data-file.driver=file,data-file.filename={}",
+            path.display(),
+            data.display()
+        );
+        return run("qemu-img", &[&"check", &"--image-opts", &opts]);
+    }
+    if !scenario.encrypted {
         return run("qemu-img", &[&"check", &"-f", &"qcow2", &path]);
     }
     let opts = format!(

@@ -173,7 +173,7 @@ fn payloads_of_four_gibibytes() {
                             cmd::WRITE => image.write_at(&[1; 4096], 8192, qblk::ReqFlags::NONE),
                             cmd::FLUSH => image.flush(),
                             cmd::TRIM => image.trim(8192, 4096, qblk::ReqFlags::NONE),
-                            _ => image.block_status(b"base:allocation", 8192, 4096).map(drop),
+                            _ => image.block_status(b"base:allocation", 8192, 4096, 1000).map(drop),
                         });
                         assert_proto(&e.expect_err(&what), "", &what);
                         close(image, &what);
@@ -187,7 +187,7 @@ fn payloads_of_four_gibibytes() {
 fn status_of(mode: Mode, lie: impl Fn(&mut Peer, &Asked) + Send + Sync + 'static) -> Status {
     let evil = Evil::answering(Offer::new(mode), lie);
     let image = evil.open(&[]).unwrap();
-    let runs = bounded("a status", || image.block_status(b"base:allocation", 8192, 65536));
+    let runs = bounded("a status", || image.block_status(b"base:allocation", 8192, 65536, 1000));
     let mut extents = [Extent::data(0, 0); 16];
     let found = bounded("extents", || image.extents(8192, 65536, &mut extents));
     close(image, "after a status");

@@ -151,7 +151,7 @@ fn call_32_times(image: &Image) {
                     0 => image.read_at(&mut [0; 4096], i * 4096),
                     1 => image.write_at(&[1; 4096], i * 4096, ReqFlags::NONE),
                     2 => image.zero(i * 4096, 4096, ReqFlags::NONE),
-                    _ => image.block_status(b"base:allocation", 0, 1 << 20).map(drop),
+                    _ => image.block_status(b"base:allocation", 0, 1 << 20, 1000).map(drop),
                 });
                 assert_errno(&e.expect_err("an answer of nobody"), libc::ETIMEDOUT, "a call");
             });

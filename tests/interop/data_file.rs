@@ -181,8 +181,6 @@ fn a_backing_image_brings_its_data_file_if_its_format_is_recorded() {
     let head = fs::read(&path).unwrap();
     let at = head.windows(4).position(|w| w == 0xe279_2acau32.to_be_bytes()).unwrap() as u64;
     poke(&path, at, &0x1234_5678u32.to_be_bytes());
-    let e = open_error(&path, &opts.clone().with("backing.data-file", ""), RO);
-    assert_eq!(e.kind(), ErrorKind::Errno(libc::EINVAL), "{e}");
     fs::rename(&moved, &data).unwrap();
     let e = open_error(&path, &Options::new(), RO);
     assert_eq!(e.kind(), ErrorKind::Policy, "{e}");
@@ -265,7 +263,11 @@ fn a_raw_data_file_is_what_the_guest_sees() {
                 model[range].fill(0);
             }
             image.flush().unwrap();
-            assert_same(&fs::read(&data).unwrap(), &model, 0, "the data file when flushed");
+            // (QEMU makes it some whole clusters long.)
+            let now = fs::read(&data).unwrap();
+            let (guest, behind) = now.split_at(model.len());
+            assert_same(guest, &model, 0, "the data file when flushed");
+            assert!(by_qemu || behind.is_empty(), "{} bytes too many", behind.len());
             let new = if round % 2 == 0 { size + (1 << 20) } else { size - 70_144 };
             image.resize(new, &Options::new(), true).unwrap();
             model.resize(new as usize, 0);
@@ -273,7 +275,9 @@ fn a_raw_data_file_is_what_the_guest_sees() {
             image.trim(0, 1 << 20, NONE).unwrap();
             model[..1 << 20].copy_from_slice(&read_range(&image, 0, 1 << 20));
             let extents = all_extents(&image, 0, 1 << 20, 10);
-            assert!(extents.iter().all(|e| e.has(Extent::ALLOCATED)), "{extents:?}");
+            // (QEMU reserves subclusters, but does not map them.)
+            let mapped = extents.iter().all(|e| e.has(Extent::ALLOCATED));
+            assert!(mapped || by_qemu, "{extents:?}");
             if model[..1 << 20].iter().all(|b| *b == 0) {
                 assert!(extents.iter().all(|e| e.has(Extent::ZERO)), "{extents:?}");
             }
@@ -282,11 +286,11 @@ fn a_raw_data_file_is_what_the_guest_sees() {
             assert_same(&fs::read(&data).unwrap(), &model, 0, "the data file when closed");
             check_same(&path, "qcow2", &model, &dir.join("model"));
             // QEMU takes clusters away from the tables; they come back, zeroes in the file as well.
-            let commands = ["write -P 9 130k 3k", "write -z -u 256k 256k", "discard 1M 64k"];
+            // (What it discards it leaves in the file.)
+            let commands = ["write -P 9 130k 3k", "write -z -u 256k 256k"];
             qemu_io(&path, "qcow2", &commands);
             model[130 << 10..133 << 10].fill(9);
             model[256 << 10..512 << 10].fill(0);
-            model[1 << 20..(1 << 20) + (64 << 10)].fill(0);
             let image = open(&path, RW);
             image.write_at(&[1], (256 << 10) + 7, NONE).unwrap();
             model[(256 << 10) + 7] = 1;

@@ -124,7 +124,7 @@ fn add(out: &mut Vec<(u64, u64, u64)>, at: u64, len: u64, what: u64) {
 fn by_us(image: &Image, context: &str) -> Vec<(u64, u64, u64)> {
     let (mut out, mut at, end) = (Vec::new(), 0, image.size().unwrap());
     while at < end {
-        let runs = image.block_status(context.as_bytes(), at, end - at).unwrap();
+        let runs = image.block_status(context.as_bytes(), at, end - at, 1000).unwrap();
         assert!(!runs.is_empty(), "{context} at {at}");
         for (len, what) in runs {
             add(&mut out, at, len, what);
@@ -169,7 +169,7 @@ fn contexts_of_qemu_nbd_are_understood() {
         assert!(theirs.len() > 2, "{context}: {theirs:?}");
     }
     assert!(by_us(&image, b0).contains(&(512 << 10, 64 << 10, 1)));
-    image.block_status(b"nobody:knows", 0, 512).unwrap_err();
+    image.block_status(b"nobody:knows", 0, 512, 1000).unwrap_err();
     let told = property(&image, "nbd.contexts");
     assert!(told.contains(b1) && !told.contains("nobody"), "{told}");
     // Extents: those of the chain that qemu-nbd has open, as far as NBD can tell them.

@@ -32,6 +32,8 @@ pub enum Command {
     Map(MapArgs),
     /// Copy an image into a new one, keeping holes
     Copy(CopyArgs),
+    /// Say whether an image is sound, or repair it
+    Check(CheckArgs),
     /// Change an image's size
     Resize(ResizeArgs),
     /// List, make, apply or delete internal snapshots
@@ -48,6 +50,8 @@ pub enum Command {
     Write(WriteArgs),
     /// Measure how fast an image is read or written
     Bench(BenchArgs),
+    /// List and change the dirty bitmaps of an image
+    Bitmap(crate::bitmap::BitmapArgs),
     /// Say who has an image locked
     Lock(crate::lock::LockArgs),
     /// Serve images by NBD, until a signal or the end of a command
@@ -261,6 +265,19 @@ fn parse_sparse(text: &str) -> Result<u64, String> {
         size if size.is_multiple_of(4096) && size <= 2 << 20 => Ok(size),
         _ => Err("expected 0 or a multiple of 4k up to 2M".into()),
     }
+}
+
+#[derive(Args)]
+pub struct CheckArgs {
+    /// The image; those below it are not looked at
+    pub image: OsString,
+    /// Repair leaks, or all that can be repaired
+    #[arg(long, value_name = "WHAT", value_parser = ["leaks", "all"])]
+    pub repair: Option<String>,
+    #[command(flatten)]
+    pub open: OpenArgs,
+    #[command(flatten)]
+    pub told: Told,
 }
 
 #[derive(Args)]
@@ -486,6 +503,9 @@ pub struct ServeArgs {
     /// Tell clients that list the exports what the one image is
     #[arg(long, value_name = "TEXT")]
     pub description: Option<OsString>,
+    /// Tell clients of the dirty bitmap NAME only [default: of all that are consistent]
+    #[arg(short = 'B', long, value_name = "NAME")]
+    pub bitmap: Option<OsString>,
     /// Do not let clients write
     #[arg(short, long)]
     pub read_only: bool,

@@ -8,12 +8,13 @@ use std::os::unix::ffi::OsStrExt;
 use qblk::image::state;
 use serde_json::{Map, Value, json};
 
+use crate::bitmap;
 use crate::cli::InfoArgs;
 use crate::failure::Result;
 use crate::json;
 use crate::open::{Link, chain};
 use crate::snapshot;
-use crate::units::{human_and_exact, shown, shown_bytes};
+use crate::units::{human, human_and_exact, shown, shown_bytes};
 
 /// The states that are the image's own; that we opened it read-only is not one.
 const STATES: [(u32, &str); 7] = [
@@ -95,6 +96,13 @@ fn rows(link: &Link) -> Vec<(&str, String)> {
     if let Some(data) = &link.data_file {
         rows.push(("data file", shown_bytes(data)));
     }
+    match &link.bitmaps {
+        Ok(all) => rows.extend(all.iter().map(|b| {
+            let granularity = human(b.granularity);
+            ("bitmap", format!("{} ({}, {granularity})", shown_bytes(&b.name), bitmap::state(b)))
+        })),
+        Err(e) => rows.push(("bitmaps", format!("not known: {e}"))),
+    }
     rows.extend(link.snapshots.iter().map(|s| ("snapshot", snapshot::line(s))));
     rows.extend(link.properties.iter().map(|(key, value)| (key.as_str(), shown_bytes(value))));
     rows
@@ -118,6 +126,12 @@ fn as_json(link: &Link) -> Value {
         ("state".into(), json!(states(link))),
         ("snapshots".into(), link.snapshots.iter().map(snapshot::as_json).collect()),
         ("properties".into(), properties.into()),
+        (
+            "bitmaps".into(),
+            link.bitmaps
+                .as_ref()
+                .map_or(Value::Null, |all| all.iter().map(bitmap::as_json).collect()),
+        ),
     ]);
     for (key, name) in [
         ("backing_filename", &link.backing),

@@ -1,11 +1,13 @@
 //! qblk(1): look into disk images, make them, copy, resize, read, write, measure and serve them.
 //!
-//! Exit status: 0 done, 1 it failed, 2 it was called wrongly, 128 + N ended by signal N. Whatever is
+//! Exit status (but of `check`, which has that of qemu-img check): 0 done, 1 it failed, 2 it was called wrongly, 128 + N ended by signal N. Whatever is
 //! wrong is said on standard error, with the file's name, after "qblk: ".
 
 mod amend;
 mod bench;
+mod bitmap;
 mod chainwork;
+mod check;
 mod cli;
 mod copy;
 mod create;
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         Command::Create(args) => create::run(&args),
         Command::Map(args) => map::run(&args),
         Command::Copy(args) => copy::run(&args),
+        Command::Check(args) => check::run(&args),
         Command::Resize(args) => resize::run(&args),
         Command::Amend(args) => amend::run(&args),
         Command::Commit(args) => chainwork::commit(&args),
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Command::Snapshot(args) => snapshot::run(&args),
         Command::Write(args) => write::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Bitmap(args) => bitmap::run(&args),
         Command::Lock(args) => lock::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::List(args) => list::run(&args),
@@ -84,7 +88,9 @@ fn usage(e: &clap::Error) -> ExitCode {
     } else {
         say(&format!("qblk: {}", text.strip_prefix("error: ").unwrap_or(&text)));
     }
-    ExitCode::from(failure::USAGE)
+    // There 2 says that the image is corrupt.
+    let check = std::env::args_os().nth(1).is_some_and(|command| command == "check");
+    ExitCode::from(if check { 1 } else { failure::USAGE })
 }
 
 fn report(failure: &Failure) -> ExitCode {

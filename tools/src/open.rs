@@ -5,7 +5,7 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use qblk::block::{SnapshotInfo, quoted};
+use qblk::block::{BitmapInfo, SnapshotInfo, quoted};
 use qblk::nbd::uri::Uri;
 use qblk::{Image, Info, OpenFlags, Options};
 
@@ -119,6 +119,8 @@ pub struct Link {
     pub backing_format: Option<Vec<u8>>,
     /// The data file that it names.
     pub data_file: Option<Vec<u8>>,
+    /// Its dirty bitmaps, or why they can not be told.
+    pub bitmaps: std::result::Result<Vec<BitmapInfo>, String>,
     /// Its internal snapshots, as far as they can be read.
     pub snapshots: Vec<SnapshotInfo>,
 }
@@ -135,6 +137,7 @@ impl Link {
             backing: None,
             backing_format: None,
             data_file: None,
+            bitmaps: image.bitmaps().map_err(|e| e.to_string()),
             // A table that is no such is not what matters here; `qblk snapshot list` tells.
             snapshots: image.snapshots().unwrap_or_default(),
         };

@@ -91,8 +91,12 @@ pub fn run(args: &ServeArgs) -> Result<()> {
 /// The exports that the command line asks for, by their names.
 fn wanted(args: &ServeArgs) -> Result<Vec<Wanted<'_>>> {
     let one = args.images.len() + args.exports.len() == 1;
-    if !one && (args.name.is_some() || args.description.is_some()) {
-        let flag = if args.name.is_some() { "--name" } else { "--description" };
+    let single = [
+        (args.name.is_some(), "--name"),
+        (args.description.is_some(), "--description"),
+        (args.bitmap.is_some(), "--bitmap"),
+    ];
+    if let Some((_, flag)) = single.iter().find(|(given, _)| *given && !one) {
         return Err(Failure::usage(format!(
             "{flag} is for one image; of several, each has its name by --export NAME=IMAGE"
         )));
@@ -192,7 +196,10 @@ fn export(args: &ServeArgs, server: &Server, wanted: &[Wanted<'_>]) -> Result<Ve
         let image = args.open.open(w.image, write).map_err(|e| hint(args, e))?;
         let text = args.description.as_deref().unwrap_or_default().as_bytes().to_vec();
         let own = image.own_context()?;
-        let export = Export::new(w.name.clone(), text, own, Arc::default(), args.read_only)?;
+        let mut export = Export::new(w.name.clone(), text, own, Arc::default(), args.read_only)?;
+        if let Some(bitmap) = &args.bitmap {
+            export.show_bitmap(bitmap.as_bytes())?;
+        }
         server.add(export)?;
         images.push(image);
     }

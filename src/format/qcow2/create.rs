@@ -15,7 +15,7 @@ pub struct Geometry {
     pub cluster_bits: u32,
     /// Width of a refcount: 2^order bits, order at most 6.
     pub refcount_order: u32,
-    /// Mark that refcounts may be updated late. (This library always updates them in time.)
+    /// Refcounts may be updated late.
     pub lazy: bool,
     /// Compress with zstd, else deflate.
     pub zstd: bool,

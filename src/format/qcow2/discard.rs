@@ -214,9 +214,10 @@ impl Qcow2 {
     /// Note what of the host's space holds nothing any more though the cluster has it, or would have it
     /// again: in a data file, and subclusters.
     fn note_holes(&self, holes: &mut Vec<(u64, u64)>, old: Cluster, new: Plain, how: Fate) {
-        let (Cluster::Plain(old), true) = (old, matches!(how, Fate::Trim | Fate::ZeroFree)) else {
+        let Cluster::Plain(old) = old else { return };
+        if how == Fate::ZeroKeep {
             return;
-        };
+        }
         let Some(host) = old.host else { return };
         let gone = match (self.shape.external, new.host) {
             (true, None) => ALL,

@@ -80,10 +80,12 @@ impl Driver for Qcow2 {
     }
 
     fn write(&self, buf: Src<'_>, offset: u64, flags: ReqFlags) -> Result<()> {
+        self.note_change(offset, buf.len() as u64)?;
         self.write_data(buf, offset, flags)
     }
 
     fn write_compressed(&self, buf: Src<'_>, offset: u64) -> Result<()> {
+        self.note_change(offset, buf.len() as u64)?;
         self.pack(buf, offset)
     }
 
@@ -92,10 +94,12 @@ impl Driver for Qcow2 {
     }
 
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        self.note_change(offset, count)?;
         self.zero_range(offset, count, flags)
     }
 
     fn trim(&self, offset: u64, count: u64) -> Result<()> {
+        self.note_change(offset, count)?;
         self.trim_range(offset, count)
     }
 
@@ -113,6 +117,32 @@ impl Driver for Qcow2 {
 
     fn resize(&self, size: u64, prealloc: Prealloc, _shrink: bool) -> Result<()> {
         self.change_size(size, prealloc)
+    }
+
+    fn check(&self, repair: Repair, progress: Progress<'_>) -> Result<CheckReport> {
+        // What is in memory belongs to what is checked, unless nothing is written any more.
+        if !self.is_fenced() {
+            self.settle()?;
+        }
+        super::check::run(&self.file, repair, progress)
+    }
+    fn bitmaps(&self, count: bool) -> Result<Vec<BitmapInfo>> {
+        self.bitmap_infos(count)
+    }
+
+    fn change_bitmap(&self, change: &BitmapChange<'_>) -> Result<()> {
+        self.change_bitmaps(change)
+    }
+
+    fn status(
+        &self,
+        context: &[u8],
+        offset: u64,
+        count: u64,
+        most: usize,
+        out: &mut Vec<(u64, u64)>,
+    ) -> Result<()> {
+        self.bitmap_status(context, offset, count, most, out)
     }
 
     fn snapshots(&self) -> Result<Vec<SnapshotInfo>> {
@@ -205,7 +235,7 @@ impl Driver for Qcow2 {
             ("qcow2.extended-l2", on_off(h.incompatible & incompat::EXTENDED_L2 != 0)),
             ("qcow2.data-file-raw", on_off(self.features.autoclear() & header::AUTOCLEAR_RAW != 0)),
             ("qcow2.encryption", encryption.into()),
-            ("qcow2.bitmaps", on_off(h.has_bitmaps)),
+            ("qcow2.bitmaps", on_off(self.has_bitmaps())),
             ("qcow2.snapshots", self.snapshot_count.load(Acquire).to_string().into_bytes()),
             ("qcow2.vm-state-size", self.vm_state.size().to_string().into_bytes()),
         ]);

@@ -93,6 +93,25 @@ impl Edit {
         self.extensions.iter().find(|e| e.0 == magic).map(|e| &e.1[..])
     }
 
+    /// Where the data of each extension lies in the header on disk.
+    fn places(&self) -> impl Iterator<Item = (u32, u64)> {
+        self.extensions.iter().scan(self.fields.len(), |at, (magic, data)| {
+            let place = *at + 8;
+            *at = (place + data.len()).next_multiple_of(8);
+            Some((*magic, place as u64))
+        })
+    }
+
+    /// Where the data of an extension lies on disk. To be asked before anything is changed.
+    pub(super) fn place_of(&self, magic: u32) -> Option<u64> {
+        self.places().find(|e| e.0 == magic).map(|e| e.1)
+    }
+
+    /// The last extension, and where its data lies, as [`Edit::place_of`].
+    pub(super) fn last_place(&self) -> Option<(u32, u64)> {
+        self.places().last()
+    }
+
     /// Give an extension other data, add it, or (`None`) take it away.
     pub(super) fn set_extension(&mut self, magic: u32, data: Option<Vec<u8>>) {
         let place = self.extensions.iter_mut().find(|e| e.0 == magic);

@@ -102,7 +102,11 @@ impl Qcow2 {
         if let Some(at) = self.slice_offset(cluster >> self.slice_bits)? {
             let index = cluster & ((1 << self.slice_bits) - 1);
             let bits = self.shape.entry_bits();
-            self.file.read_slice(&mut raw[..1 << bits], at + (index << bits))?;
+            let at = at + (index << bits);
+            if at + (1 << bits) > self.file.size() {
+                return Err(self.cut_off("the end of an L2 table", at));
+            }
+            self.file.read_slice(&mut raw[..1 << bits], at)?;
         }
         let half = |at: usize| {
             raw.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
@@ -147,14 +151,11 @@ impl Qcow2 {
         if !self.shape.extended {
             return self.bad_entry(cluster, raw.word, what);
         }
-        Error::corrupt(
-            self.file.name(),
-            format!(
-                "the L2 entry of guest offset {:#x} {what}: found {:#018x} {:#018x}",
-                cluster << self.cluster_bits,
-                raw.word,
-                raw.bits
-            ),
-        )
+        self.found_corrupt(format!(
+            "the L2 entry of guest offset {:#x} {what}: found {:#018x} {:#018x}",
+            cluster << self.cluster_bits,
+            raw.word,
+            raw.bits
+        ))
     }
 }

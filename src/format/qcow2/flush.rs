@@ -7,12 +7,19 @@
 //! 5. — sync, if L1 entries changed — then those
 //! 6. — sync: nothing on disk points any more to what was unmapped; only now may refcounts drop
 //!
+//! With lazy refcounts the first two steps are left out where they can be: the header says first that the
+//! image is dirty, so that who opens it after a power cut makes the refcounts anew, and they are written
+//! when it is closed.
+//!
 //! What is written is copied under the `Meta` lock at one moment, so that it is consistent, and
 //! written without it, so that writes go on meanwhile.
 
+use super::guard::Kind;
 use super::refcount::Run;
 use super::*;
 
+/// Bytes of refcount blocks that lazy refcounts keep in memory; half of what may wait there.
+const MAX_LAZY: usize = 2 << 20;
 /// Most slices in one write.
 const MAX_PIECES: usize = 256;
 
@@ -24,11 +31,23 @@ struct Snapshot {
     slots: Vec<usize>,
     l1: Vec<(u64, u64)>,
     unmapped: Vec<Run>,
+    /// Refcounts stay in memory.
+    lazy: bool,
 }
 
 impl Qcow2 {
     /// Make everything that was written survive a power cut. Concurrent calls share the work.
     pub(super) fn flush_all(&self) -> Result<()> {
+        self.flush_as(false)
+    }
+
+    /// [`Qcow2::flush_all`], with all refcounts, which may be late otherwise.
+    pub(super) fn flush_counts(&self) -> Result<()> {
+        self.flush_as(true)
+    }
+
+    /// [`Qcow2::flush_all`]; `counts`: with refcounts that may be late otherwise.
+    fn flush_as(&self, counts: bool) -> Result<()> {
         if self.writer.is_none() {
             return Ok(());
         }
@@ -36,12 +55,12 @@ impl Qcow2 {
         let arrival = writer.begun.load(SeqCst);
         let _turn = writer.turn.lock();
         let writer = self.writer_parts()?;
-        if writer.ended.load(SeqCst) > arrival {
+        if writer.ended.load(SeqCst) > arrival && !counts {
             // One that began after this call did has ended well: it wrote what this one would.
             return Ok(());
         }
         let number = writer.begun.fetch_add(1, SeqCst) + 1;
-        self.or_fail(writer, self.write_tables(writer).and_then(|()| self.sync()))?;
+        self.or_fail(writer, self.write_tables(writer, counts).and_then(|()| self.sync()))?;
         writer.ended.store(number, SeqCst);
         let meta = writer.meta.lock();
         if meta.tables_written() {
@@ -55,7 +74,7 @@ impl Qcow2 {
     pub(super) fn writeback(&self) -> Result<()> {
         let writer = self.writer_parts()?;
         let _turn = writer.turn.lock();
-        self.or_fail(writer, self.write_tables(writer))?;
+        self.or_fail(writer, self.write_tables(writer, false))?;
         self.give_up_unmapped(writer)
     }
 
@@ -68,13 +87,26 @@ impl Qcow2 {
     ) -> Result<T> {
         let _turn = writer.turn.lock();
         loop {
-            let written = self.write_tables(writer).and_then(|()| self.sync());
+            let written = self.write_tables(writer, true).and_then(|()| self.sync());
             self.or_fail(writer, written)?;
             let mut meta = writer.meta.lock();
             if meta.tables_written() {
                 return work(&mut meta);
             }
         }
+    }
+
+    /// Write the counts that have changed, and make them last: what they count may be pointed to then.
+    pub(super) fn publish_counts(&self, meta: &mut Meta) -> Result<()> {
+        for (offset, block) in meta.refs.take_dirty() {
+            self.file.write_slice(&block, offset, ReqFlags::NONE)?;
+        }
+        meta.refs.written();
+        self.file.flush()?;
+        for (offset, entry) in meta.refs.take_new_blocks() {
+            self.file.write_slice(&entry.to_be_bytes(), offset, ReqFlags::NONE)?;
+        }
+        self.file.flush()
     }
 
     /// Remember a failure for good: what the kernel could not write it may have dropped.
@@ -84,19 +116,27 @@ impl Qcow2 {
                 ErrorKind::Errno(n) => n,
                 _ => libc::EIO,
             };
-            writer.failed.store(errno, Release);
+            // What was said before stays.
+            let _ = writer.failed.compare_exchange(0, errno, AcqRel, Acquire);
         }
         result
     }
 
-    fn snapshot(&self, writer: &Writer) -> Result<Snapshot> {
+    /// All changes up to now; `counts`: those of refcounts, too, which may be late otherwise.
+    fn snapshot(&self, writer: &Writer, counts: bool) -> Result<Snapshot> {
         let mut meta = writer.meta.lock();
+        let lazy = self.features.compatible() & header::COMPAT_LAZY != 0
+            && !counts
+            && meta.refs.dirty_bytes() < MAX_LAZY;
         let slots = std::mem::take(&mut meta.dirty_slices);
         let mut l2 = Vec::with_capacity(slots.len());
         for &slot in &slots {
             let (slice, bytes) = self.cache.take_dirty(slot)?;
             match self.slice_offset(slice)? {
-                Some(offset) => l2.push((offset, bytes)),
+                Some(offset) => {
+                    self.check_table(Kind::L2, offset)?;
+                    l2.push((offset, bytes));
+                }
                 None => return Err(Error::Internal("a changed L2 slice has no table".into())),
             }
         }
@@ -104,26 +144,44 @@ impl Qcow2 {
         changed.sort_unstable();
         changed.dedup();
         let table = self.l1();
-        let l1 = changed
+        let l1: Vec<(u64, u64)> = changed
             .into_iter()
             .filter_map(|i| {
                 Some((table.offset + 8 * i, table.entries.get(i as usize)?.load(Acquire)))
             })
             .collect();
+        for (offset, _) in &l1 {
+            self.check_table(Kind::L1, *offset)?;
+        }
+        let (entries, blocks) = match lazy {
+            true => (Vec::new(), Vec::new()),
+            false => (meta.refs.take_new_blocks(), meta.refs.take_dirty()),
+        };
+        for (offset, _) in &blocks {
+            self.check_table(Kind::RefcountBlock, *offset)?;
+        }
+        for (offset, _) in &entries {
+            self.check_table(Kind::RefcountTable, *offset)?;
+        }
         Ok(Snapshot {
-            table: meta.refs.take_new_blocks(),
-            blocks: meta.refs.take_dirty(),
+            table: entries,
+            blocks,
             l2,
             slots,
             l1,
             unmapped: std::mem::take(&mut meta.unmapped),
+            lazy,
         })
     }
 
     /// Under `turn`.
-    fn write_tables(&self, writer: &Writer) -> Result<()> {
-        let s = self.snapshot(writer)?;
+    fn write_tables(&self, writer: &Writer, counts: bool) -> Result<()> {
+        let s = self.snapshot(writer, counts)?;
         let points = !s.l2.is_empty() || !s.l1.is_empty();
+        if s.lazy && points {
+            // Synced, before anything points to what the refcounts on disk do not count.
+            self.set_incompatible(incompat::DIRTY, true)?;
+        }
         self.write_sorted(s.blocks)?;
         if !s.table.is_empty() {
             self.file.flush()?;
@@ -192,6 +250,12 @@ impl Qcow2 {
         let mut gone: Vec<Run> = Vec::new();
         for run in over.into_iter().flat_map(|(_, runs)| runs) {
             for cluster in run.first..run.first + run.count {
+                if let Some(kind) = self.areas.kind_at(cluster) {
+                    // Something says that it was data, too. Whatever it is, it stays.
+                    let at = cluster << self.cluster_bits;
+                    self.found_corrupt(format!("{} at {at:#x} was to be freed", kind.name()));
+                    continue;
+                }
                 let shared = match meta.refs.get(&self.file, cluster) {
                     Ok(1) => false,
                     Ok(_) => true,
@@ -244,11 +308,16 @@ impl Qcow2 {
     /// The caller is no call under way, and no other is left.
     pub fn settle(&self) -> Result<()> {
         let Some(writer) = &self.writer else { return Ok(()) };
+        // Bitmaps vouch for what is on disk only.
+        self.flush_all()?;
+        let saved = self.settle_bitmaps();
         // Each round may free clusters, which changes counts again; two suffice.
+        let mut all = false;
         for _ in 0..8 {
-            self.flush_all()?;
+            self.flush_as(true)?;
             let meta = writer.meta.lock();
             if meta.limbo.is_empty() && meta.tables_written() && !meta.refs.is_dirty() {
+                all = true;
                 break;
             }
         }
@@ -259,6 +328,9 @@ impl Qcow2 {
             self.file.driver().resize(end, Prealloc::Off, true)?;
         }
         drop(meta);
-        self.sync()
+        self.sync()?;
+        // Only now do the refcounts on disk say all.
+        let clean = if all { self.set_incompatible(incompat::DIRTY, false) } else { Ok(()) };
+        saved.and(clean)
     }
 }

@@ -49,7 +49,8 @@ pub const EXT_END: u32 = 0;
 pub const EXT_BACKING_FORMAT: u32 = 0xe279_2aca;
 /// Names of feature bits.
 pub const EXT_FEATURE_NAMES: u32 = 0x6803_f857;
-const EXT_BITMAPS: u32 = 0x2385_2875;
+/// Where persistent bitmaps are.
+pub const EXT_BITMAPS: u32 = 0x2385_2875;
 pub const EXT_LUKS: u32 = 0x0537_be77;
 /// Name of the external data file.
 pub const EXT_DATA_FILE: u32 = 0x4441_5441;
@@ -103,6 +104,8 @@ pub struct Header {
     pub backing: Option<BackingRef>,
     pub data_file: Option<Vec<u8>>,
     pub has_bitmaps: bool,
+    /// The bitmaps extension, as it is.
+    pub bitmaps: Option<[u8; super::bitmap::EXTENSION_BYTES]>,
     /// Where the LUKS header and its keys lie: offset and bytes.
     luks: Option<(u64, u64)>,
     /// Incompatible features that nobody here knows, by name.
@@ -124,6 +127,15 @@ impl Fields<'_> {
 impl Header {
     /// Read and check the header of `file`.
     pub fn read(file: &Device) -> Result<Self> {
+        Self::read_as(file, true)
+    }
+
+    /// Read the header of an image that is to be checked: what can be mended may be wrong.
+    pub fn read_to_check(file: &Device) -> Result<Self> {
+        Self::read_as(file, false)
+    }
+
+    fn read_as(file: &Device, sound: bool) -> Result<Self> {
         let name = file.name();
         let file_size = file.size();
         let mut head = vec![0; file_size.min(4096) as usize];
@@ -169,10 +181,16 @@ impl Header {
             file.read_slice(&mut head, 0)?;
         }
         head.truncate(cluster_size as usize);
-        Self::parse(name, &head, version, cluster_bits)
+        Self::parse(name, &head, version, cluster_bits, sound)
     }
 
-    fn parse(name: &Name, head: &[u8], version: u32, cluster_bits: u32) -> Result<Self> {
+    fn parse(
+        name: &Name,
+        head: &[u8],
+        version: u32,
+        cluster_bits: u32,
+        sound: bool,
+    ) -> Result<Self> {
         let f = Fields(head);
         let cluster_size = 1u64 << cluster_bits;
         let bad = |what: String| Err(Error::corrupt(name, what));
@@ -196,6 +214,7 @@ impl Header {
             backing: None,
             data_file: None,
             has_bitmaps: false,
+            bitmaps: None,
             luks: None,
             unknown: None,
         };
@@ -245,6 +264,9 @@ impl Header {
             return Ok(h);
         }
         h.check(name)?;
+        if sound {
+            h.check_mendable(name)?;
+        }
         Ok(h)
     }
 
@@ -277,7 +299,10 @@ impl Header {
             let data = &head[at as usize + 8..(at + 8 + len) as usize];
             match magic {
                 EXT_BACKING_FORMAT => *backing_format = Some(data.to_vec()),
-                EXT_BITMAPS => self.has_bitmaps = true,
+                EXT_BITMAPS => {
+                    self.has_bitmaps = true;
+                    self.bitmaps = self.bitmaps.or(data.try_into().ok());
+                }
                 EXT_LUKS if len == 16 => {
                     self.luks = Some((Fields(data).u64(0), Fields(data).u64(8)));
                 }
@@ -361,6 +386,13 @@ impl Header {
                 self.l1_offset
             ));
         }
+        Ok(())
+    }
+
+    /// What a repair can make right: where the refcounts and the snapshots are said to be.
+    fn check_mendable(&self, name: &Name) -> Result<()> {
+        let bad = |what: String| Err(Error::corrupt(name, what));
+        let aligned = |offset: u64| offset.is_multiple_of(1 << self.cluster_bits);
         let reftable_bytes = u64::from(self.reftable_clusters) << self.cluster_bits;
         if self.reftable_clusters == 0 || reftable_bytes > MAX_REFTABLE_BYTES {
             return bad(format!(
@@ -423,6 +455,15 @@ impl Header {
             ));
         }
         Ok(Area { offset, len: Some(len) })
+    }
+
+    /// The first feature without which an image can not be checked, by name.
+    pub fn not_checkable(&self) -> Option<String> {
+        match self.crypt {
+            _ if self.unknown.is_some() => self.unknown.clone(),
+            0..=2 => None,
+            other => Some(format!("encryption method {other}")),
+        }
     }
 
     /// Incompatible features that nobody here knows, by name: what else the header says is not known then.

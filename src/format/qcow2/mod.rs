@@ -13,11 +13,13 @@
 //!
 //! Source: the QCOW2 specification (QEMU, docs/interop/qcow2).
 //!
-//! Lock order: `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of the L2 cache,
-//! then `Features::turn` (one writer of header fields).
+//! Lock order: `Bitmaps::state`, `Writer::turn` (one flush at a time), `Writer::meta`, then a fill lock of
+//! the L2 cache, then `Features::turn` (one writer of header fields).
 
 mod amend;
+mod bitmap;
 mod chain;
+pub mod check;
 mod cluster;
 mod compress;
 mod compressed;
@@ -30,6 +32,7 @@ mod entry;
 mod extended;
 mod external;
 mod flush;
+mod guard;
 mod header;
 mod l2cache;
 mod overlay;
@@ -41,8 +44,8 @@ mod vmstate;
 mod write;
 
 use std::ptr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, AtomicU64, Ordering::*};
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::{Condvar, Mutex};
 
@@ -107,8 +110,10 @@ struct Writer {
     ended: AtomicU64,
     /// A mapping has changed since the last flush: a write in place may depend on it.
     changed: AtomicBool,
-    /// The error number of a flush that failed: writes are refused from then on.
+    /// The error number of a flush that failed, or [`guard::CORRUPT`]: writes are refused from then on.
     failed: AtomicI32,
+    /// What was found that makes the image corrupt.
+    corrupt: OnceLock<String>,
 }
 
 /// An open qcow2 image.
@@ -153,6 +158,9 @@ pub struct Qcow2 {
     cache: L2Cache,
     compressed: compressed::Store,
     writer: Option<Writer>,
+    /// Where metadata is; of a writable image only.
+    areas: Arc<guard::Areas>,
+    bitmaps: bitmap::Bitmaps,
     calls: Arc<InFlight>,
 }
 
@@ -193,6 +201,10 @@ impl Qcow2 {
         }
         if params.write {
             Self::check_writable(&file, &header)?;
+            if header.incompatible & incompat::DIRTY != 0 {
+                check::repair_dirty(&file)?;
+                header = Header::read(&file)?;
+            }
         }
         let shape = header.shape();
         let l2_bits = header.cluster_bits - shape.entry_bits();
@@ -220,8 +232,12 @@ impl Qcow2 {
         };
         let slices = (l1.entries.len() as u64) << (l2_bits - slice_bits);
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
-        let writer =
-            if params.write { Some(Self::writer(&file, &header, params.untrusted)?) } else { None };
+        let expected = if params.write { l1.entries.len() as u64 } else { 0 };
+        let areas = Arc::new(guard::Areas::new(expected));
+        let writer = match params.write {
+            true => Some(Self::writer(&file, &header, params.untrusted, areas.clone())?),
+            false => None,
+        };
         // An image that can grow gets a cache that can, too: memory is taken as it is used.
         let slice_bytes = slice_bits + shape.entry_bits();
         let used = if params.write { used.max(l2cache::DEFAULT_MAX >> slice_bytes) } else { used };
@@ -258,8 +274,14 @@ impl Qcow2 {
             hold_zeroes: AtomicBool::new(false),
             files_below: Vec::new(),
             writer,
+            areas,
+            bitmaps: bitmap::Bitmaps::new(params.untrusted),
             calls: params.calls,
         };
+        if image.writer.is_some() {
+            image.note_l2_tables();
+            image.begin_bitmaps()?;
+        }
         Ok(image)
     }
 
@@ -268,25 +290,13 @@ impl Qcow2 {
         if header.incompatible & incompat::CORRUPT != 0 {
             return Err(Error::corrupt(
                 name,
-                "it is marked as corrupt; it can be read, or repaired with qemu-img check -r all",
-            ));
-        }
-        if header.incompatible & incompat::DIRTY != 0 {
-            return Err(Error::unsupported(
-                name,
-                "writing to an image that was not closed cleanly (dirty bit; its refcounts need a repair)",
+                "it is marked as corrupt; it can be read, or repaired with qblk check --repair=all",
             ));
         }
         if header.snapshots > 0 && header.incompatible & incompat::DATA_FILE != 0 {
             return Err(Error::unsupported(
                 name,
                 "writing to an image with both internal snapshots and an external data file",
-            ));
-        }
-        if header.has_bitmaps && header.autoclear & header::AUTOCLEAR_BITMAPS != 0 {
-            return Err(Error::unsupported(
-                name,
-                "writing to an image with persistent dirty bitmaps (they would become wrong)",
             ));
         }
         Ok(())
@@ -336,19 +346,29 @@ impl Qcow2 {
         snapshot::check_l1(file, header, chosen, l2_bits)?;
         (header.l1_offset, header.l1_entries) = (chosen.l1_offset, chosen.l1_entries);
         header.size = chosen.info.disk_size;
+        // They tell of the active image.
+        (header.bitmaps, header.has_bitmaps) = (None, false);
         let state = vmstate::State::default();
         state.is_kept(chosen.info.vm_state_size);
         Ok(state)
     }
 
-    fn writer(file: &Device, header: &Header, untrusted: bool) -> Result<Writer> {
+    fn writer(
+        file: &Device,
+        header: &Header,
+        untrusted: bool,
+        areas: Arc<guard::Areas>,
+    ) -> Result<Writer> {
         let mut refs = Refcounts::load(
             file,
             header.cluster_bits,
             header.refcount_order,
             header.reftable_offset,
             header.reftable_clusters,
+            areas.clone(),
         )?;
+        let snapshots = snapshot::Table::load(file, header, untrusted)?;
+        guard::note_snapshots(&areas, &snapshots, file, header.cluster_bits);
         refs.protect(refcount::Run {
             first: header.l1_offset >> header.cluster_bits,
             count: (u64::from(header.l1_entries) * 8).div_ceil(1 << header.cluster_bits),
@@ -368,7 +388,7 @@ impl Qcow2 {
                 dirty_l1: Vec::new(),
                 unmapped: Vec::new(),
                 limbo: Vec::new(),
-                snapshots: snapshot::Table::load(file, header, untrusted)?,
+                snapshots,
             }),
             settled: Condvar::new(),
             spare: Mutex::new(Vec::new()),
@@ -377,19 +397,22 @@ impl Qcow2 {
             ended: AtomicU64::new(0),
             changed: AtomicBool::new(false),
             failed: AtomicI32::new(0),
+            corrupt: OnceLock::new(),
         })
     }
 
     /// Clear the autoclear bits that a program which does not know them must clear before it writes.
     /// To be called when nothing else can fail any more.
     pub(super) fn clear_autoclear(&self) -> Result<()> {
-        // A raw data file is kept right while writing; nothing else is, so all other bits go. (Where
-        // bitmaps are in use, `check_writable` has refused.)
         if self.writer.is_none() {
             return Ok(());
         }
-        let kept = if self.is_raw { header::AUTOCLEAR_RAW } else { 0 };
-        self.set_autoclear(!kept, false)
+        // Bitmaps and a raw data file are kept right while writing; nothing else is, so all other bits
+        // go.
+        let mut kept = if self.header.has_bitmaps { header::AUTOCLEAR_BITMAPS } else { 0 };
+        kept |= if self.is_raw { header::AUTOCLEAR_RAW } else { 0 };
+        self.set_autoclear(!kept, false)?;
+        self.drop_stale_bitmaps()
     }
 
     /// What the image says it is backed by.
@@ -422,8 +445,14 @@ impl Qcow2 {
             self.writer.as_ref().ok_or_else(|| Error::ReadOnly(self.file.name().clone()))?;
         match writer.failed.load(Acquire) {
             0 => Ok(writer),
+            guard::CORRUPT => Err(guard::fenced(self.file.name(), writer.corrupt.get())),
             errno => Err(Error::Failed { file: self.file.name().clone(), errno }),
         }
+    }
+
+    /// Whether nothing is written any more.
+    fn is_fenced(&self) -> bool {
+        self.writer.as_ref().is_some_and(|w| w.failed.load(Acquire) != 0)
     }
 
     /// Look up a guest offset: the entry of its cluster, and how far it goes on alike.
@@ -485,13 +514,10 @@ impl Qcow2 {
 
     #[cold]
     fn bad_entry(&self, cluster: u64, raw: u64, what: &str) -> Error {
-        Error::corrupt(
-            self.file.name(),
-            format!(
-                "the L2 entry of guest offset {:#x} {what}: found {raw:#018x}",
-                cluster << self.cluster_bits
-            ),
-        )
+        self.found_corrupt(format!(
+            "the L2 entry of guest offset {:#x} {what}: found {raw:#018x}",
+            cluster << self.cluster_bits
+        ))
     }
 
     /// Bring a slice into the cache; `false` if there is no room for it, ever again, because changes
@@ -514,7 +540,8 @@ impl Qcow2 {
                 return Ok(());
             };
             if offset + bytes.len() as u64 > self.file.size() {
-                return Err(self.cut_off("the end of an L2 table", offset + bytes.len() as u64));
+                let cut = self.cut_off("the end of an L2 table", offset + bytes.len() as u64);
+                return self.or_corrupt(Err(cut));
             }
             self.file.read_slice(bytes, offset)?;
             if self.writer.is_none() && !self.shape.extended {
@@ -529,10 +556,7 @@ impl Qcow2 {
         let l1_index = slice >> (self.l2_bits - self.slice_bits);
         let raw = self.l1().entries.get(l1_index as usize).map_or(0, |e| e.load(Acquire));
         let (table, _) = entry::decode_l1(raw, self.cluster_bits).map_err(|what| {
-            Error::corrupt(
-                self.file.name(),
-                format!("L1 entry {l1_index} {what}: found {raw:#018x}"),
-            )
+            self.found_corrupt(format!("L1 entry {l1_index} {what}: found {raw:#018x}"))
         })?;
         let within = slice & ((1 << (self.l2_bits - self.slice_bits)) - 1);
         let bytes = self.slice_bits + self.shape.entry_bits();
@@ -584,13 +608,6 @@ impl refcount::Host for Qcow2 {
     }
 
     fn switch_table(&self, run: refcount::Run, content: &[u8]) -> Result<()> {
-        let offset = run.first << self.cluster_bits;
-        self.file.write_slice(content, offset, ReqFlags::NONE)?;
-        self.file.flush()?;
-        let mut field = [0; 12];
-        field[..8].copy_from_slice(&offset.to_be_bytes());
-        field[8..].copy_from_slice(&(run.count as u32).to_be_bytes());
-        self.file.write_slice(&field, header::at::REFTABLE, ReqFlags::NONE)?;
-        self.file.flush()
+        refcount::write_table(&self.file, run.first << self.cluster_bits, run.count, content)
     }
 }

@@ -5,6 +5,7 @@
 //! specification.
 
 use super::discard::Fate;
+use super::guard::Kind;
 use super::header::{AUTOCLEAR_RAW, EXT_BACKING_FORMAT};
 use super::refcount::Run;
 use super::*;
@@ -24,14 +25,14 @@ impl Qcow2 {
             let tables = end.div_ceil(self.cluster_size() << self.l2_bits);
             for (i, slot) in (0..tables).zip(self.l1().entries.iter()) {
                 let decoded = entry::decode_l1(slot.load(Acquire), self.cluster_bits);
-                let (table, own) = decoded.map_err(|what| {
-                    Error::corrupt(self.file.name(), format!("L1 entry {i} {what}"))
-                })?;
+                let (table, own) =
+                    decoded.map_err(|what| self.found_corrupt(format!("L1 entry {i} {what}")))?;
                 if table == 0 || !own {
                     continue;
                 }
                 writer.changed.store(true, Release);
                 slot.store(0, Release);
+                self.areas.remove(Kind::L2, table >> self.cluster_bits);
                 meta.dirty_l1.push(i);
                 meta.unmapped.push(Run { first: table >> self.cluster_bits, count: 1 });
             }

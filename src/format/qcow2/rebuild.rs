@@ -100,6 +100,7 @@ impl Qcow2 {
         self.cache.forget_all();
         self.compressed.forget();
         let old = self.l1.swap(Box::into_raw(Box::new(l1)), SeqCst);
+        self.note_metadata(&meta);
         self.calls.wait();
         // SAFETY: made by Box::into_raw, taken out above, and no call is left that loaded it.
         drop(unsafe { Box::from_raw(old) });
@@ -112,7 +113,7 @@ impl Qcow2 {
     /// Write everything, and free what nothing points to, so that the tables in the file are all there is.
     fn come_to_rest(&self, writer: &Writer) -> Result<()> {
         for _ in 0..8 {
-            self.flush_all()?;
+            self.flush_counts()?;
             let meta = writer.meta.lock();
             if meta.limbo.is_empty()
                 && meta.unmapped.is_empty()

@@ -7,9 +7,11 @@
 
 pub mod shadow;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
+use std::sync::Arc;
 
-use super::header::MAX_REFTABLE_BYTES;
+use super::guard::{Areas, Kind};
+use super::header::{MAX_REFTABLE_BYTES, at};
 use crate::block::*;
 
 /// Clean slices kept.
@@ -67,11 +69,10 @@ pub struct Refcounts {
     limit: u64,
     /// Table entries set since they were last written.
     new_blocks: Vec<usize>,
-    /// Clusters of all blocks; made when first needed.
-    blocks: Option<HashSet<u64>>,
-    /// Clusters of the L1 table.
-    l1: Run,
-    keys: Run,
+    /// An entry of the table that is there twice.
+    twice: Option<u64>,
+    /// Where metadata is: clusters that are never handed out.
+    areas: Arc<Areas>,
     /// Where the next compressed bytes go: a cluster that has some already, and how many.
     tail: Option<(u64, u64)>,
 }
@@ -92,6 +93,7 @@ impl Refcounts {
         order: u32,
         table_offset: u64,
         table_clusters: u32,
+        areas: Arc<Areas>,
     ) -> Result<Self> {
         let mut raw = vec![0; (u64::from(table_clusters) << cluster_bits) as usize];
         if table_offset >= file.size() {
@@ -105,6 +107,10 @@ impl Refcounts {
         }
         file.read_slice(&mut raw, table_offset)?;
         let mut table = Vec::with_capacity(raw.len() / 8);
+        let mut twice = None;
+        areas.add(Kind::Header, 0);
+        let own = Run { first: table_offset >> cluster_bits, count: table_clusters.into() };
+        areas.replace(Kind::RefcountTable, &[own]);
         for (i, e) in raw.chunks_exact(8).enumerate() {
             let entry = u64::from_be_bytes(e.try_into().unwrap_or_default());
             if entry & ((1 << cluster_bits) - 1) != 0 || entry >> 56 != 0 {
@@ -116,6 +122,13 @@ impl Refcounts {
                         table_offset + 8 * i as u64
                     ),
                 ));
+            }
+            if entry != 0 {
+                let cluster = entry >> cluster_bits;
+                if areas.kind_at(cluster) == Some(Kind::RefcountBlock) {
+                    twice = Some(entry);
+                }
+                areas.add(Kind::RefcountBlock, cluster);
             }
             table.push(entry);
         }
@@ -132,9 +145,8 @@ impl Refcounts {
             virgin: if grows { size.div_ceil(1 << cluster_bits) } else { u64::MAX },
             limit: if grows { 1 << (56 - cluster_bits) } else { size >> cluster_bits },
             new_blocks: Vec::new(),
-            blocks: None,
-            l1: Run { first: 0, count: 0 },
-            keys: Run { first: 0, count: 0 },
+            twice,
+            areas,
             tail: None,
         })
     }
@@ -345,41 +357,39 @@ impl Refcounts {
         Ok((run, self.hand_out(run)))
     }
 
-    /// Whether `cluster` holds the header or a table that this type or the image's owner knows of,
-    /// whatever its count says.
-    fn is_table(&mut self, cluster: u64, file: &Device) -> Result<bool> {
-        if self.blocks.is_none() {
-            let mut blocks = HashSet::with_capacity(64);
-            for entry in self.table.iter().filter(|e| **e != 0) {
-                if !blocks.insert(entry >> self.cluster_bits) {
-                    return Err(Error::corrupt(
-                        file.name(),
-                        format!("two refcount table entries point to the block at {entry:#x}"),
-                    ));
-                }
-            }
-            self.blocks = Some(blocks);
+    /// Whether `cluster` holds metadata, whatever its count says. Fails where two entries of the table
+    /// name the same block.
+    fn is_table(&self, cluster: u64, file: &Device) -> Result<bool> {
+        match self.twice {
+            None => Ok(self.areas.kind_at(cluster).is_some()),
+            Some(entry) => Err(Error::corrupt(
+                file.name(),
+                format!("two refcount table entries point to the block at {entry:#x}"),
+            )),
         }
-        let per_cluster = 1u64 << (self.cluster_bits - 3);
-        let table = self.table_offset >> self.cluster_bits;
-        let tables = [
-            Run { first: 0, count: 1 },
-            Run { first: table, count: self.table.len() as u64 / per_cluster },
-            self.l1,
-            self.keys,
-        ];
-        Ok(tables.iter().any(|r| (r.first..r.first + r.count).contains(&cluster))
-            || self.blocks.as_ref().is_some_and(|b| b.contains(&cluster)))
+    }
+
+    /// Note where the table and its blocks lie, after they were replaced.
+    pub fn note_blocks(&self) {
+        let own = Run {
+            first: self.table_offset >> self.cluster_bits,
+            count: self.table.len() as u64 * 8 >> self.cluster_bits,
+        };
+        self.areas.replace(Kind::RefcountTable, &[own]);
+        self.areas.replace(Kind::RefcountBlock, &[]);
+        for entry in self.table.iter().filter(|e| **e != 0) {
+            self.areas.add(Kind::RefcountBlock, entry >> self.cluster_bits);
+        }
     }
 
     /// Where the L1 table lies: clusters that are never handed out.
     pub fn protect(&mut self, l1: Run) {
-        self.l1 = l1;
+        self.areas.replace(Kind::L1, &[l1]);
     }
 
     /// Where the LUKS header and its keys lie; as [`Self::protect`].
     pub fn protect_keys(&mut self, keys: Run) {
-        self.keys = keys;
+        self.areas.replace(Kind::Luks, &[keys]);
     }
 
     fn hand_out(&mut self, run: Run) -> bool {
@@ -448,13 +458,13 @@ impl Refcounts {
         for b in 0..blocks {
             self.table[(index + b) as usize] = (first + b) << self.cluster_bits;
         }
-        self.blocks = None;
         if let Err(e) = (first..first + blocks + count).try_for_each(|c| self.set(file, c, 1)) {
             // Blocks that do not count themselves must not come into the table on disk.
             self.table[index as usize..=last as usize].fill(0);
             self.forget_slices_from(index);
             return Err(e);
         }
+        (first..first + blocks).for_each(|c| self.areas.add(Kind::RefcountBlock, c));
         self.new_blocks.extend((index..=last).map(|b| b as usize));
         self.hand_out(Run { first, count: blocks + count });
         Ok(Run { first: first + blocks, count })
@@ -495,7 +505,7 @@ impl Refcounts {
         let slice = Slice { data, dirty: false, writing: false };
         self.slices.insert(first >> self.slice_bits(), slice);
         self.table[index as usize] = first << self.cluster_bits;
-        self.blocks.get_or_insert_default().insert(first);
+        self.areas.add(Kind::RefcountBlock, first);
         self.new_blocks.push(index as usize);
         self.set(file, first, 1)?;
         self.hint = self.hint.max(first + 1);
@@ -554,7 +564,9 @@ impl Refcounts {
         }
         self.hand_out(all);
         self.new_blocks.clear();
-        self.blocks = None;
+        let own = Run { first: first + blocks, count: clusters };
+        self.areas.replace(Kind::RefcountTable, &[own]);
+        (first..first + blocks).for_each(|c| self.areas.add(Kind::RefcountBlock, c));
         self.table_offset = (first + blocks) << self.cluster_bits;
         self.hint = self.hint.max(first + all.count);
         for cluster in old.0..old.0 + old.1 {
@@ -648,8 +660,19 @@ fn no_space(file: &Device) -> Error {
     }
 }
 
+/// Write a refcount table of `clusters` clusters to `offset`, and make the header name it.
+pub(super) fn write_table(file: &Device, offset: u64, clusters: u64, content: &[u8]) -> Result<()> {
+    file.write_slice(content, offset, ReqFlags::NONE)?;
+    file.flush()?;
+    let mut field = [0; 12];
+    field[..8].copy_from_slice(&offset.to_be_bytes());
+    field[8..].copy_from_slice(&(clusters as u32).to_be_bytes());
+    file.write_slice(&field, at::REFTABLE, ReqFlags::NONE)?;
+    file.flush()
+}
+
 /// Count `index` of a slice; counts below a byte fill a byte from its low end.
-fn read_count(data: &[u8], index: u64, order: u32) -> u64 {
+pub(super) fn read_count(data: &[u8], index: u64, order: u32) -> u64 {
     let i = index as usize;
     match order {
         0..3 => {
@@ -665,7 +688,7 @@ fn read_count(data: &[u8], index: u64, order: u32) -> u64 {
     }
 }
 
-fn write_count(data: &mut [u8], index: u64, order: u32, count: u64) {
+pub(super) fn write_count(data: &mut [u8], index: u64, order: u32, count: u64) {
     let i = index as usize;
     match order {
         0..3 => {

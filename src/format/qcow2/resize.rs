@@ -27,9 +27,18 @@ impl Qcow2 {
                 self.unit()
             )));
         }
+        if new == old && prealloc == Prealloc::Off {
+            return Ok(());
+        }
         // It lies behind the disk's bytes, where others may come to lie.
         self.drop_vm_state()?;
-        if new < old { self.shrink(old, new) } else { self.grow(writer, old, new, prealloc) }
+        self.bitmaps_resizing(new)?;
+        let resized = match new < old {
+            true => self.shrink(old, new),
+            false => self.grow(writer, old, new, prealloc),
+        };
+        self.bitmaps_resized();
+        resized
     }
 
     pub(super) fn too_big(&self, size: u64) -> Error {
@@ -50,14 +59,14 @@ impl Qcow2 {
         let result = self
             .drop_clusters(whole(new), whole(old), Fate::Forget)
             .and_then(|()| self.flush_all())
-            .and_then(|()| self.record_size(new))
-            .and_then(|()| self.shrink_data(new));
+            .and_then(|()| self.record_size(new));
         if result.is_err() {
             self.size.store(old, Release);
             return result;
         }
         // The space goes back now, not at some later flush: no call holds it any more.
-        self.flush_all()
+        self.flush_all()?;
+        self.shrink_data(new)
     }
 
     fn grow(&self, writer: &Writer, old: u64, new: u64, prealloc: Prealloc) -> Result<()> {
@@ -158,15 +167,7 @@ impl Qcow2 {
     fn switch_l1(&self, meta: &mut Meta, offset: u64, entries: u64) -> Result<()> {
         // The counts of its clusters come before the header that names it.
         let table = offset;
-        for (offset, block) in meta.refs.take_dirty() {
-            self.file.write_slice(&block, offset, ReqFlags::NONE)?;
-        }
-        meta.refs.written();
-        self.file.flush()?;
-        for (offset, entry) in meta.refs.take_new_blocks() {
-            self.file.write_slice(&entry.to_be_bytes(), offset, ReqFlags::NONE)?;
-        }
-        self.file.flush()?;
+        self.publish_counts(meta)?;
         let mut field = [0; 12];
         field[..4].copy_from_slice(&(entries as u32).to_be_bytes());
         field[4..].copy_from_slice(&table.to_be_bytes());

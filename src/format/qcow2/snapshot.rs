@@ -358,13 +358,27 @@ impl Qcow2 {
     pub(super) fn apply_snapshot(&self, which: &[u8]) -> Result<()> {
         self.may_have_snapshots()?;
         let i = self.position(which)?;
+        let vanished = || Error::Internal("a snapshot vanished".into());
+        let new_size = {
+            let meta = self.writer_parts()?.meta.lock();
+            meta.snapshots.list.get(i).ok_or_else(vanished)?.info.disk_size
+        };
+        // All that is on the disk may be another's then.
+        let resized = new_size != self.size.load(Acquire);
+        if resized {
+            self.bitmaps_resizing(new_size)?;
+        }
+        self.note_change(0, self.size.load(Acquire).max(new_size))?;
         let mut state = 0;
-        self.rebuild(self.order()?, Progress::NONE, |new, plan| {
-            let chosen = plan.snapshots.get(i).cloned();
-            let chosen = chosen.ok_or_else(|| Error::Internal("a snapshot vanished".into()))?;
+        let applied = self.rebuild(self.order()?, Progress::NONE, |new, plan| {
+            let chosen = plan.snapshots.get(i).cloned().ok_or_else(vanished)?;
             state = chosen.info.vm_state_size;
             new.apply(plan, &chosen)
-        })?;
+        });
+        if resized {
+            self.bitmaps_resized();
+        }
+        applied?;
         self.vm_state.is_kept(state);
         Ok(())
     }

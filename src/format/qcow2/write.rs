@@ -12,6 +12,7 @@ use libc::iovec;
 use parking_lot::MutexGuard;
 
 use super::cluster::{ALL, Cluster, Plain, SUB_BITS};
+use super::guard::Kind;
 use super::refcount::{Run, Stop};
 use super::*;
 
@@ -110,6 +111,7 @@ impl Qcow2 {
                 Entry::Normal { host, copied: true } if found.own_table => {
                     let len = self.present(host, in_cluster, found.len)?;
                     let part = buf.split_at(len as usize).0;
+                    self.check_data(host + in_cluster, part.len() as u64)?;
                     // It is on stable storage by itself, unless the way to it is not yet.
                     let late = fua && writer.changed.load(Acquire);
                     flush |= late;
@@ -180,8 +182,10 @@ impl Qcow2 {
         }
         self.writer_parts()?.changed.store(true, Release);
         slot.store(entry::normal(new), Release);
+        self.areas.add(Kind::L2, run.first);
         meta.dirty_l1.push(index);
         if table != 0 {
+            self.areas.remove(Kind::L2, table >> self.cluster_bits);
             meta.unmapped.push(Run { first: table >> self.cluster_bits, count: 1 });
         }
         Ok(())
@@ -197,7 +201,7 @@ impl Qcow2 {
     }
 
     /// Take host clusters, and make the file long enough for them.
-    fn allocate(&self, meta: &mut Meta, want: u64) -> Change<(Run, bool)> {
+    pub(super) fn allocate(&self, meta: &mut Meta, want: u64) -> Change<(Run, bool)> {
         let (run, blank) = meta.refs.allocate(&self.file, want)?;
         match self.lengthen((run.first + run.count) << self.cluster_bits) {
             Ok(()) => Ok((run, blank)),
@@ -240,7 +244,7 @@ impl Qcow2 {
     pub(super) fn or_grow<T>(&self, change: Change<T>) -> Result<Option<T>> {
         match change {
             Ok(done) => Ok(Some(done)),
-            Err(Stop::Failed(e)) => Err(e),
+            Err(Stop::Failed(e)) => self.or_corrupt(Err(e)),
             Err(Stop::GrowTable(index)) => {
                 let writer = self.writer_parts()?;
                 let _turn = writer.turn.lock();
@@ -296,6 +300,7 @@ impl Qcow2 {
                 + (u64::from(sub + free) << (self.cluster_bits - SUB_BITS));
             let host = Run { first: host >> self.cluster_bits, count: 1 };
             drop(held);
+            self.check_data(host.first << self.cluster_bits, 1)?;
             return Ok(self.grant(writer, meta, first, host, (start, end.min(stop)), false, true));
         }
         let mut want = 1;

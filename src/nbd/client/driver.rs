@@ -399,6 +399,7 @@ impl Driver for Nbd {
         context: &[u8],
         offset: u64,
         count: u64,
+        most: usize,
         out: &mut Vec<(u64, u64)>,
     ) -> Result<()> {
         let Some(context) = self.pool.export.context(context) else {
@@ -408,7 +409,8 @@ impl Driver for Nbd {
         };
         let deadline = self.pool.deadline();
         let (mut offset, mut left) = (offset, self.inside(offset, count));
-        while left > 0 {
+        // Who wants more asks again.
+        while left > 0 && out.len() < most {
             let described = self.block_status(offset, left.min(FIRST_ASKED), deadline)?;
             let mut runs = Runs::new(&described, context);
             let before = left;

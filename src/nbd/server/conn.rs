@@ -37,12 +37,34 @@ const SKIP: u64 = 256 << 20;
 const LINGER: Duration = Duration::from_millis(500);
 
 /// A meta context that was negotiated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Context {
     /// `base:allocation`.
-    Allocation = 1,
+    Allocation,
     /// `qemu:allocation-depth`.
-    Depth = 2,
+    Depth,
+    /// `qemu:dirty-bitmap:` and a name: the whole, and the id.
+    Bitmap(Vec<u8>, u32),
+}
+
+impl Context {
+    /// The number by which replies name it.
+    pub fn id(&self) -> u32 {
+        match self {
+            Self::Allocation => 1,
+            Self::Depth => 2,
+            Self::Bitmap(_, id) => *id,
+        }
+    }
+
+    /// What it is asked for by.
+    pub fn name(&self) -> &[u8] {
+        match self {
+            Self::Allocation => b"base:allocation",
+            Self::Depth => b"qemu:allocation-depth",
+            Self::Bitmap(name, _) => name,
+        }
+    }
 }
 
 /// Why a connection ends.
@@ -394,7 +416,7 @@ impl Own {
         let length = u64::from_be_bytes(length.try_into().unwrap_or_default());
         let ids: Vec<u32> = ids.as_chunks::<4>().0.iter().map(|b| u32::from_be_bytes(*b)).collect();
         let ask = Request { length, ..*r };
-        let known = ids.iter().all(|id| self.conn.contexts.iter().any(|c| *c as u32 == *id));
+        let known = ids.iter().all(|id| self.conn.contexts.iter().any(|c| c.id() == *id));
         let size = self.conn.export.with(|i| i.size()).unwrap_or(0);
         let inside = length > 0 && r.offset.checked_add(length).is_some_and(|end| end <= size);
         let status = match known && inside {

@@ -6,8 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::*};
 use std::time::Duration;
 
 use super::super::proto::flag;
+use super::conn::Context;
 use crate::block::{Can, Error, Result};
 use crate::image::{Image, Info, state};
+use crate::log::{Level, log};
 
 /// How often it is looked whether the last user has gone, 5 ms apart.
 const LETTING_GO: u32 = 100;
@@ -27,7 +29,21 @@ pub struct Export {
     running: AtomicUsize,
     /// Whether other exports want threads, too.
     pub(super) is_one_of_many: AtomicBool,
+    /// Which dirty bitmaps clients are told of.
+    bitmaps: Shown,
 }
+
+/// Which dirty bitmaps clients are told of: all that are consistent, this one, or none.
+enum Shown {
+    All,
+    One(Vec<u8>),
+    None,
+}
+
+/// What the context of a bitmap is called, before its name.
+const BITMAP: &[u8] = b"qemu:dirty-bitmap:";
+/// The first id of the context of a bitmap.
+const FIRST_ID: u32 = 3;
 
 impl Export {
     /// Export a context; `broken` is set when a call on it panics, and it is used no more then.
@@ -48,7 +64,40 @@ impl Export {
             removed: AtomicBool::new(false),
             running: AtomicUsize::new(0),
             is_one_of_many: AtomicBool::new(false),
+            bitmaps: Shown::All,
         })
+    }
+
+    /// Tell clients of the dirty bitmap `name` only, which must be there; of none if that is empty.
+    pub fn show_bitmap(&mut self, name: &[u8]) -> Result<()> {
+        self.bitmaps = Shown::None;
+        if !name.is_empty() {
+            self.image.check_bitmap(name)?;
+            self.bitmaps = Shown::One(name.to_vec());
+        }
+        Ok(())
+    }
+
+    /// The meta contexts of the dirty bitmaps that clients are told of.
+    pub(super) fn bitmaps(&self) -> Vec<Context> {
+        let all = match self.bitmaps {
+            Shown::None => return Vec::new(),
+            _ => self.with(Image::bitmaps_uncounted),
+        };
+        let all = all.unwrap_or_else(|e| {
+            let name = crate::block::quoted(&self.name);
+            log(Level::Warn, format_args!("NBD export {name}: its bitmaps: {e}"));
+            Vec::new()
+        });
+        let shown = |name: &[u8]| match &self.bitmaps {
+            Shown::One(one) => one == name,
+            _ => true,
+        };
+        all.iter()
+            .filter(|b| !b.inconsistent && shown(&b.name))
+            .zip(FIRST_ID..)
+            .map(|(b, id)| Context::Bitmap([BITMAP, &b.name].concat(), id))
+            .collect()
     }
 
     /// Do something with the device. A panic in it breaks the device and is an error of this request.

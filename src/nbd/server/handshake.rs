@@ -18,6 +18,10 @@ use crate::nbd::proto::*;
 
 /// A longer payload than is allowed is read and forgotten up to this many bytes.
 const MAX_SKIP: u32 = 1 << 20;
+/// Meta contexts that one client may choose; each makes replies about all of them shorter.
+const MAX_CONTEXTS: usize = 64;
+/// Meta contexts that are listed.
+const MAX_LISTED: usize = 1024;
 /// Options of one client.
 const MAX_OPTIONS: usize = 256;
 
@@ -292,25 +296,30 @@ impl Talk<'_> {
         let Some((name, queries)) = context_request(payload) else {
             return self.refuse(option, rep::ERR_INVALID, "the payload's lengths do not add up");
         };
-        if self.server.find_export(name).is_none() {
+        let Some(export) = self.server.find_export(name) else {
             let text = format!("there is no export {}", quoted(name));
             return self.refuse(option, rep::ERR_UNKNOWN, &text);
+        };
+        let mut all = vec![Context::Allocation, Context::Depth];
+        // Names of bitmaps are looked up only for who wants to know them.
+        if (!set && queries.is_empty()) || queries.iter().any(|q| q.starts_with(b"qemu:")) {
+            all.extend(export.bitmaps());
         }
-        let all = [Context::Allocation, Context::Depth];
+        let most = if set { MAX_CONTEXTS } else { MAX_LISTED };
         let mut found = Vec::new();
         for c in all {
             let asked = |q: &&[u8]| match *q {
                 // The name of a namespace alone asks for what is in it, when listing.
-                b"base:" => !set && c == Context::Allocation,
-                b"qemu:" => !set && c == Context::Depth,
+                b"base:" | b"qemu:" | b"qemu:dirty-bitmap:" => !set && c.name().starts_with(q),
                 q => q == c.name(),
             };
-            if queries.iter().any(asked) || (!set && queries.is_empty()) {
+            let wanted = queries.iter().any(asked) || (!set && queries.is_empty());
+            if wanted && found.len() < most {
                 found.push(c);
             }
         }
         for c in &found {
-            let id = if set { *c as u32 } else { 0 };
+            let id = if set { c.id() } else { 0 };
             let out = [&id.to_be_bytes()[..], c.name()].concat();
             self.reply(option, rep::META_CONTEXT, &out)?;
         }
@@ -318,15 +327,6 @@ impl Talk<'_> {
             self.chosen = Some((name.to_vec(), found));
         }
         self.ack(option)
-    }
-}
-
-impl Context {
-    fn name(self) -> &'static [u8] {
-        match self {
-            Self::Allocation => b"base:allocation",
-            Self::Depth => b"qemu:allocation-depth",
-        }
     }
 }
 

@@ -2,12 +2,15 @@
 
 use super::conn::{Conn, Context};
 use crate::block::{Error, Extent, Result};
+use crate::image::Image;
 use crate::nbd::proto::{Mode, Request, alloc, chunk, chunk_header, cmd_flag};
 
 /// Most descriptors in a reply, of each context.
 const DESCRIPTORS: usize = 4096;
-// A reply goes into the output whole: pieces would let one of the pool come between.
-const _: () = assert!(2 * (32 + 8 + 16 * DESCRIPTORS) <= super::conn::OUTPUT);
+/// Bytes of all descriptors in a reply. It goes into the output whole: pieces would let one of the
+/// pool come between.
+const REPLY: usize = super::conn::OUTPUT / 2;
+const _: () = assert!(2 * 16 * DESCRIPTORS <= REPLY);
 /// Extents that are looked up at a time.
 const EXTENTS: usize = 64;
 /// Bytes of the disk that are looked at for one reply, though all of them be alike: tables have to be
@@ -37,6 +40,25 @@ impl List {
         !self.full
     }
 
+    /// Add what a bitmap says of a range.
+    fn dirty(&mut self, image: &Image, mut offset: u64, end: u64) -> Result<()> {
+        let end = end.min(offset.saturating_add(SPAN));
+        while offset < end {
+            let before = offset;
+            let (name, room) = (self.context.name(), self.room + 1);
+            for (len, flags) in image.block_status(name, offset, end - offset, room)? {
+                if !self.push(len, (flags & 1) as u32) {
+                    return Ok(());
+                }
+                offset += len;
+            }
+            if offset == before {
+                return Err(Error::Internal("nothing of a bitmap".into()));
+            }
+        }
+        Ok(())
+    }
+
     /// Shorten lengths to what a header of 32 bits can hold.
     fn fit(&mut self) {
         // The specification likes multiples of the block size; this is one of 64 KiB.
@@ -49,14 +71,15 @@ impl List {
 }
 
 impl Context {
-    fn flags(self, e: &Extent) -> u32 {
+    /// What it says of an extent; of a bitmap that is told elsewhere.
+    fn flags(&self, e: &Extent) -> u32 {
         match self {
             Self::Allocation => {
                 let hole = if e.has(Extent::DATA) { 0 } else { alloc::HOLE };
                 hole | if e.has(Extent::ZERO) { alloc::ZERO } else { 0 }
             }
             Self::Depth if e.has(Extent::OWNED) => e.depth + 1,
-            Self::Depth => 0,
+            Self::Depth | Self::Bitmap(..) => 0,
         }
     }
 }
@@ -64,16 +87,24 @@ impl Context {
 impl Conn {
     /// The reply to a request for block status, of these contexts only if there are `ids`.
     pub(super) fn status(&self, r: &Request, ids: Option<&[u32]>) -> Result<Vec<u8>> {
-        let room = if r.flags & cmd_flag::REQ_ONE != 0 { 1 } else { DESCRIPTORS };
+        let asked = |c: &&Context| ids.is_none_or(|ids| ids.contains(&c.id()));
+        let share = REPLY / 16 / self.contexts.iter().filter(asked).count().max(1);
+        let one = r.flags & cmd_flag::REQ_ONE != 0;
+        let room = if one { 1 } else { share.clamp(1, DESCRIPTORS) };
         let mut lists: Vec<List> = self
             .contexts
             .iter()
-            .filter(|c| ids.is_none_or(|ids| ids.contains(&(**c as u32))))
-            .map(|c| List { context: *c, runs: Vec::new(), room, full: false })
+            .filter(asked)
+            .map(|c| List { context: c.clone(), runs: Vec::new(), room, full: false })
             .collect();
         self.export.with(|image| {
             let end = r.offset.saturating_add(r.length).min(image.size()?);
-            let mut offset = r.offset;
+            let bitmap = |c: &Context| matches!(c, Context::Bitmap(..));
+            for list in lists.iter_mut().filter(|l| bitmap(&l.context)) {
+                list.dirty(image, r.offset, end)?;
+            }
+            let mut lists: Vec<_> = lists.iter_mut().filter(|l| !bitmap(&l.context)).collect();
+            let mut offset = if lists.is_empty() { end } else { r.offset };
             let mut some = [Extent::default(); EXTENTS];
             while offset < end && offset - r.offset < SPAN {
                 let n = image.extents_owned(offset, (end - offset).min(SPAN), &mut some)?;
@@ -85,7 +116,8 @@ impl Conn {
                     // Contexts may end at different places; with one full, the client asks again.
                     let mut room = true;
                     for list in &mut lists {
-                        room &= list.push(len, list.context.flags(e));
+                        let flags = list.context.flags(e);
+                        room &= list.push(len, flags);
                     }
                     if !room || self.is_cut() {
                         return Ok(());
@@ -118,7 +150,7 @@ impl Conn {
             };
             let (head, n) = chunk_header(self.mode, done, kind, r, length);
             out.extend_from_slice(&head[..n]);
-            out.extend_from_slice(&(list.context as u32).to_be_bytes());
+            out.extend_from_slice(&list.context.id().to_be_bytes());
             if extended {
                 out.extend_from_slice(&(count as u32).to_be_bytes());
             }

@@ -24,13 +24,18 @@ fn every_option_key_is_in_options_md() {
 #[test]
 fn every_flag_is_in_the_man_page() {
     let (dir, page) = (Dir::new(), file("docs/qblk.1"));
-    for command in crate::usage::COMMANDS {
+    for command in &crate::usage::COMMANDS {
         let section = page.split(&format!(".Ss qblk {command}\n")).nth(1).expect(command);
         let section = section.split("\n.Ss qblk ").next().unwrap();
         let general = page.split(".Ss Opening an image").nth(1).unwrap();
         let general = general.split(".Ss qblk info").next().unwrap();
         let shared = page.split(".Ss Flags of all commands").nth(1).unwrap();
-        let help = dir.qblk(&format!("{command} --help")).good();
+        let mut help = dir.qblk(&format!("{command} --help")).good();
+        if *command == "bitmap" {
+            for action in ["list", "add", "remove", "enable", "disable", "clear", "merge"] {
+                help += &dir.qblk(&format!("{command} {action} --help")).good();
+            }
+        }
         let flags = help.split_whitespace().filter_map(|w| w.strip_prefix("--"));
         let mut seen = 0;
         for flag in flags.map(|f| f.trim_end_matches([',', ')', ']', ';', ':'])) {

@@ -3,7 +3,9 @@
 
 mod amend;
 mod bench;
+mod bitmap;
 mod chainwork;
+mod check;
 mod copy;
 mod create;
 mod data;

@@ -3,9 +3,9 @@ use std::process::Stdio;
 
 use crate::support::*;
 
-pub const COMMANDS: [&str; 15] = [
-    "info", "create", "map", "copy", "resize", "snapshot", "amend", "commit", "rebase", "read",
-    "write", "bench", "lock", "serve", "list",
+pub const COMMANDS: [&str; 17] = [
+    "info", "create", "map", "copy", "check", "resize", "snapshot", "amend", "commit", "rebase",
+    "read", "write", "bench", "bitmap", "lock", "serve", "list",
 ];
 
 #[test]

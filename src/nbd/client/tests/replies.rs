@@ -357,9 +357,9 @@ fn a_context_is_told_as_it_is() {
         },
         |d| {
             let mut out = Vec::new();
-            d.status(b"qemu:allocation-depth", 600, 1500, &mut out).unwrap();
+            d.status(b"qemu:allocation-depth", 600, 1500, 64, &mut out).unwrap();
             assert_eq!(out, [(424, 4), (512, 5), (564, 6)]);
-            assert!(d.status(b"base:nothing", 0, 512, &mut out).is_err());
+            assert!(d.status(b"base:nothing", 0, 512, 64, &mut out).is_err());
         },
     );
 }
