@@ -498,3 +498,38 @@ fn open_disk(disk: &Disk, key: &[u8]) -> Result<qcow2::Qcow2, qblk::Error> {
     };
     qcow2::Qcow2::open(disk.device(), params)
 }
+
+#[test]
+fn refcounts_that_are_late_are_in_time_when_an_image_is_amended() {
+    let dir = Tmp::in_memory("amend-lazy");
+    let path = dir.join("image");
+    create(&path, "qcow2", 8 * MB, &[("lazy-refcounts", "on"), ("cluster-size", "4k")]);
+    let image = open(&path, RW);
+    let mut model = Rng::new(4).bytes(8 * MB as usize);
+    for (i, pairs) in [
+        &[("refcount-bits", "64")][..],
+        &[("lazy-refcounts", "off")],
+        &[("lazy-refcounts", "on")],
+        &[("refcount-bits", "16"), ("compat", "0.10")],
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let at = i * MB as usize;
+        image.write_at(&model[at..at + MB as usize], at as u64, NONE).unwrap();
+        image.flush().unwrap();
+        image.snapshot_create(format!("s{i}").as_bytes(), &Options::new()).unwrap();
+        image.write_at(&[7; 5000], 6 * MB, NONE).unwrap();
+        image.flush().unwrap();
+        amend(&image, pairs).unwrap();
+        check_clean(&path_copy(&dir, &path));
+    }
+    model[4 * MB as usize..].fill(0);
+    model[6 * MB as usize..][..5000].fill(7);
+    image.snapshot_apply(b"s2").unwrap();
+    image.snapshot_delete(b"s3").unwrap();
+    model[3 * MB as usize..4 * MB as usize].fill(0);
+    image.close().unwrap();
+    check_clean(&path);
+    check_same(&path, "qcow2", &model, &dir.join("model"));
+}

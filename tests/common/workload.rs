@@ -281,13 +281,18 @@ impl Scenario {
 
     /// Open the image on `disk`, with what is below it.
     pub fn open(&self, disk: &Disk, write: bool) -> Result<Device> {
+        self.open_as(disk, write, None)
+    }
+
+    /// Open the image, or a snapshot of it.
+    fn open_as(&self, disk: &Disk, write: bool, snapshot: Option<Vec<u8>>) -> Result<Device> {
         let params = Params {
             write,
             info_only: false,
             probed: false,
             l2_cache: Some(0),
             untrusted: false,
-            snapshot: None,
+            snapshot,
             key: self.encrypted.then(key),
             calls: Arc::new(InFlight::default()),
         };
@@ -590,6 +595,7 @@ pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&P
     let image = scenario.open(&disk, false).unwrap_or_else(|e| panic!("{e}"));
     let bytes = read_all(&image).unwrap_or_else(|e| panic!("{e}"));
     guest.judge(&bytes).unwrap_or_else(|e| panic!("{e}"));
+    judge_snapshots(&disk, &image, guest, scenario);
     if scenario.bitmaps > 0 {
         judge_bitmaps(&image, &bytes, scenario);
     }
@@ -619,6 +625,23 @@ fn judge_bitmaps(image: &Device, bytes: &[u8], scenario: &Scenario) {
             "sector {i} has changed, and is clean"
         );
     }
+}
+
+/// Snapshots are there, but perhaps one that is just being deleted, and hold what they are to.
+fn judge_snapshots(disk: &Disk, image: &Device, guest: &Guest, scenario: &Scenario) {
+    let list = image.driver().snapshots().unwrap_or_else(|e| panic!("{e}"));
+    let mut found = 0;
+    for name in list.into_iter().map(|s| s.name) {
+        let Some((_, then)) = guest.snapshots.iter().find(|s| s.0.as_bytes() == name) else {
+            continue;
+        };
+        let shown = scenario.open_as(disk, false, Some(name)).unwrap_or_else(|e| panic!("{e}"));
+        let bytes = read_all(&shown).unwrap_or_else(|e| panic!("{e}"));
+        let now: Vec<u8> = bytes.chunks(SECTOR as usize).map(|s| s[0]).collect();
+        assert!(now == *then, "a snapshot holds {now:?}, and is to hold {then:?}");
+        found += 1;
+    }
+    assert!(found + 1 >= guest.snapshots.len(), "{found} of {} snapshots", guest.snapshots.len());
 }
 
 /// Says what was being looked at should that panic.

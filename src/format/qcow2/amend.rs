@@ -29,6 +29,8 @@ impl Qcow2 {
         let writer = self.writer_parts()?;
         let order = self.order()?;
         let v3 = to.v3.unwrap_or(self.v3);
+        // Everything that closing would change in the header is done: it would no more be in its place.
+        self.settle()?;
         let new_order = to.refcount_order.unwrap_or(order);
         self.check_amend(to, v3, new_order)?;
         if let Some(keys) = &to.keys {
@@ -40,7 +42,11 @@ impl Qcow2 {
         let change = |head: &mut Edit| self.amend_header(head, to, v3);
         if v3 == self.v3 && new_order == order {
             self.flush_all()?;
-            self.or_fail(writer, self.edit_header(|head| Ok(change(head))))?;
+            let changed = self.edit_header(|head| {
+                change(head);
+                Ok(())
+            });
+            self.or_fail(writer, changed)?;
         } else {
             self.rebuild(new_order, progress, |new, plan| {
                 if self.v3 && !v3 {
@@ -50,7 +56,10 @@ impl Qcow2 {
                 Ok(())
             })?;
         }
-        self.settle()?;
+        let end = writer.meta.lock().refs.used_end();
+        if let Some(end) = end.filter(|end| *end < self.file.size()) {
+            self.file.driver().resize(end, Prealloc::Off, true)?;
+        }
         // What is in memory is of the image as it was.
         writer.failed.store(libc::ESTALE, Release);
         Ok(true)

@@ -450,3 +450,116 @@ fn too_many(name: &Name, offset: u64, order: u32) -> Error {
 fn unused(name: &Name, offset: u64) -> Error {
     Error::corrupt(name, format!("the cluster at {offset:#x} is in use but has a refcount of 0"))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BITS: u32 = 9;
+
+    /// Header, table and one block of 256 counts, which counts them and `used` clusters more.
+    fn counted(used: u64) -> (Device, Refcounts) {
+        let driver = crate::file::from_memory(crate::file::memory(0).unwrap()).unwrap();
+        let file = Device::new(driver);
+        let mut bytes = vec![0; 512 * (3 + used as usize)];
+        bytes[512..520].copy_from_slice(&1024u64.to_be_bytes());
+        bytes[1024..1536].copy_from_slice(&Refcounts::ones(3 + used, 4, 512));
+        file.write_slice(&bytes, 0, ReqFlags::NONE).unwrap();
+        let refs = load(&file, 4, 512, 1);
+        (file, refs)
+    }
+
+    fn load(file: &Device, order: u32, offset: u64, clusters: u32) -> Refcounts {
+        Refcounts::load(file, BITS, order, offset, clusters, Arc::new(Areas::new(0))).unwrap()
+    }
+
+    fn read_all(file: &Device) -> Vec<u8> {
+        let mut bytes = vec![0; file.size() as usize];
+        file.read_slice(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn what_is_not_adopted_has_not_happened() {
+        let (file, mut refs) = counted(20);
+        let before = read_all(&file);
+        let mut new = Shadow::new(&mut refs, &file, 4).unwrap();
+        new.change(5, true).unwrap();
+        new.free(Run { first: 6, count: 3 }).unwrap();
+        new.take(4).unwrap();
+        assert_eq!((new.get(5).unwrap(), new.get(7).unwrap()), (2, 0));
+        new.write().unwrap();
+        drop(new);
+        assert_eq!(read_all(&file)[..before.len()], before[..]);
+        let again = |c| load(&file, 4, 512, 1).get(&file, c).unwrap();
+        assert_eq!((again(5), again(7), again(23)), (1, 1, 0));
+        assert_eq!(refs.get(&file, 5).unwrap(), 1);
+    }
+
+    #[test]
+    fn what_is_adopted_is_in_the_file() {
+        for order in 0..=6 {
+            let (file, mut refs) = counted(20);
+            let mut new = Shadow::new(&mut refs, &file, order).unwrap();
+            new.convert(Progress::NONE).unwrap();
+            if order > 0 {
+                new.change(5, true).unwrap();
+            }
+            new.change(6, false).unwrap();
+            let run = new.take(3).unwrap();
+            // Nothing that holds anything, now or then.
+            assert!(run.first >= 23, "{run:?}");
+            let placed = new.write().unwrap();
+            let freed = new.adopt(placed);
+            assert!(freed.contains(&Run { first: 6, count: 1 }), "{freed:?}");
+            let mut loaded = load(&file, order, placed.offset, placed.clusters);
+            for refs in [&mut loaded, &mut refs] {
+                let mut get = |c| refs.get(&file, c).unwrap();
+                assert_eq!(get(5), if order > 0 { 2 } else { 1 });
+                assert_eq!((get(0), get(6), get(7)), (1, 0, 1));
+                // The old table and block are free, the new table is not.
+                assert_eq!((get(1), get(2)), (0, 0));
+                assert_eq!(get(placed.offset >> BITS), 1);
+                assert_eq!(get(run.first + 2), 1);
+                // Each cluster of what there is has one reference, and nothing else has one.
+                let total: u64 = (0..file.size() >> BITS).map(&mut get).sum();
+                let blocks = refs.table.iter().filter(|e| **e != 0).count() as u64;
+                let twice = u64::from(order > 0);
+                let all = 1 + 20 + twice - 1 + 3 + blocks + u64::from(placed.clusters);
+                assert_eq!(total, all, "order {order}");
+            }
+        }
+    }
+
+    #[test]
+    fn counts_that_do_not_fit_are_refused() {
+        let (file, mut refs) = counted(20);
+        let mut new = Shadow::new(&mut refs, &file, 4).unwrap();
+        new.change(5, true).unwrap();
+        let placed = new.write().unwrap();
+        new.adopt(placed);
+        let mut new = Shadow::new(&mut refs, &file, 0).unwrap();
+        let e = new.convert(Progress::NONE).unwrap_err();
+        assert!(e.to_string().contains("0xa00") && e.to_string().contains("1 bits"), "{e}");
+        let (file, mut refs) = counted(20);
+        let mut new = Shadow::new(&mut refs, &file, 4).unwrap();
+        assert!(new.change(200, false).unwrap_err().to_string().contains("refcount of 0"));
+    }
+
+    #[test]
+    fn many_blocks_are_made_where_clusters_are_few() {
+        // 64 counts of 8 bytes to a block: blocks that count blocks.
+        let (file, mut refs) = counted(200);
+        let mut new = Shadow::new(&mut refs, &file, 6).unwrap();
+        new.convert(Progress::NONE).unwrap();
+        for _ in 0..300 {
+            new.take(1).unwrap();
+        }
+        let long = new.take(150).unwrap();
+        let placed = new.write().unwrap();
+        new.adopt(placed);
+        for c in (3..203).chain(long.first..long.first + 150) {
+            assert_eq!(refs.get(&file, c).unwrap(), 1, "cluster {c}");
+        }
+    }
+}
