@@ -128,9 +128,9 @@ fn two_bitmaps_of_one_name_are_reported() {
 #[test]
 fn wrong_table_entries_are_reported_and_cost_that_bitmap_only() {
     for (entry, word) in [
-        (1u64 << 63 | 5 * CLUSTER, "reserved"),
-        (5 * CLUSTER | 2, "reserved"),
-        (5 * CLUSTER | 1, "all ones"),
+        ((1u64 << 63) | (5 * CLUSTER), "reserved"),
+        ((5 * CLUSTER) | 2, "reserved"),
+        ((5 * CLUSTER) | 1, "all ones"),
         (5 * CLUSTER + 512, "multiple of the cluster size"),
         (1 << 40, "past the end"),
     ] {
