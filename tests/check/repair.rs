@@ -9,6 +9,14 @@ use super::judge::{ours, qemu, status};
 use super::making::make;
 use qblk::block::Repair;
 
+/// Whether the refcount table names a block far behind the end of the file.
+fn names_blocks_far_out(path: &std::path::Path) -> bool {
+    let len = fs::metadata(path).unwrap().len();
+    let (at, cluster) = (peek_u64(path, 48), 1u64 << peek_u32(path, 20));
+    let entry = |i: u64| if at + 8 * i + 8 <= len { peek_u64(path, at + 8 * i) } else { 0 };
+    (0..cluster / 8).map(entry).any(|e| e > len + (1 << 26))
+}
+
 #[test]
 fn what_qemu_can_mend_is_mended_to_the_same_data() {
     let seed = seed("repair");
@@ -29,6 +37,10 @@ fn what_qemu_can_mend_is_mended_to_the_same_data() {
             let mut about = format!("seed {seed}, {}, {repair:?}", made.what);
             for _ in 0..if i == 0 { 0 } else { 1 + r.below(3) } {
                 about += &format!("; {}", damage(&mut r, &made, &a));
+            }
+            if names_blocks_far_out(&a) {
+                // QEMU makes the file as long as that, and then counts for hours.
+                continue;
             }
             fs::copy(&a, &b).unwrap();
             let (_, before, told) = qemu(&a, Repair::Nothing);
