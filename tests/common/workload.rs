@@ -188,6 +188,14 @@ pub fn scenarios() -> Vec<Scenario> {
             weights: [4, 1, 1, 1, 1, 2, 2],
             ..PLAIN
         },
+        Scenario {
+            name: "bitmaps with snapshots and compressed data",
+            bitmaps: 4,
+            snapshots: 3,
+            pack: 2,
+            weights: [4, 1, 1, 1, 1, 2, 2],
+            ..PLAIN
+        },
     ]
 }
 

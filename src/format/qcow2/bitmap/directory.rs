@@ -118,7 +118,9 @@ impl Extension {
 pub fn read(file: &Device, e: &Extension, cluster_bits: u32, size: u64) -> Result<Vec<Entry>> {
     let mut bytes = vec![0; e.size as usize];
     file.read_slice(&mut bytes, e.offset)?;
-    let (mut entries, mut rest) = (Vec::new(), &bytes[..]);
+    // An entry has 32 bytes at least, so that this is no more than the directory is worth.
+    let expected = u64::from(e.bitmaps).min(e.size / 32) as usize;
+    let (mut entries, mut rest) = (Vec::with_capacity(expected), &bytes[..]);
     while !rest.is_empty() {
         let at = e.offset + (bytes.len() - rest.len()) as u64;
         let bad = |what: String| {

@@ -1,7 +1,8 @@
 //! What was written since a bitmap was last saved: one bit for each granule of the disk, set without
 //! a lock and before the data moves.
 //!
-//! Memory is taken where bits are set, 4 KiB for 32,768 granules, and none where all of them are:
+//! Memory is taken where bits are set, 4 KiB for 32,768 granules, and none where all of them are; what
+//! leads there takes as little until then:
 //! what the file has of a bitmap is not in memory at all (`view`), so that opening one costs nothing.
 
 use std::ptr;
@@ -15,6 +16,11 @@ pub const WORDS: usize = 1 << (CHUNK_BITS - 6);
 /// A chunk's bits, lowest first.
 pub type Words = [u64; WORDS];
 type Chunk = [AtomicU64; WORDS];
+
+/// What leads to some chunks. NULL: no bit is set; `full()`: all are.
+type Leaf = [AtomicPtr<Chunk>; LEAF];
+/// Chunks that a leaf leads to.
+const LEAF: usize = 512;
 
 /// What stands for a chunk whose bits are all set. Never looked into.
 static FULL: Chunk = [const { AtomicU64::new(0) }; WORDS];
@@ -44,17 +50,26 @@ pub struct Marks {
     granularity_bits: u32,
     /// How many bits there are.
     bits: u64,
-    /// NULL: none is set; `full()`: all are.
-    chunks: Box<[AtomicPtr<Chunk>]>,
+    /// How many chunks there are.
+    chunks: u64,
+    /// NULL: no bit is set.
+    leaves: Box<[AtomicPtr<Leaf>]>,
 }
 
 impl Drop for Marks {
     fn drop(&mut self) {
-        for chunk in &mut self.chunks {
-            let chunk = *chunk.get_mut();
-            if !chunk.is_null() && chunk != full() {
-                // SAFETY: made by Box::into_raw in `own`, and nobody else has the marks any more.
-                drop(unsafe { Box::from_raw(chunk) });
+        for leaf in &mut self.leaves {
+            let leaf = *leaf.get_mut();
+            if leaf.is_null() {
+                continue;
+            }
+            // SAFETY: made by Box::into_raw in `slot`, and nobody else has the marks any more.
+            for mut chunk in *unsafe { Box::from_raw(leaf) } {
+                let chunk = *chunk.get_mut();
+                if !chunk.is_null() && chunk != full() {
+                    // SAFETY: as above, in `own`.
+                    drop(unsafe { Box::from_raw(chunk) });
+                }
             }
         }
     }
@@ -65,8 +80,31 @@ impl Marks {
     pub fn new(size: u64, granularity_bits: u32) -> Self {
         let bits = granules(size, granularity_bits);
         let chunks = bits.div_ceil(1 << CHUNK_BITS);
-        let chunks = (0..chunks).map(|_| AtomicPtr::new(ptr::null_mut())).collect();
-        Self { granularity_bits, bits, chunks }
+        let leaves = chunks.div_ceil(LEAF as u64);
+        let leaves = (0..leaves).map(|_| AtomicPtr::new(ptr::null_mut())).collect();
+        Self { granularity_bits, bits, chunks, leaves }
+    }
+
+    /// Where chunk `index` is noted, if something in its leaf is set.
+    fn find(&self, index: u64) -> Option<&AtomicPtr<Chunk>> {
+        let leaf = self.leaves.get(index as usize / LEAF)?.load(Acquire);
+        // SAFETY: NULL, or a leaf that lives as long as the marks do.
+        unsafe { leaf.as_ref() }?.get(index as usize % LEAF)
+    }
+
+    /// Where chunk `index` is to be noted.
+    fn slot(&self, index: u64) -> Option<&AtomicPtr<Chunk>> {
+        let leaf = self.leaves.get(index as usize / LEAF)?;
+        if leaf.load(Acquire).is_null() {
+            let new = Box::new([const { AtomicPtr::new(ptr::null_mut()) }; LEAF]);
+            Self::install_or_drop(leaf, new);
+        }
+        self.find(index)
+    }
+
+    /// The chunk noted there, NULL if there is none.
+    fn chunk(&self, index: u64) -> *mut Chunk {
+        self.find(index).map_or(ptr::null_mut(), |slot| slot.load(Acquire))
     }
 
     pub fn granularity_bits(&self) -> u32 {
@@ -91,13 +129,13 @@ impl Marks {
             let stop = (start + (1 << CHUNK_BITS)).min(end);
             // A last chunk that the disk's end cuts is full when all that it has are set.
             let all = at == start && stop == (start + (1 << CHUNK_BITS)).min(self.bits);
-            self.set_in_chunk(index as usize, (at - start) as usize, (stop - start) as usize, all);
+            self.set_in_chunk(index, (at - start) as usize, (stop - start) as usize, all);
             at = stop;
         }
     }
 
-    fn set_in_chunk(&self, index: usize, from: usize, to: usize, all: bool) {
-        let Some(slot) = self.chunks.get(index) else { return };
+    fn set_in_chunk(&self, index: u64, from: usize, to: usize, all: bool) {
+        let Some(slot) = self.slot(index) else { return };
         let mut chunk = slot.load(Acquire);
         if chunk.is_null() {
             chunk = if all { Self::install(slot, full()) } else { Self::own(slot) };
@@ -123,7 +161,12 @@ impl Marks {
 
     /// The chunk of a slot, made if there is none.
     fn own(slot: &AtomicPtr<Chunk>) -> *mut Chunk {
-        let new = Box::into_raw(Box::new([const { AtomicU64::new(0) }; WORDS]));
+        Self::install_or_drop(slot, Box::new([const { AtomicU64::new(0) }; WORDS]))
+    }
+
+    /// Put `new` where nothing is yet, unless somebody else does; what is there then.
+    fn install_or_drop<T>(slot: &AtomicPtr<T>, new: Box<T>) -> *mut T {
+        let new = Box::into_raw(new);
         let there = Self::install(slot, new);
         if there != new {
             // SAFETY: made above, and nobody has seen it.
@@ -133,7 +176,7 @@ impl Marks {
     }
 
     /// Put `new` where nothing is yet; what is there then.
-    fn install(slot: &AtomicPtr<Chunk>, new: *mut Chunk) -> *mut Chunk {
+    fn install<T>(slot: &AtomicPtr<T>, new: *mut T) -> *mut T {
         match slot.compare_exchange(ptr::null_mut(), new, AcqRel, Acquire) {
             Ok(_) => new,
             Err(there) => there,
@@ -142,23 +185,32 @@ impl Marks {
 
     /// Whether a bit may be set in chunks `from..to`.
     pub fn any(&self, from: u64, to: u64) -> bool {
-        let to = to.min(self.chunks.len() as u64) as usize;
-        let range = self.chunks.get(from as usize..to).unwrap_or_default();
-        range.iter().any(|c| !c.load(Acquire).is_null())
+        self.next_before(from, to).is_some()
     }
 
     /// The first chunk from `index` on in which a bit may be set.
     pub fn next(&self, index: u64) -> Option<u64> {
-        let rest = self.chunks.get(index as usize..)?;
-        rest.iter().position(|c| !c.load(Acquire).is_null()).map(|i| index + i as u64)
+        self.next_before(index, u64::MAX)
+    }
+
+    fn next_before(&self, index: u64, end: u64) -> Option<u64> {
+        let (mut at, end) = (index, end.min(self.chunks));
+        while at < end {
+            let leaf = self.leaves.get(at as usize / LEAF)?;
+            if leaf.load(Acquire).is_null() {
+                at = (at / LEAF as u64 + 1) * LEAF as u64;
+            } else if self.chunk(at).is_null() {
+                at += 1;
+            } else {
+                return Some(at);
+            }
+        }
+        None
     }
 
     /// Add chunk `index` to `words`; what is known of it alone.
     pub fn add_to(&self, index: u64, words: &mut Words) -> Found {
-        let chunk = match self.chunks.get(index as usize) {
-            Some(slot) => slot.load(Acquire),
-            None => ptr::null_mut(),
-        };
+        let chunk = self.chunk(index);
         if chunk.is_null() {
             return Found::Zeroes;
         }
@@ -203,7 +255,7 @@ impl Marks {
             Found::Ones => return self.set_bits(start, (start + (1 << CHUNK_BITS)).min(self.bits)),
             Found::Mixed => {}
         }
-        let Some(slot) = self.chunks.get(index as usize) else { return };
+        let Some(slot) = self.slot(index) else { return };
         let mut chunk = slot.load(Acquire);
         if chunk.is_null() {
             chunk = Self::own(slot);
@@ -258,7 +310,7 @@ mod tests {
     fn whole_chunks_take_no_memory() {
         let marks = Marks::new((4 << 15) + 100, 0);
         marks.set(0, u64::MAX);
-        assert!(marks.chunks.iter().all(|c| c.load(Acquire) == full()));
+        assert!((0..5).all(|i| marks.chunk(i) == full()));
         assert_eq!(dirty(&marks).len(), (4 << 15) + 100);
         let one = Marks::new(4 << 15, 0);
         one.set(7, 1);
