@@ -72,13 +72,13 @@ impl Geometry {
                 ),
             });
         }
-        if let Some(b) = &self.backing {
-            if b.name.len() as u64 > MAX_BACKING_NAME {
-                return Err(Error::invalid(format!(
-                    "the backing file's name has {} bytes, more than {MAX_BACKING_NAME}",
-                    b.name.len()
-                )));
-            }
+        if let Some(b) = &self.backing
+            && b.name.len() as u64 > MAX_BACKING_NAME
+        {
+            return Err(Error::invalid(format!(
+                "the backing file's name has {} bytes, more than {MAX_BACKING_NAME}",
+                b.name.len()
+            )));
         }
         // Without any names it always fits.
         if self.header(Places::default(), size).len() > 1 << self.cluster_bits {
