@@ -38,7 +38,7 @@ int main(int argc, char **argv)
     CHECK_INT(qblk_pread(dev, text, 33, 300000), 0);
     CHECK(text[0] == 0 && text[31] == 0 && text[32] == 7);
     OK(qblk_close(dev));
-    CHECK_SH("qemu-img compare -s -f qcow2 -F raw disk.qcow2 disk.raw");
+    CHECK_SH("qemu-img compare -q -f qcow2 -F raw disk.qcow2 disk.raw");
 
     /* Who names the data file decides; a hostile image does not. */
     FAILS(open_opt("disk.qcow2", QBLK_OPEN_UNTRUSTED, &dev, options("format", "qcow2", NULL)),

@@ -221,14 +221,23 @@ fn a_safe_rebase_changes_nothing_that_is_read() {
             0 => layer(&second, "qcow2", b, None, &mut rng, &[]),
             _ => layer(&second, "qcow2", b, Some((&first, &under)), &mut rng, &[]),
         };
+        let lazy = if round % 3 == 1 { "on" } else { "off" };
         let mut model = layer(
             &top,
             "qcow2",
             c,
             Some((&first, &under)),
             &mut rng,
-            &[("compat", compat), ("cluster-size", cluster), ("extended-l2", extended)],
+            &[
+                ("lazy-refcounts", lazy),
+                ("compat", compat),
+                ("cluster-size", cluster),
+                ("extended-l2", extended),
+            ],
         );
+        if compat == "1.1" {
+            qemu_img!("bitmap", "--add", "-f", "qcow2", top, "changes");
+        }
         let image = open(&top, RW);
         age(&image, &mut rng, &mut model, 3);
         // To another, to none, and back to the first.
@@ -247,6 +256,10 @@ fn a_safe_rebase_changes_nothing_that_is_read() {
         equal(&top, &model, &tmp);
         equal(&second, &beside, &tmp);
         equal(&first, &under, &tmp);
+        if compat == "1.1" {
+            let info = qemu_img!("info", "-f", "qcow2", top);
+            assert!(info.contains("changes") && !info.contains("in-use"), "{info}");
+        }
         // QEMU does the same to it, and we agree.
         qemu_img!("rebase", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", top);
         let image = open(&top, RW);
@@ -257,6 +270,29 @@ fn a_safe_rebase_changes_nothing_that_is_read() {
         equal(&top, &model, &tmp);
     }
     assert_nothing_logged();
+}
+
+#[test]
+fn a_rebase_to_an_image_further_down_copies_only_what_lies_between() {
+    let tmp = Tmp::in_memory("rebase-down");
+    let mut rng = Rng::new(seed("rebase-down"));
+    let size = 8 << 20;
+    let (base, middle, top) = (tmp.join("0.raw"), tmp.join("1.qcow2"), tmp.join("2.qcow2"));
+    for middle_size in [size, size / 2] {
+        let under = layer(&base, "raw", size, None, &mut rng, &[]);
+        let between = layer(&middle, "qcow2", middle_size, Some((&base, &under)), &mut rng, &[]);
+        let model = layer(&top, "qcow2", size, Some((&middle, &between)), &mut rng, &[]);
+        let image = open(&middle, RO);
+        let moved = own_bytes(&image) + (size - middle_size) as u64;
+        drop(image);
+        let image = open(&top, RW);
+        let had = own_bytes(&image);
+        rebase(&image, "0.raw", &[("backing-fmt", "raw")], false).unwrap();
+        assert_same(&read_all(&image), &model, 0, "over what was two below");
+        assert!(own_bytes(&image) <= had + moved, "{} and {had} + {moved}", own_bytes(&image));
+        image.close().unwrap();
+        equal(&top, &model, &tmp);
+    }
 }
 
 #[test]

@@ -63,6 +63,14 @@ impl NewBelow {
     fn size(&self) -> Result<u64> {
         self.0.as_ref().map_or(Ok(0), Image::size)
     }
+
+    /// How deep it lies in the chain that is open: what is found there, or deeper, stays the same.
+    fn depth_in(&self, tree: &Tree) -> Result<Option<u32>> {
+        let Some(image) = &self.0 else { return Ok(None) };
+        let id = image.call()?.files.first().and_then(|file| file.driver().identity());
+        let at = tree.files.iter().position(|f| id.is_some() && f.driver().identity() == id);
+        Ok(at.filter(|depth| *depth > 0).map(|depth| depth as u32))
+    }
 }
 
 impl Disk for NewBelow {
@@ -159,6 +167,8 @@ impl Image {
             close_tree(old)?;
             if !blind {
                 copy_what_differs(old, &below, threads, progress, calls)?;
+                // Settled once more: what is opened next is to find nothing half done.
+                close_tree(old)?;
             }
             let named = (!backing.is_empty()).then(|| (backing.as_bytes(), format.as_deref()));
             old.top.driver().set_backing(named)?;
@@ -253,6 +263,7 @@ fn commit_tree(
             size,
             room: base.size(),
             which: Which::Own,
+            same_from: None,
             shown: &to,
             shows_zeroes: false,
             compare: false,
@@ -290,6 +301,7 @@ fn copy_what_differs(
         size,
         room: size,
         which: Which::NotOwn,
+        same_from: below.depth_in(tree)?,
         shown: below,
         shows_zeroes: below.0.is_none(),
         compare: true,

@@ -78,6 +78,8 @@ pub(super) struct Job<'a> {
     pub(super) size: u64,
     pub(super) room: u64,
     pub(super) which: Which,
+    /// What the source has from images so deep, or deeper, the target has from the same.
+    pub(super) same_from: Option<u32>,
     /// What says which bytes the target reads as already; as a rule the target.
     pub(super) shown: &'a dyn Disk,
     /// It reads as zeroes wherever nothing is copied to.
@@ -197,6 +199,7 @@ pub fn copy(
         size,
         room,
         which: if shallow { Which::Own } else { Which::All },
+        same_from: None,
         shown: to,
         shows_zeroes: options.switch("target-is-zero")?.unwrap_or(false),
         compare: options.switch("compare")?.unwrap_or(false),
@@ -324,6 +327,7 @@ impl Work<'_> {
         match self.job.which {
             Which::Own if !own => Kind::Skip,
             Which::NotOwn if own => Kind::Skip,
+            _ if self.job.same_from.is_some_and(|depth| e.depth >= depth) => Kind::Skip,
             _ if e.has(Extent::ZERO) => Kind::Zero,
             _ => Kind::Data,
         }

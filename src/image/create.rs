@@ -36,7 +36,12 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
     }
     let exclusive = options.switch("exclusive")?.unwrap_or(false);
     let lock = how::locking(options, OpenFlags::RDWR, Locking::default())?;
-    let _lease = super::managed::lease_one(&path, format, options)?;
+    let data = match options.get("data-file") {
+        Some(name) if kind == Kind::Qcow2 => Some(data_file_name(&path, name)?),
+        _ => None,
+    };
+    let files = std::iter::once((&path, format)).chain(data.as_ref().map(|data| (data, "raw")));
+    let _lease = super::managed::lease_files(&files.collect::<Vec<_>>(), options)?;
     match kind {
         Kind::Raw => {
             options.refuse("format raw", &[QCOW2_ONLY, LUKS_ONLY, &["key", "key-file"]])?;
@@ -92,7 +97,7 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
         }
         Kind::Qcow2 => {
             let geometry = qcow2_options(&path, size, options)?;
-            let data = match &geometry.data_file {
+            let data = match data {
                 Some(data) => {
                     // Encrypted sectors are whole.
                     let sector = if geometry.encrypt.is_some() { 512 } else { 1 };
@@ -278,25 +283,30 @@ fn data_file_options(options: &Options) -> Result<Option<qcow2::DataFile>> {
     match options.get("data-file") {
         None if raw => Err(Error::invalid("option 'data-file-raw' has no use without 'data-file'")),
         None => Ok(None),
-        Some(b"") => Err(Error::invalid("option 'data-file': the name is empty")),
         Some(name) => Ok(Some(qcow2::DataFile { name: name.to_vec(), raw })),
     }
 }
 
-/// Make the data file of a new image, as long as that.
+/// Where the data file of a new image is: where it will be looked for when the image is opened.
+fn data_file_name(path: &Name, name: &[u8]) -> Result<Name> {
+    use std::os::unix::ffi::OsStrExt;
+    if name.is_empty() {
+        return Err(Error::invalid("option 'data-file': the name is empty"));
+    }
+    match chain::parse_name(OsStr::from_bytes(name))? {
+        Source::Path(name) => Ok(Name::from(chain::beside(path.as_path(), Path::new(name)))),
+        _ => Err(Error::unsupported(path, "making a data file that is not a local one")),
+    }
+}
+
+/// Make the data file `name` of a new image, as long as that.
 fn data_file(
     path: &Name,
-    data: &qcow2::DataFile,
+    name: Name,
     size: u64,
     exclusive: bool,
     lock: Locking,
 ) -> Result<file::Creating> {
-    use std::os::unix::ffi::OsStrExt;
-    let Source::Path(name) = chain::parse_name(OsStr::from_bytes(&data.name))? else {
-        return Err(Error::unsupported(path, "making a data file that is not a local one"));
-    };
-    // Where it will be looked for when the image is opened.
-    let name = Name::from(chain::beside(path.as_path(), Path::new(name)));
     let same = |a: &Path, b: &Path| {
         std::fs::canonicalize(a).is_ok_and(|a| std::fs::canonicalize(b).is_ok_and(|b| a == b))
     };

@@ -191,27 +191,30 @@ impl Tree {
     }
 }
 
-/// A lease of one file while something is done with all of it.
-pub(super) fn lease_one(
-    path: &Name,
-    format: &str,
+/// A lease of files, by their formats, while something is done with all of them.
+pub(super) fn lease_files(
+    files: &[(&Name, &str)],
     options: &Options,
 ) -> Result<Option<Arc<Lease>>> {
     let Some(request) = request(options, OpenFlags::RDWR)? else { return Ok(None) };
-    let shown = path.as_path();
-    // It need not be there yet, but the directory is.
-    let dir = shown.parent().filter(|d| !d.as_os_str().is_empty());
-    let dir = std::fs::canonicalize(dir.unwrap_or(std::path::Path::new(".")));
-    let whole = std::fs::canonicalize(shown)
-        .or_else(|e| dir.map(|d| d.join(shown.file_name().unwrap_or_default())).map_err(|_| e))
-        .unwrap_or_else(|_| shown.to_owned());
-    let resource = Resource {
-        path: c_string(whole.as_os_str().as_bytes(), "the name")?,
-        format: c_string(format.as_bytes(), "format")?,
-        flags: 0,
-    };
+    let mut parts = Vec::with_capacity(files.len());
+    for (path, format) in files {
+        let shown = path.as_path();
+        // It need not be there yet, but the directory is.
+        let dir = shown.parent().filter(|d| !d.as_os_str().is_empty());
+        let dir = std::fs::canonicalize(dir.unwrap_or(std::path::Path::new(".")));
+        let whole = std::fs::canonicalize(shown)
+            .or_else(|e| dir.map(|d| d.join(shown.file_name().unwrap_or_default())).map_err(|_| e))
+            .unwrap_or_else(|_| shown.to_owned());
+        parts.push(Resource {
+            path: c_string(whole.as_os_str().as_bytes(), "the name")?,
+            format: c_string(format.as_bytes(), "format")?,
+            flags: 0,
+        });
+    }
+    let Some((first, _)) = files.first() else { return Ok(None) };
     let (fence, calls) = (Arc::new(Fence::default()), Arc::new(InFlight::default()));
-    request.acquire(path, vec![resource], fence, calls).map(Some)
+    request.acquire(first, in_order(parts), fence, calls).map(Some)
 }
 
 #[cfg(test)]

@@ -125,7 +125,8 @@ fn the_same_is_found_as_qemu_finds() {
             }
             let (code, want, told) = qemu(&copy, Repair::Nothing);
             let found = ours(&copy, Repair::Nothing);
-            if told.contains("Could not open") {
+            // (An offset above 2^63 makes it count clusters that no memory is enough for.)
+            if told.contains("Could not open") || told.contains("Cannot allocate memory") {
                 // What can be mended is no reason for us to refuse.
                 gave_up += 1;
                 continue;

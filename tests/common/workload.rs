@@ -6,7 +6,8 @@ use std::process::Output;
 use std::sync::Arc;
 
 use qblk::block::{
-    BitmapChange, Device, ErrorKind, InFlight, NewSnapshot, OneIov, Prealloc, ReqFlags, Result,
+    BitmapChange, Device, ErrorKind, InFlight, NewSnapshot, OneIov, Prealloc, Progress, Repair,
+    ReqFlags, Result,
 };
 use qblk::crypto::Secret;
 use qblk::format::{BackingRef, Params, luks, qcow2};
@@ -580,6 +581,9 @@ pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&P
         assert!(sound, "{}{}", told(&out.stdout), told(&out.stderr));
     }
     let disk = Disk::new(content);
+    let found = qcow2::check::run(&disk.device(), Repair::Nothing, Progress::NONE);
+    let found = found.unwrap_or_else(|e| panic!("{e}"));
+    assert!(found.corruptions == 0 && found.check_errors == 0, "{found:?}");
     let image = scenario.open(&disk, false).unwrap_or_else(|e| panic!("{e}"));
     let bytes = read_all(&image).unwrap_or_else(|e| panic!("{e}"));
     guest.judge(&bytes).unwrap_or_else(|e| panic!("{e}"));
@@ -587,23 +591,6 @@ pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&P
     if scenario.bitmaps > 0 {
         judge_bitmaps(&image, &bytes, scenario);
     }
-}
-
-/// Snapshots are there, but perhaps one that is just being deleted, and hold what they are to.
-fn judge_snapshots(disk: &Disk, image: &Device, guest: &Guest, scenario: &Scenario) {
-    let list = image.driver().snapshots().unwrap_or_else(|e| panic!("{e}"));
-    let mut found = 0;
-    for name in list.into_iter().map(|s| s.name) {
-        let Some((_, then)) = guest.snapshots.iter().find(|s| s.0.as_bytes() == name) else {
-            continue;
-        };
-        let shown = scenario.open_as(disk, false, Some(name)).unwrap_or_else(|e| panic!("{e}"));
-        let bytes = read_all(&shown).unwrap_or_else(|e| panic!("{e}"));
-        let now: Vec<u8> = bytes.chunks(SECTOR as usize).map(|s| s[0]).collect();
-        assert!(now == *then, "a snapshot holds {now:?}, and is to hold {then:?}");
-        found += 1;
-    }
-    assert!(found + 1 >= guest.snapshots.len(), "{found} of {} snapshots", guest.snapshots.len());
 }
 
 /// Bitmaps that say of themselves that they can be trusted can be: whatever is not as it was in the
@@ -630,6 +617,23 @@ fn judge_bitmaps(image: &Device, bytes: &[u8], scenario: &Scenario) {
             "sector {i} has changed, and is clean"
         );
     }
+}
+
+/// Snapshots are there, but perhaps one that is just being deleted, and hold what they are to.
+fn judge_snapshots(disk: &Disk, image: &Device, guest: &Guest, scenario: &Scenario) {
+    let list = image.driver().snapshots().unwrap_or_else(|e| panic!("{e}"));
+    let mut found = 0;
+    for name in list.into_iter().map(|s| s.name) {
+        let Some((_, then)) = guest.snapshots.iter().find(|s| s.0.as_bytes() == name) else {
+            continue;
+        };
+        let shown = scenario.open_as(disk, false, Some(name)).unwrap_or_else(|e| panic!("{e}"));
+        let bytes = read_all(&shown).unwrap_or_else(|e| panic!("{e}"));
+        let now: Vec<u8> = bytes.chunks(SECTOR as usize).map(|s| s[0]).collect();
+        assert!(now == *then, "a snapshot holds {now:?}, and is to hold {then:?}");
+        found += 1;
+    }
+    assert!(found + 1 >= guest.snapshots.len(), "{found} of {} snapshots", guest.snapshots.len());
 }
 
 /// Says what was being looked at should that panic.

@@ -206,6 +206,27 @@ fn a_manager_is_told_of_the_whole_chain_in_one_order() {
     assert!(text.contains("acquire new raw 0\n") && text.ends_with("release\n"), "{text}");
 }
 
+#[test]
+fn a_manager_is_told_of_data_files_as_of_their_images() {
+    let dir = Tmp::new("mgr-data");
+    let (so, log) = recorder(&dir, ADD);
+    let o = managed(&so, &[("data-file", "m.data")]);
+    let top = dir.join("m");
+    qblk::image::create(top.as_os_str(), "qcow2", 1 << 20, &o).unwrap();
+    let text = told(&log);
+    assert!(text.contains("acquire m qcow2 0\nacquire m.data raw 0\n"), "{text}");
+    create(&dir.join("a"), "qcow2", 1 << 20, &[("data-file", "a.data")]);
+    let opts = managed(&so, &[("backing-file", "a"), ("data-file", "m.data")]);
+    qblk::image::create(top.as_os_str(), "qcow2", 1 << 20, &opts).unwrap();
+    told(&log);
+    // The one below is only read, and so is what holds its data.
+    let image = open_managed(&top, &managed(&so, &[]), RW).unwrap();
+    let all = "acquire a qcow2 1\nacquire a.data raw 1\nacquire m qcow2 0\nacquire m.data raw 0\n";
+    let text = told(&log);
+    assert!(text.ends_with(all), "{text}");
+    image.close().unwrap();
+}
+
 /// Somebody else's file lock.
 struct Third(#[allow(dead_code)] Image);
 

@@ -14,6 +14,8 @@
 //! Source: "Compressed Clusters Descriptor" of the QCOW2 specification.
 
 use super::cluster::Raw;
+use zstd_safe::CParameter;
+
 use super::compressed::Store;
 use super::refcount::Stop;
 use super::write::Change;
@@ -21,8 +23,10 @@ use super::*;
 
 /// Compresses better than the default of zlib, which QEMU has, at several times its speed.
 const DEFLATE_LEVEL: i32 = 5;
-/// One more than the default, which QEMU has: in clusters it is hardly slower, and a few hundredths smaller.
-const ZSTD_LEVEL: i32 = 4;
+/// The default, which QEMU has.
+const ZSTD_LEVEL: i32 = 3;
+/// Shorter matches than that level looks for: a tenth slower, but then it is a few hundredths smaller.
+const ZSTD_MATCH: u32 = 4;
 /// Guest bytes that are compressed before they are written, at most (or a cluster, if that is more).
 const MAX_BATCH: u64 = 2 << 20;
 
@@ -35,8 +39,9 @@ enum Codec {
 /// What clusters are compressed with.
 pub(super) struct Press {
     codec: Codec,
-    /// Compressed forms, one behind the other.
+    /// Compressed forms, one behind the other: the first `used` bytes.
     out: Vec<u8>,
+    used: usize,
     /// The lengths of these.
     lens: Vec<usize>,
     /// A cluster in one piece, where the caller's memory has none.
@@ -50,13 +55,22 @@ impl Press {
                 let level = libdeflater::CompressionLvl::new(DEFLATE_LEVEL).unwrap_or_default();
                 Codec::Deflate(Box::new(libdeflater::Compressor::new(level)))
             }
-            _ => Codec::Zstd(zstd_safe::CCtx::create()),
+            _ => {
+                let mut ctx = zstd_safe::CCtx::create();
+                for parameter in
+                    [CParameter::CompressionLevel(ZSTD_LEVEL), CParameter::MinMatch(ZSTD_MATCH)]
+                {
+                    // Both are within what the library takes; without them it does as it likes.
+                    let _ = ctx.set_parameter(parameter);
+                }
+                Codec::Zstd(ctx)
+            }
         };
-        Self { codec, out: Vec::new(), lens: Vec::new(), whole: Vec::new() }
+        Self { codec, out: Vec::new(), used: 0, lens: Vec::new(), whole: Vec::new() }
     }
 
     fn clear(&mut self) {
-        self.out.clear();
+        self.used = 0;
         self.lens.clear();
     }
 
@@ -73,15 +87,17 @@ impl Press {
                 &self.whole[..]
             }
         };
-        let at = self.out.len();
-        self.out.resize(at + size - 1, 0);
-        let to = &mut self.out[at..];
+        // Memory that was used before is not cleared anew.
+        let end = self.used + size - 1;
+        if self.out.len() < end {
+            self.out.resize(end, 0);
+        }
+        let to = &mut self.out[self.used..end];
         let len = match &mut self.codec {
             Codec::Deflate(c) => c.deflate_compress(data, to).ok(),
-            Codec::Zstd(c) => c.compress(to, data, ZSTD_LEVEL).ok(),
+            Codec::Zstd(c) => c.compress2(to, data).ok(),
         };
-        // Less is kept of what there is: that clears nothing.
-        self.out.truncate(at + len.unwrap_or(0));
+        self.used += len.unwrap_or(0);
         self.lens.extend(len);
         len.is_some()
     }
@@ -189,7 +205,7 @@ impl Qcow2 {
 
     /// Write what is in `press`, for the guest clusters from `first` on.
     fn write_packed(&self, writer: &Writer, first: u64, press: &Press) -> Result<()> {
-        let (mut out, mut lens) = (&press.out[..], &press.lens[..]);
+        let (mut out, mut lens) = (&press.out[..press.used], &press.lens[..]);
         let (mut first, mut retried) = (first, false);
         while !lens.is_empty() {
             let done = match self.or_grow(self.place_packed(writer, first, lens)) {

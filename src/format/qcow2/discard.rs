@@ -98,8 +98,12 @@ impl Qcow2 {
             // Runs of an image below may end anywhere; `from` and `to` are where requests may be cut.
             let whole = len - len % self.unit();
             // Zeroes that are only the lack of a backing image that is named but not open do not last.
-            let named = self.backing_is_named && !self.hold_zeroes.load(Acquire);
-            let lasts = |allocated| allocated || named || !self.may_show_below(from);
+            // Where something else is about to be below, only this image's own do.
+            let hold = self.hold_zeroes.load(Acquire);
+            let lasts = |allocated| match hold {
+                true => allocated && run.depth == 0,
+                false => allocated || self.backing_is_named || !self.may_show_below(from),
+            };
             if whole > 0 && matches!(run.place, Place::Zero { allocated, .. } if lasts(allocated)) {
                 from += whole;
                 continue;

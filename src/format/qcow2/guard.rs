@@ -183,6 +183,16 @@ impl Qcow2 {
         self.note_l2_tables();
     }
 
+    /// Note where the bitmap directory lies from now on, if there is one: offset and bytes. To be called
+    /// whenever that changes, before what it had before is free.
+    pub(super) fn note_bitmap_directory(&self, place: Option<(u64, u64)>) {
+        let runs = place.map(|(offset, bytes)| Run {
+            first: offset >> self.cluster_bits,
+            count: bytes.div_ceil(self.cluster_size()),
+        });
+        self.areas.replace(Kind::BitmapDirectory, runs.as_slice());
+    }
+
     /// Note the L2 tables that the L1 table in memory names, and no others. For what replaces entries of
     /// that as a whole. Under `Writer::meta`, or before anybody else has the image.
     pub(super) fn note_l2_tables(&self) {

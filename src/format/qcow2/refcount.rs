@@ -373,7 +373,7 @@ impl Refcounts {
     pub fn note_blocks(&self) {
         let own = Run {
             first: self.table_offset >> self.cluster_bits,
-            count: self.table.len() as u64 * 8 >> self.cluster_bits,
+            count: (self.table.len() as u64 * 8) >> self.cluster_bits,
         };
         self.areas.replace(Kind::RefcountTable, &[own]);
         self.areas.replace(Kind::RefcountBlock, &[]);

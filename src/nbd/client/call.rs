@@ -9,8 +9,8 @@ use std::time::Duration;
 use parking_lot::MutexGuard;
 
 use super::lane::{Lane, Tx, fold};
-use super::pool::Pool;
-use super::reply;
+use super::pool::{Pool, TOGETHER};
+use super::reply::{self, Came};
 use super::rx::{Link, Stopped};
 use super::slot::{FAILED, LIVE, Memory, REPLIED, Request, SENT, Slot, Work, is_over};
 use super::sys::{self, Deadline, Errno};
@@ -18,10 +18,8 @@ use super::tx::{Queue, SendError};
 use crate::block::{Error, Name};
 use crate::nbd::proto::{self, cmd};
 
-/// Requests that are worth a system call of their own, whoever else may come.
-const TOGETHER: usize = 16;
 /// How long a request is held back at most.
-const HELD: Duration = Duration::from_millis(1);
+const HELD: Duration = Duration::from_micros(200);
 /// From so many bytes on, the data of a read is not worth receiving ahead.
 const LARGE: u64 = 32 << 10;
 
@@ -46,8 +44,15 @@ enum Submitted {
     Refused,
     /// To the server, or to one who is sending.
     Sent,
-    /// Into the queue: one who was summoned is to send it.
-    Held,
+    /// Into the queue: one who comes later is to send it. The first there has this, for when nobody does.
+    Held(Option<Held>),
+}
+
+/// The duty to send what is queued if nobody else does: which turn it is, and until when.
+#[derive(Clone, Copy)]
+struct Held {
+    turn: u32,
+    until: Deadline,
 }
 
 /// A slot of a lane, claimed. While it exists, the lane keeps its connection.
@@ -112,8 +117,8 @@ impl Claim<'_> {
         let mut late = false;
         match self.submit(link, slot, &head, &memory, deadline) {
             Submitted::Refused => self.bury(link),
-            Submitted::Sent => late = self.wait(link, slot, false, deadline),
-            Submitted::Held => late = self.wait(link, slot, true, deadline),
+            Submitted::Sent => late = self.wait(link, slot, None, deadline),
+            Submitted::Held(held) => late = self.wait(link, slot, held, deadline),
         }
         if large {
             self.lane.large.fetch_sub(1, Relaxed);
@@ -149,38 +154,72 @@ impl Claim<'_> {
         slot.state.store(born, Release);
         slot.cookie.store(head.cookie, Release);
         tx.queue.push(self.index, head, link.export.mode, memory);
+        tx.away = tx.away.saturating_sub(1);
         if !tx.sending {
-            // Those who were just woken are about to ask for more, or to leave: either way the last
-            // of them sends what is here before it does anything else.
+            // Those who were just woken are about to ask for more, or to leave: the last of them sends
+            // what is here.
             lane.held.store(true, SeqCst);
-            if lane.summoned.load(SeqCst) > 0 && tx.queue.len() < TOGETHER {
-                return Submitted::Held;
+            let expected = tx.away > 0 || lane.summoned.load(SeqCst) > 0;
+            if expected && tx.queue.len() < self.enough() {
+                let first = tx.queue.len() == 1;
+                let turn = tx.turn;
+                drop(tx);
+                let until = || Deadline::after(Some(HELD)).min(deadline);
+                return Submitted::Held(first.then(|| Held { turn, until: until() }));
             }
             lane.held.store(false, SeqCst);
+            if tx.queue.len() > 1 {
+                tx.trust.kept();
+            }
             tx.sending = true;
             self.send(tx, link, deadline);
         }
         Submitted::Sent
     }
 
+    /// How many requests are worth a system call of their own, whoever else may come. While other
+    /// connections are busy, all that one connection gets; else half of what is under way, so that the
+    /// server has the other half to work on.
+    fn enough(&self) -> usize {
+        let (lane, most) = (self.lane, TOGETHER as usize);
+        let busy = |l: &Lane| !std::ptr::eq(l, lane) && l.in_flight() > 0;
+        match self.pool.lanes.iter().any(busy) {
+            true => most,
+            false => most.min(lane.in_flight() as usize / 2),
+        }
+    }
+
     /// This caller has found that it was summoned. The last one of those sends what was held back for
     /// the others' requests to come along.
     fn heed(&self, link: &Link, deadline: Deadline) {
-        if self.lane.summoned.fetch_sub(1, SeqCst) == 1 {
-            self.send_held(link, deadline);
+        let lane = self.lane;
+        if lane.summoned.fetch_sub(1, SeqCst) == 1 && lane.held.load(SeqCst) {
+            let tx = lane.tx.0.lock();
+            if tx.away == 0 {
+                self.send_held(tx, link, deadline);
+            }
+        }
+    }
+
+    /// Send what was held back, since nobody else has.
+    fn send_late(&self, held: Held, link: &Link, deadline: Deadline) {
+        let mut tx = self.lane.tx.0.lock();
+        if tx.turn == held.turn {
+            // Those who were woken and have not got to run yet have broken no promise.
+            if self.lane.summoned.load(SeqCst) == 0 && tx.away > 0 {
+                tx.away = 0;
+                tx.trust.broken();
+            }
+            self.send_held(tx, link, deadline);
         }
     }
 
     /// Send what was held back, if it still is.
-    fn send_held(&self, link: &Link, deadline: Deadline) {
-        let lane = self.lane;
-        if lane.held.load(SeqCst) {
-            let mut tx = lane.tx.0.lock();
-            lane.held.store(false, SeqCst);
-            if !tx.queue.is_empty() && !tx.sending && !tx.closed {
-                tx.sending = true;
-                self.send(tx, link, deadline);
-            }
+    fn send_held<'b>(&'b self, mut tx: MutexGuard<'b, Tx>, link: &Link, deadline: Deadline) {
+        self.lane.held.store(false, SeqCst);
+        if !tx.queue.is_empty() && !tx.sending && !tx.closed {
+            tx.sending = true;
+            self.send(tx, link, deadline);
         }
     }
 
@@ -191,6 +230,8 @@ impl Claim<'_> {
             let spare = tx.spare.take().unwrap_or_else(Queue::new);
             let mut queue = std::mem::replace(&mut tx.queue, spare);
             let mut sealed = std::mem::take(&mut tx.sealed);
+            tx.turn = tx.turn.wrapping_add(1);
+            lane.flying.fetch_add(queue.len() as u32, SeqCst);
             drop(tx);
             let go_on = || {
                 if deadline.passed() {
@@ -228,7 +269,7 @@ impl Claim<'_> {
 
     /// Wait until the slot is over; whether the deadline passed before. A request that is `held` back
     /// is sent in any case after a little while: those who should may not get to run.
-    fn wait(&self, link: &Link, slot: &Slot, mut held: bool, deadline: Deadline) -> bool {
+    fn wait(&self, link: &Link, slot: &Slot, mut held: Option<Held>, deadline: Deadline) -> bool {
         let (lane, bit) = (self.lane, 1u64 << self.index);
         let (mut late, mut listed) = (false, false);
         loop {
@@ -240,28 +281,32 @@ impl Claim<'_> {
             // One whose reply has come waits for the sender only: the receiver's role would keep it
             // until the next reply. On a dead connection there is none, and anybody will do.
             let for_role = state & REPLIED == 0 || lane.dead.load(SeqCst);
-            if for_role && !lane.receiving.swap(true, Acquire) {
-                self.receive(link, slot, std::mem::take(&mut held), deadline, &mut late);
+            if for_role && lane.wants_receiver() && !lane.receiving.swap(true, SeqCst) {
+                self.receive(link, slot, held.take(), deadline, &mut late);
                 continue;
             }
             if for_role {
                 listed = true;
                 lane.waiting.0.fetch_or(bit, SeqCst);
                 fence(SeqCst);
-            } else if listed && !lane.receiving.load(SeqCst) {
+            } else if listed {
                 // The role may have been offered to this one.
                 lane.offer();
             }
             let now = slot.state.load(SeqCst);
             let stay = !is_over(now)
-                && (!for_role || (now & REPLIED == state & REPLIED && lane.receiving.load(SeqCst)));
+                && (!for_role
+                    || (now & REPLIED == state & REPLIED
+                        && (lane.receiving.load(SeqCst) || !lane.wants_receiver())));
             if stay {
                 let until = if late { Deadline::NEVER } else { deadline };
-                let most = if held { Deadline::after(Some(HELD)) } else { Deadline::NEVER };
+                let most = held.map_or(Deadline::NEVER, |h| h.until);
                 sys::futex_wait(&lane.epoch, epoch, fold(bit), until.min(most));
-                if held && most.passed() {
-                    held = false;
-                    self.send_held(link, deadline);
+                if let Some(h) = held
+                    && h.until.passed()
+                {
+                    held = None;
+                    self.send_late(h, link, deadline);
                 }
             }
             if for_role && lane.waiting.0.fetch_and(!bit, SeqCst) & bit == 0 {
@@ -272,21 +317,23 @@ impl Claim<'_> {
                 lane.die(self.pool.too_late(), link);
             }
         }
-        if listed && !lane.receiving.load(SeqCst) {
-            lane.offer();
-        }
+        lane.offer();
         late
     }
 
     /// The receiver's role: until the slot's own reply has come.
-    fn receive(&self, link: &Link, slot: &Slot, held: bool, deadline: Deadline, late: &mut bool) {
+    fn receive(
+        &self,
+        link: &Link,
+        slot: &Slot,
+        mut held: Option<Held>,
+        deadline: Deadline,
+        late: &mut bool,
+    ) {
         let lane = self.lane;
         let _role = Role { claim: self, link };
         // SAFETY: the receiver's alone, which we are until `_role` is dropped.
         let rx = unsafe { &mut *lane.rx.get() };
-        if held && !sys::is_readable(link.fd.as_raw_fd(), HELD) {
-            self.send_held(link, deadline);
-        }
         loop {
             if lane.dead.load(Acquire) {
                 return self.fail_all(link);
@@ -294,15 +341,25 @@ impl Claim<'_> {
             if slot.state.load(Acquire) & (REPLIED | FAILED) != 0 {
                 return;
             }
-            let mut over = 0;
+            if let Some(h) = held
+                && !sys::is_readable(link.fd.as_raw_fd(), h.until)
+            {
+                if h.until.passed() {
+                    held = None;
+                    self.send_late(h, link, deadline);
+                }
+                continue;
+            }
+            let mut came = Came::default();
             let large = lane.large.load(Relaxed) > 0;
             let mut check = false;
             match rx.fill(link, &lane.slots, large) {
                 Ok(()) => {
-                    if let Err(why) = reply::drain(rx, link, &lane.slots, &mut over) {
+                    if let Err(why) = reply::drain(rx, link, &lane.slots, &mut came) {
                         lane.die(why, link);
                     }
-                    if over != 0 && !lane.answered.load(Relaxed) {
+                    lane.flying.fetch_sub(came.replies, SeqCst);
+                    if came.replies > 0 && !lane.answered.load(Relaxed) {
                         lane.answered.store(true, Relaxed);
                     }
                     // Others may be served for as long as they like, and our own reply may come a
@@ -312,7 +369,13 @@ impl Claim<'_> {
                 Err(Stopped::Os(libc::EINTR | libc::EAGAIN)) => check = true,
                 Err(why) => lane.die(stop_error(why, link), link),
             }
-            let sleepers = over & lane.waiting.0.load(SeqCst);
+            let sleepers = came.over & lane.waiting.0.load(SeqCst);
+            if came.replies > 1 {
+                let mut tx = lane.tx.0.lock();
+                if tx.trust.ask() {
+                    tx.away += came.replies;
+                }
+            }
             if sleepers != 0 {
                 lane.summon(sleepers);
             }

@@ -7,15 +7,23 @@
 //! the others sleep on one word, so that any number of them is woken with one system call. A lone
 //! caller sends once, receives once, and meets nobody.
 //!
-//! Requests are sent together where that costs nobody time: a thread that was woken because its reply
-//! has come will mostly ask for more, so a request that is queued while others have been woken and not
-//! run yet is left for the last of them to send (or sent after all, a moment later).
+//! Requests are sent together where that costs little time: a thread whose reply has come will mostly
+//! ask for more. So a request that is queued while others have been woken and not run yet is left for
+//! the last of them to send. And after replies that came together the lane waits for all of their
+//! callers to come back, so that their next requests travel together, and the replies to those come
+//! together again: each call then sleeps once, and many share the rest. Whoever queued first sends after
+//! all when a moment has passed; and where callers turn out not to come back, they are not waited for any
+//! more, or seldom ([`Trust`]).
 //!
 //! What keeps a request from being forgotten:
 //! - Whoever gives up the receiver's role looks for sleepers afterwards and wakes one; whoever goes to
 //!   sleep says so and then looks whether the role is free. Both in sequentially consistent order, so
-//!   one of them sees the other. Whoever was asleep looks again when it leaves, in case the role was
-//!   offered to it and it needs it no more.
+//!   one of them sees the other. Everybody looks again when it leaves, in case the role was
+//!   offered to it and it needs it no more, or it has sent for others.
+//! - Nobody receives while all that is queued is held back. Who sends it counts it first, in `flying`,
+//!   and then waits itself, or looks for sleepers as it leaves.
+//! - The first whose request is held back has the duty to send what is queued in the end. It
+//!   cannot leave before, for its own is there.
 //! - The same goes for a reply that completes while its caller goes to sleep.
 //!
 //! How a connection dies: whoever finds it broken notes why and shuts the socket down, which ends
@@ -60,6 +68,40 @@ pub(super) struct Tx {
     pub(super) spare: Option<Box<Queue>>,
     /// For TLS records. The sender's, while there is one.
     pub(super) sealed: Vec<u8>,
+    /// Counts what was sent: who holds a request back knows by it whether that has gone.
+    pub(super) turn: u32,
+    /// Callers whose replies came together, and who are expected to ask for more.
+    pub(super) away: u32,
+    pub(super) trust: Trust,
+}
+
+/// Whether callers whose replies came together come back together.
+#[derive(Default)]
+pub(super) struct Trust {
+    /// Batches for which nobody is waited for.
+    skip: u32,
+    /// How many that will be the next time.
+    penalty: u32,
+}
+
+impl Trust {
+    /// A batch of replies has come: whether its callers are to be waited for.
+    pub(super) fn ask(&mut self) -> bool {
+        let ready = self.skip == 0;
+        self.skip = self.skip.saturating_sub(1);
+        ready
+    }
+
+    /// They came.
+    pub(super) fn kept(&mut self) {
+        self.penalty /= 2;
+    }
+
+    /// They were waited for in vain.
+    pub(super) fn broken(&mut self) {
+        self.penalty = (2 * self.penalty).clamp(4, 1024);
+        self.skip = self.penalty;
+    }
 }
 
 /// See the module's text.
@@ -72,10 +114,12 @@ pub(super) struct Lane {
     pub(super) epoch: AtomicU32,
     /// Callers that were taken out of `waiting` and do not know it yet.
     pub(super) summoned: AtomicU32,
-    /// Requests are queued that nobody sends: one who was summoned will.
+    /// Requests are queued that nobody sends: one who was summoned, or who comes back, will.
     pub(super) held: AtomicBool,
     /// Somebody is the receiver.
     pub(super) receiving: AtomicBool,
+    /// Requests that were sent, or are about to be, and whose replies have not come.
+    pub(super) flying: AtomicU32,
     /// Large reads under way.
     pub(super) large: AtomicU32,
     /// Requests are taken.
@@ -111,6 +155,7 @@ impl Lane {
             summoned: AtomicU32::new(0),
             held: AtomicBool::new(false),
             receiving: AtomicBool::new(false),
+            flying: AtomicU32::new(0),
             large: AtomicU32::new(0),
             up: AtomicBool::new(false),
             dead: AtomicBool::new(false),
@@ -122,6 +167,9 @@ impl Lane {
                 queue: Queue::new(),
                 spare: Some(Queue::new()),
                 sealed: Vec::new(),
+                turn: 0,
+                away: 0,
+                trust: Trust::default(),
             })),
             idle: Condvar::new(),
             rx: UnsafeCell::new(Rx::new()?),
@@ -206,10 +254,11 @@ impl Lane {
         }
         let mut tx = self.tx.0.lock();
         tx.queue.clear();
-        (tx.closed, tx.sending) = (false, false);
+        (tx.closed, tx.sending, tx.away) = (false, false, 0);
         drop(tx);
         self.waiting.0.store(0, Relaxed);
         self.large.store(0, Relaxed);
+        self.flying.store(0, Relaxed);
         self.summoned.store(0, Relaxed);
         self.held.store(false, Relaxed);
         *self.reason.lock() = None;
@@ -293,9 +342,18 @@ impl Lane {
         found != 0
     }
 
-    /// Offer the receiver's role to one who sleeps.
+    /// Whether somebody has to receive.
+    #[inline]
+    pub(super) fn wants_receiver(&self) -> bool {
+        self.flying.load(SeqCst) > 0 || self.dead.load(SeqCst)
+    }
+
+    /// Offer the receiver's role to one who sleeps, if there is something to receive and nobody has it.
     #[inline]
     pub(super) fn offer(&self) {
+        if !self.wants_receiver() || self.receiving.load(SeqCst) {
+            return;
+        }
         loop {
             let waiting = self.waiting.0.load(SeqCst);
             let one = waiting & waiting.wrapping_neg();
@@ -313,4 +371,35 @@ impl Lane {
 #[inline]
 pub(super) fn fold(slots: u64) -> u32 {
     (slots as u32) | (slots >> 32) as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Trust;
+
+    #[test]
+    fn callers_who_do_not_come_back_are_waited_for_seldom() {
+        let mut trust = Trust::default();
+        let mut waited = 0;
+        for _ in 0..10_000 {
+            if trust.ask() {
+                waited += 1;
+                trust.broken();
+            }
+        }
+        assert!((1..=20).contains(&waited), "waited {waited} times");
+        // Once they do, they are again, and one who is late now and then is forgiven.
+        (0..2048).for_each(|_| _ = trust.ask());
+        let mut waited = 0;
+        for n in 0..1000 {
+            let asked = trust.ask();
+            waited += u32::from(asked);
+            if asked && n % 100 == 99 {
+                trust.broken();
+            } else {
+                trust.kept();
+            }
+        }
+        assert!(waited > 900, "waited {waited} times");
+    }
 }

@@ -36,7 +36,7 @@ use crate::nbd::net::Waker;
 use crate::nbd::proto::{cmd, flag};
 
 /// Small requests that one connection gets before the next gets any: they travel together.
-const TOGETHER: u32 = 16;
+pub(super) const TOGETHER: u32 = 8;
 /// Requests of at least so many bytes are better spread, bytes.
 const LARGE: u64 = 64 << 10;
 /// Connections where a server says that several are safe and the caller says nothing.

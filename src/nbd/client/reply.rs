@@ -22,9 +22,18 @@ const MAX_FAILURES: u32 = 64;
 const MAX_DESCRIPTORS: u64 = 1 << 22;
 const KEPT_DESCRIPTORS: usize = 1 << 16;
 
-/// Deal with all that was received, as far as it goes. Adds the slots that are over to `over`.
-pub(super) fn drain(rx: &mut Rx, link: &Link, slots: &[Slot], over: &mut u64) -> Result<()> {
-    let mut d = Drain { link, slots, over };
+/// What was received.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Came {
+    /// Replies that are complete now.
+    pub replies: u32,
+    /// The slots that are over by them.
+    pub over: u64,
+}
+
+/// Deal with all that was received, as far as it goes. Adds to `came`.
+pub(super) fn drain(rx: &mut Rx, link: &Link, slots: &[Slot], came: &mut Came) -> Result<()> {
+    let mut d = Drain { link, slots, came };
     loop {
         match rx.pending {
             Pending::None => {
@@ -55,7 +64,7 @@ pub(super) fn drain(rx: &mut Rx, link: &Link, slots: &[Slot], over: &mut u64) ->
 struct Drain<'a> {
     link: &'a Link,
     slots: &'a [Slot],
-    over: &'a mut u64,
+    came: &'a mut Came,
 }
 
 impl<'a> Drain<'a> {
@@ -365,8 +374,9 @@ impl<'a> Drain<'a> {
             }
         }
         slot.cookie.store(0, Relaxed);
+        self.came.replies += 1;
         if slot.state.fetch_or(REPLIED, SeqCst) & SENT != 0 {
-            *self.over |= 1 << (index % SLOTS);
+            self.came.over |= 1 << (index % SLOTS);
         }
         Ok(())
     }

@@ -139,9 +139,16 @@ pub(super) unsafe fn recv(fd: c_int, vecs: &[iovec]) -> Result<usize, Errno> {
     if n >= 0 { Ok(n as usize) } else { Err(last_errno()) }
 }
 
-/// Whether there is something to receive (or to find out about the connection), within so long.
-pub(super) fn is_readable(fd: c_int, within: Duration) -> bool {
-    poll(fd, libc::POLLIN, Some(within))
+/// Whether there is something to receive (or to find out about the connection), before the deadline.
+pub(super) fn is_readable(fd: c_int, deadline: Deadline) -> bool {
+    let left = deadline.left().unwrap_or_default();
+    let time = libc::timespec {
+        tv_sec: left.as_secs() as libc::time_t,
+        tv_nsec: libc::c_long::from(left.subsec_nanos() as i32),
+    };
+    let mut poll = libc::pollfd { fd, events: libc::POLLIN, revents: 0 };
+    // SAFETY: one pollfd and one timespec, which are ours.
+    unsafe { libc::ppoll(&mut poll, 1, &time, std::ptr::null()) > 0 }
 }
 
 /// Wait for room to send (or for the end of the connection), no longer than until the deadline.

@@ -273,6 +273,7 @@ impl Qcow2 {
     /// Read the bitmaps of an image that is to be written, and be ready to mark what is.
     pub(super) fn begin_bitmaps(&self) -> Result<()> {
         let mut state = self.bitmap_state()?;
+        self.note_bitmap_directory(state.extension.as_ref().map(|e| (e.offset, e.size)));
         let size = self.size.load(Acquire);
         self.check_memory(&state, size, 0)?;
         for b in state.list.iter_mut().filter(|b| b.enabled) {

@@ -13,6 +13,7 @@ use super::directory::{data_clusters, encode};
 use super::marks::Found;
 use super::view::{ALL_ONES, OFFSET, PIECE};
 use super::*;
+use crate::format::qcow2::guard::Kind;
 use crate::format::qcow2::refcount::Run;
 use crate::log::{Level, log};
 
@@ -264,6 +265,7 @@ impl Qcow2 {
         if bytes.len() as u64 != e.size {
             return Err(Error::Internal("the bitmap directory has another size".into()));
         }
+        self.check_table(Kind::BitmapDirectory, e.offset)?;
         self.file.write_slice(&bytes, e.offset, ReqFlags::NONE)?;
         self.file.flush()
     }
@@ -293,6 +295,7 @@ impl Qcow2 {
             let switched =
                 self.publish_counts(meta).and_then(|()| self.switch_directory(new.as_ref()));
             self.or_fail(writer, switched)?;
+            self.note_bitmap_directory(new.as_ref().map(|e| (e.offset, e.size)));
             meta.unmapped.append(&mut moved.gone);
             Ok(())
         });
@@ -387,6 +390,7 @@ impl Qcow2 {
                 self.file.name()
             ),
         );
+        self.note_bitmap_directory(None);
         self.drop_extension()
     }
 

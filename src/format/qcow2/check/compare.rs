@@ -189,7 +189,7 @@ impl Check<'_> {
                 let bit = (cluster & ((1 << self.disk.block_bits) - 1)) << self.disk.order;
                 let mut word = [0; 8];
                 self.read(&mut word, offset + bit / 64 * 8)?;
-                let i = bit % 64 >> self.disk.order;
+                let i = (bit % 64) >> self.disk.order;
                 Ok(Some(read_count(&word, i, self.disk.order) == 1))
             }
         }
