@@ -15,6 +15,9 @@ use crate::work::{Device, Pattern, Res, Sample, Work, drive, golden_step};
 /// `qemu-img bench` flushes each write only if they follow one another.
 const QEMU: [How; 2] = [How { uring: false, depth: 1 }, How { uring: true, depth: 1 }];
 
+/// What is done to an image.
+type OnImage<'a> = Box<dyn Fn(&Path) -> Res<Sample> + 'a>;
+
 /// Everybody is on the disk: qemu is compared with the only one of ours that there is.
 const BESIDE: On = On::Tmpfs;
 
@@ -92,7 +95,7 @@ pub fn allocate<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
     create(&fresh, images.size, &[])?;
     let pristine = at(&fresh, std::fs::read(&fresh))?;
     let pristine = std::rc::Rc::new(pristine);
-    let contender = |who, run: Box<dyn Fn(&Path) -> Res<Sample> + 'a>| {
+    let contender = |who, run: OnImage<'a>| {
         let (fresh, pristine) = (fresh.clone(), pristine.clone());
         let run = move || {
             at(&fresh, std::fs::write(&fresh, &**pristine))?;
@@ -103,10 +106,7 @@ pub fn allocate<'a>(images: &'a Images, plan: &'a Plan) -> Res<Row<'a>> {
         };
         Contender { who, run: Box::new(run) }
     };
-    fn with<'a, D: Device + 'a>(
-        work: Work,
-        open: impl Fn(&Path) -> Res<D> + 'a,
-    ) -> Box<dyn Fn(&Path) -> Res<Sample> + 'a> {
+    fn with<'a, D: Device + 'a>(work: Work, open: impl Fn(&Path) -> Res<D> + 'a) -> OnImage<'a> {
         Box::new(move |file| drive(&open(file)?, &work, 0.0))
     }
     let mut contenders = vec![

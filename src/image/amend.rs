@@ -41,7 +41,6 @@ impl Image {
         self.with_tree(true, |tree| {
             let to = read(options, tree)?;
             let mut taken = Taken::new(&self.shared);
-            self.shared.calls.wait();
             if !tree.top.driver().amend(&to, progress)? {
                 return Ok(());
             }
@@ -52,10 +51,8 @@ impl Image {
             }
             let new = super::chain::reopen(tree, &tree.options, tree.flags, &self.shared.calls);
             let new = new.map_err(|e| unopened(e, &tree.name))?;
-            let gone = std::mem::replace(&mut taken.tree, Box::into_raw(Box::new(new)));
-            // SAFETY: made by Box::into_raw, and nobody else gets at it any more. It is dropped only when
-            // the reference to it that this function was given is over.
-            old = Some(unsafe { Box::from_raw(gone) });
+            // It is dropped when the reference to it that this function was given is over.
+            old = Some(taken.put(Box::new(new)));
             Ok(())
         })
     }

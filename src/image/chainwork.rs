@@ -7,13 +7,12 @@
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::*;
 
 use super::copy::{Disk, Job, Which, threads};
 use super::life::close_tree;
-use super::{Image, OpenFlags, Options, Tree, Use, chain, info_only, state};
+use super::whole::Taken;
+use super::{Image, OpenFlags, Options, Tree, Use, chain, state};
 use crate::block::*;
 use crate::log::{Level, log};
 
@@ -196,34 +195,17 @@ impl Image {
         &self,
         work: impl FnOnce(&Tree, &Arc<InFlight>) -> Result<(Outcome, Result<()>)>,
     ) -> Result<()> {
-        let _admin = self.shared.admin.lock();
-        let old = self.shared.tree.load(SeqCst);
-        if old.is_null() {
-            return Err(Error::BadHandle("the device is closed".into()));
-        }
-        {
-            // SAFETY: the tree is replaced and freed under `admin` only, which is held.
-            let old = unsafe { &*old };
-            if old.flags.has(OpenFlags::INFO_ONLY) {
-                return Err(info_only(&old.name));
-            }
-            if !self.write.load(Relaxed) || !old.flags.has(OpenFlags::RDWR) {
-                return Err(Error::ReadOnly(old.name.clone()));
-            }
-            old.may_write()?;
+        let mut gone = None;
+        self.with_tree(true, |old| {
             chain::check_reopen(old)?;
-        }
-        self.shared.tree.store(ptr::null_mut(), SeqCst);
-        self.shared.calls.wait();
-        // SAFETY: we took it out, and no call uses it any more.
-        let old = unsafe { Box::from_raw(old) };
-        let (tree, result) = match work(&old, &self.shared.calls) {
-            Ok((Outcome::Same, result)) => (old, result),
-            Ok((Outcome::Other(new), result)) => (new, result),
-            Err(e) => (old, Err(e)),
-        };
-        self.shared.tree.store(Box::into_raw(tree), SeqCst);
-        result
+            let mut taken = Taken::new(&self.shared);
+            let (outcome, result) = work(old, &self.shared.calls)?;
+            if let Outcome::Other(new) = outcome {
+                // It is dropped when the reference to it is over.
+                gone = Some(taken.put(new));
+            }
+            result
+        })
     }
 }
 

@@ -37,7 +37,6 @@ impl Image {
             chain::check_reopen(tree)?;
         }
         let mut taken = Taken::new(&self.shared);
-        self.shared.calls.wait();
         self.check_alone(&mut taken, repair, progress)
     }
 
@@ -48,8 +47,7 @@ impl Image {
         repair: Repair,
         progress: Progress<'_>,
     ) -> Result<CheckReport> {
-        // SAFETY: it was taken out, no call uses it any more, and `admin` is held.
-        let tree = unsafe { &mut *taken.tree };
+        let tree = taken.tree();
         match close_tree(tree) {
             Ok(()) => {}
             // Nothing is written any more, and what is in memory only is lost: the file is what there is.
@@ -67,9 +65,7 @@ impl Image {
         }
         match chain::reopen(tree, &tree.options, tree.flags, &self.shared.calls) {
             Ok(new) => {
-                let old = std::mem::replace(&mut taken.tree, Box::into_raw(Box::new(new)));
-                // SAFETY: made by Box::into_raw, and nobody has it any more.
-                drop(unsafe { Box::from_raw(old) });
+                drop(taken.put(Box::new(new)));
                 result
             }
             Err(e) => {

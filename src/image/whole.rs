@@ -10,13 +10,29 @@ use crate::block::*;
 pub(super) struct Taken<'a> {
     shared: &'a Shared,
     /// What they get back.
-    pub(super) tree: *mut Tree,
+    tree: *mut Tree,
 }
 
 impl<'a> Taken<'a> {
-    /// Take it. `admin` is held: nobody else replaces it, and who finds none waits for `admin`.
+    /// Take it, and wait until no call has it. `admin` is held: nobody else replaces it, and who finds
+    /// none waits for `admin`.
     pub(super) fn new(shared: &'a Shared) -> Self {
-        Self { shared, tree: shared.tree.swap(ptr::null_mut(), SeqCst) }
+        let taken = Self { shared, tree: shared.tree.swap(ptr::null_mut(), SeqCst) };
+        shared.calls.wait();
+        taken
+    }
+
+    /// The tree that was taken.
+    pub(super) fn tree(&mut self) -> &mut Tree {
+        // SAFETY: it was taken out once no call had it any more, and `admin` is held.
+        unsafe { &mut *self.tree }
+    }
+
+    /// Give them another; the one that was taken, which must outlive what still refers to it.
+    pub(super) fn put(&mut self, new: Box<Tree>) -> Box<Tree> {
+        let old = std::mem::replace(&mut self.tree, Box::into_raw(new));
+        // SAFETY: made by Box::into_raw, and nobody else gets at it any more.
+        unsafe { Box::from_raw(old) }
     }
 }
 
@@ -32,7 +48,6 @@ impl Image {
     pub(crate) fn alone<T>(&self, work: impl FnOnce(&Tree) -> Result<T>) -> Result<T> {
         self.with_tree(true, |tree| {
             let _taken = Taken::new(&self.shared);
-            self.shared.calls.wait();
             work(tree)
         })
     }

@@ -513,7 +513,7 @@ fn snapshot(
 ) -> Result<()> {
     let (driver, count) = (image.driver(), guest.snapshots.len() as u64);
     match n % 3 {
-        _ if count == 0 || (n % 3 == 0 && count < 3) => {
+        _ if count == 0 || (n.is_multiple_of(3) && count < 3) => {
             begun(guest);
             let name = format!("s{}", n >> 8);
             driver.snapshot_create(name.as_bytes(), &NewSnapshot::default())?;

@@ -4,7 +4,8 @@
 //! A power cut may tear the write between sectors. So everything behind the first sector is written
 //! first, at places where what the old header means does not lie: a changed backing file name goes to
 //! sectors of its own, and the table of feature names, which is for messages only, comes last of the
-//! extensions. Then one write of one sector switches over.
+//! extensions (unless others lie behind it in the second sector already: they stay where they are). Then
+//! one write of one sector switches over.
 //!
 //! Source: "Header" and "Header extensions" of the QCOW2 specification.
 
@@ -22,6 +23,8 @@ pub(super) struct Edit {
     /// The fixed fields, with those that are not known here.
     fields: Vec<u8>,
     extensions: Vec<(u32, Vec<u8>)>,
+    /// What is not only for messages reaches behind the first sector: it must not move there.
+    long: bool,
     backing: Option<Vec<u8>>,
     /// The name as it is on disk, and where; it may stay there.
     old_name: (usize, Vec<u8>),
@@ -44,12 +47,13 @@ impl Edit {
         let name_at = ((word(8) as usize) << 32) | word(12) as usize;
         let name_len = word(16) as usize;
         let end = if name_at == 0 { cluster } else { name_at.min(cluster) };
-        let mut extensions = Vec::new();
+        let (mut extensions, mut long) = (Vec::new(), false);
         let mut at = length;
         while at + 8 <= end && word(at) != EXT_END {
             let len = word(at + 4) as usize;
             let data = head.get(at + 8..).and_then(|d| d.get(..len)).ok_or_else(bad)?;
             extensions.push((word(at), data.to_vec()));
+            long |= word(at) != EXT_FEATURE_NAMES && at + 8 + len > SECTOR;
             at = (at + 8 + len).next_multiple_of(8);
         }
         let name = match name_at {
@@ -60,6 +64,7 @@ impl Edit {
             cluster,
             fields: head.get(..length).ok_or_else(bad)?.to_vec(),
             extensions,
+            long,
             backing: (!name.is_empty()).then(|| name.to_vec()),
             old_name: (name_at, name.to_vec()),
             head,
@@ -89,7 +94,8 @@ impl Edit {
     }
 
     /// The data of an extension, if there is one.
-    pub(super) fn extension(&self, magic: u32) -> Option<&[u8]> {
+    #[cfg(test)]
+    fn extension(&self, magic: u32) -> Option<&[u8]> {
         self.extensions.iter().find(|e| e.0 == magic).map(|e| &e.1[..])
     }
 
@@ -136,7 +142,7 @@ impl Edit {
         let mut out = self.fields.clone();
         // Names of features matter least.
         let (last, first): (Vec<_>, Vec<_>) =
-            self.extensions.iter().partition(|e| e.0 == EXT_FEATURE_NAMES);
+            self.extensions.iter().partition(|e| e.0 == EXT_FEATURE_NAMES && !self.long);
         for (magic, data) in first.into_iter().chain(last) {
             out.extend(magic.to_be_bytes());
             out.extend((data.len() as u32).to_be_bytes());
@@ -232,7 +238,6 @@ impl Features {
     fn change(&self, file: &Device, at: u64, bits: u64, on: bool) -> Result<()> {
         let word = match at {
             at::INCOMPATIBLE => &self.incompatible,
-            at::COMPATIBLE => &self.compatible,
             _ => &self.autoclear,
         };
         let _turn = self.turn.lock();
@@ -251,11 +256,6 @@ impl Qcow2 {
     /// Set or clear an incompatible feature bit on disk; only images of version 3 have any.
     pub(super) fn set_incompatible(&self, bit: u64, on: bool) -> Result<()> {
         self.features.change(&self.file, at::INCOMPATIBLE, bit, on)
-    }
-
-    /// Set or clear a compatible feature bit on disk, as [`Qcow2::set_incompatible`].
-    pub(super) fn set_compatible(&self, bit: u64, on: bool) -> Result<()> {
-        self.features.change(&self.file, at::COMPATIBLE, bit, on)
     }
 
     /// Set or clear autoclear feature bits on disk, as [`Qcow2::set_incompatible`].
@@ -278,8 +278,8 @@ mod tests {
     use super::super::header::EXT_BACKING_FORMAT;
     use super::*;
 
-    /// A file that remembers the writes to it.
-    struct Kept(Name, Mutex<(Vec<u8>, Vec<(u64, Vec<u8>)>)>);
+    /// A file in memory.
+    struct Kept(Name, Mutex<Vec<u8>>);
 
     impl Driver for Kept {
         fn name(&self) -> &Name {
@@ -292,17 +292,14 @@ mod tests {
             Caps::default()
         }
         fn size(&self) -> u64 {
-            self.1.lock().0.len() as u64
+            self.1.lock().len() as u64
         }
         fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
-            buf.copy_from(&self.1.lock().0[offset as usize..]);
+            buf.copy_from(&self.1.lock()[offset as usize..]);
             Ok(())
         }
         fn write(&self, buf: Src<'_>, offset: u64, _: ReqFlags) -> Result<()> {
-            let mut bytes = vec![0; buf.len()];
-            buf.copy_to(&mut bytes);
-            self.1.lock().0[offset as usize..offset as usize + bytes.len()].copy_from_slice(&bytes);
-            self.1.lock().1.push((offset, bytes));
+            buf.copy_to(&mut self.1.lock()[offset as usize..offset as usize + buf.len()]);
             Ok(())
         }
         fn flush(&self) -> Result<()> {
@@ -333,7 +330,7 @@ mod tests {
     }
 
     fn device(head: Vec<u8>) -> Device {
-        Device::new(Box::new(Kept(Name::from("kept"), Mutex::new((head, Vec::new())))))
+        Device::new(Box::new(Kept(Name::from("kept"), Mutex::new(head))))
     }
 
     #[test]
@@ -370,5 +367,26 @@ mod tests {
             edit.store(&file).unwrap();
             assert_eq!(Header::read(&file).unwrap().backing.unwrap().name, name);
         }
+    }
+
+    #[test]
+    fn what_reaches_into_the_second_sector_stays_where_it_is() {
+        let mut head = image();
+        // As QEMU writes it: names first, then bitmaps across the border.
+        head[112..600].fill(0);
+        let mut put = |at: usize, bytes: &[u8]| head[at..at + bytes.len()].copy_from_slice(bytes);
+        put(112, &EXT_FEATURE_NAMES.to_be_bytes());
+        put(116, &384u32.to_be_bytes());
+        put(504, &0x1234_5678u32.to_be_bytes());
+        put(508, &24u32.to_be_bytes());
+        put(512, &[7; 24]);
+        let file = device(head.clone());
+        let mut edit = Edit::load(&file, 16).unwrap();
+        edit.set_backing(Some(b"elsewhere"));
+        let mut torn = edit.bytes(file.name()).unwrap();
+        torn[..SECTOR].copy_from_slice(&head[..SECTOR]);
+        let seen = Edit::load(&device(torn), 16).unwrap();
+        assert_eq!(seen.extension(0x1234_5678), Some(&[7; 24][..]));
+        assert_eq!(seen.backing.as_deref(), Some(&b"base"[..]));
     }
 }

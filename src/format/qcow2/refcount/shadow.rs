@@ -457,6 +457,10 @@ mod tests {
 
     const BITS: u32 = 9;
 
+    fn areas() -> Arc<Areas> {
+        Arc::new(Areas::new(0))
+    }
+
     /// Header, table and one block of 256 counts, which counts them and `used` clusters more.
     fn counted(used: u64) -> (Device, Refcounts) {
         let driver = crate::file::from_memory(crate::file::memory(0).unwrap()).unwrap();
@@ -465,12 +469,8 @@ mod tests {
         bytes[512..520].copy_from_slice(&1024u64.to_be_bytes());
         bytes[1024..1536].copy_from_slice(&Refcounts::ones(3 + used, 4, 512));
         file.write_slice(&bytes, 0, ReqFlags::NONE).unwrap();
-        let refs = load(&file, 4, 512, 1);
+        let refs = Refcounts::load(&file, BITS, 4, 512, 1, areas()).unwrap();
         (file, refs)
-    }
-
-    fn load(file: &Device, order: u32, offset: u64, clusters: u32) -> Refcounts {
-        Refcounts::load(file, BITS, order, offset, clusters, Arc::new(Areas::new(0))).unwrap()
     }
 
     fn read_all(file: &Device) -> Vec<u8> {
@@ -491,7 +491,8 @@ mod tests {
         new.write().unwrap();
         drop(new);
         assert_eq!(read_all(&file)[..before.len()], before[..]);
-        let again = |c| load(&file, 4, 512, 1).get(&file, c).unwrap();
+        let again =
+            |c| Refcounts::load(&file, BITS, 4, 512, 1, areas()).unwrap().get(&file, c).unwrap();
         assert_eq!((again(5), again(7), again(23)), (1, 1, 0));
         assert_eq!(refs.get(&file, 5).unwrap(), 1);
     }
@@ -512,7 +513,9 @@ mod tests {
             let placed = new.write().unwrap();
             let freed = new.adopt(placed);
             assert!(freed.contains(&Run { first: 6, count: 1 }), "{freed:?}");
-            let mut loaded = load(&file, order, placed.offset, placed.clusters);
+            let mut loaded =
+                Refcounts::load(&file, BITS, order, placed.offset, placed.clusters, areas())
+                    .unwrap();
             for refs in [&mut loaded, &mut refs] {
                 let mut get = |c| refs.get(&file, c).unwrap();
                 assert_eq!(get(5), if order > 0 { 2 } else { 1 });
