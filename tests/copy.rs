@@ -50,7 +50,8 @@ fn equal(path: &Path, format: &str, all: &[u8], tmp: &Tmp) {
 fn every_format_copies_to_every_format() {
     let tmp = Tmp::in_memory("copy");
     let mut rng = Rng::new(seed("copy"));
-    let kinds: [(&str, &[(&str, &str)], &[(&str, &str)]); 7] = [
+    type Pairs = &'static [(&'static str, &'static str)];
+    let kinds: [(&str, Pairs, Pairs); 7] = [
         ("raw", &[], &[]),
         ("qcow2", &[], &[]),
         ("qcow2", &[("cluster-size", "512")], &[("threads", "1")]),

@@ -147,7 +147,7 @@ pub fn bench(image: &Path, work: &Work, how: How, count: u64) -> Res<Sample> {
     }
 }
 
-/// As [`bench`], by `qemu-io`, since `qemu-img bench` can not be given a key. It reads its commands
+/// As [`bench()`], by `qemu-io`, since `qemu-img bench` can not be given a key. It reads its commands
 /// from a file; what it needs to start and end, most of it for the key, is measured and taken off.
 fn io_bench(secret: &str, opts: &str, work: &Work, how: How, count: u64) -> Res<Sample> {
     let mut offsets = crate::work::Offsets::new(work, 0);

@@ -142,8 +142,8 @@ fn random_entries_do_no_harm_to_the_program() {
             let cluster = rng.below(16);
             let word = match rng.below(5) {
                 0 => rng.next(),
-                1 => cluster * CLUSTER | COPIED,
-                2 => rng.below(12) * CLUSTER | COPIED,
+                1 => (cluster * CLUSTER) | COPIED,
+                2 => (rng.below(12) * CLUSTER) | COPIED,
                 3 => COMPRESSED | rng.below(1 << 20) | (rng.below(256) << 54),
                 _ => 0,
             };

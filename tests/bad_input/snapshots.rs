@@ -138,9 +138,9 @@ fn what_tables_lead_to_must_be_counted_and_once_only() {
     for (what, at, value, word) in [
         ("free data", l2, free / CLUSTER * CLUSTER, "refcount of 0"),
         ("far data", l2, MASK & !0xffff, "refcount of 0"),
-        ("reserved bits", l2, 5 * CLUSTER | 2, "reserved"),
+        ("reserved bits", l2, (5 * CLUSTER) | 2, "reserved"),
         ("unaligned data", l2, 5 * CLUSTER + 512, "multiple"),
-        ("reserved bits in L1", l1, 5 * CLUSTER | 1, "L1 entry 0"),
+        ("reserved bits in L1", l1, (5 * CLUSTER) | 1, "L1 entry 0"),
         ("an L2 table past the end", l1, 1 << 40, "past the end"),
     ] {
         entries(at, value);
