@@ -72,6 +72,9 @@ pub fn damage(r: &mut Rng, made: &Made, path: &Path) -> String {
         }
         5 | 6 => {
             let block = word(path, used(r, &reftable)) & !(made.cluster - 1);
+            if block == 0 {
+                return "nothing".into();
+            }
             let most = if r.one_in(2) { 64 } else { made.cluster };
             let at = (block + r.below(most)) % len;
             let value = r.pick(&[0u8, 1, 2, 3, 255, 7]);

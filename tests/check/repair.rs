@@ -62,6 +62,10 @@ fn what_qemu_can_mend_is_mended_to_the_same_data() {
             assert!(!worse, "QEMU's status {code:?}, ours {left}: {about}");
             // What we say is left is what QEMU finds.
             let (code, then, told) = qemu(&b, Repair::Nothing);
+            if told.contains("Cannot allocate memory") {
+                // An offset above 2^63 makes it count clusters that no memory is enough for.
+                continue;
+            }
             if let Ok(found) = &found
                 && found.check_errors == 0
             {

@@ -163,8 +163,9 @@ impl Check<'_> {
         if may_fix {
             return Verdict::Fix;
         }
-        // (Nobody asks for the flag of what nobody refers to.)
-        if own > 0 && (disk == 1) != (own == 1) {
+        // (Nobody asks for the flag of what nobody refers to, but where a reference was not counted since it
+        // reaches past the end.)
+        if (own > 0 || !self.beyond.is_empty()) && (disk == 1) != (own == 1) {
             let clusters = self.clusters;
             self.flips.get_or_insert_with(|| Counts::new(clusters, 1)).set(cluster, 1);
         }
