@@ -469,6 +469,14 @@ extern "C" {
 
 #define QBLK_HAVE_EXTENTS2 1
 
+#define QBLK_HAVE_WRITE_COMPRESSED 1
+
+#define QBLK_HAVE_COPY 1
+
+#define QBLK_HAVE_COMMIT 1
+
+#define QBLK_HAVE_REBASE 1
+
 #define QBLK_HAVE_AMEND 1
 
 #define QBLK_HAVE_SNAPSHOT_LIST 1

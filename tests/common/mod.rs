@@ -396,6 +396,12 @@ pub fn watch_log() {
 static LOGGED: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
 
 pub fn assert_nothing_logged() {
-    let logged = std::mem::take(&mut *LOGGED.lock().unwrap());
+    assert_nothing_logged_of("");
+}
+
+/// Of a file, by a part of its name: other tests of the program may log, too.
+pub fn assert_nothing_logged_of(file: &str) {
+    let mut logged = std::mem::take(&mut *LOGGED.lock().unwrap());
+    logged.retain(|text| text.contains(file));
     assert!(logged.is_empty(), "the library logged errors: {logged:#?}");
 }
