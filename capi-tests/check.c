@@ -18,7 +18,7 @@ static void poke(const char *name, long at, const void *bytes, size_t count)
     CHECK(fclose(f) == 0);
 }
 
-static const unsigned char zeroes[8], corrupt_mark[8] = {0, 0, 0, 0, 0, 0, 0, 2};
+static const unsigned char zeroes[8] = {0}, corrupt_mark[8] = {0, 0, 0, 0, 0, 0, 0, 2};
 
 int main(void)
 {

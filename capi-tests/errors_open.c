@@ -92,7 +92,7 @@ static void images(void)
 static void arguments(void)
 {
     make_file("disk", "x", 1, 4096);
-    OPEN_FAILS("disk", 128, NULL, -EINVAL, "0x80");
+    OPEN_FAILS("disk", 256, NULL, -EINVAL, "0x100");
     OPEN_FAILS("disk", UINT32_MAX, NULL, -EINVAL, "flags");
     OPEN_FAILS("disk", QBLK_OPEN_RDWR | QBLK_OPEN_SHARED, NULL, -EINVAL, "QBLK_OPEN_SHARED");
     OPEN_FAILS("disk", QBLK_OPEN_UNTRUSTED, NULL, -EINVAL, "'format'");

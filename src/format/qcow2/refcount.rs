@@ -664,6 +664,11 @@ fn no_space(file: &Device) -> Error {
 pub(super) fn write_table(file: &Device, offset: u64, clusters: u64, content: &[u8]) -> Result<()> {
     file.write_slice(content, offset, ReqFlags::NONE)?;
     file.flush()?;
+    name_table(file, offset, clusters)
+}
+
+/// The second half of [`write_table`]. Where it fails nobody knows which table the header names.
+pub(super) fn name_table(file: &Device, offset: u64, clusters: u64) -> Result<()> {
     let mut field = [0; 12];
     field[..8].copy_from_slice(&offset.to_be_bytes());
     field[8..].copy_from_slice(&(clusters as u32).to_be_bytes());

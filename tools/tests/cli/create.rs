@@ -65,7 +65,7 @@ fn a_create_that_fails_leaves_nothing() {
     let dir = Dir::new();
     dir.qblk("create -o preallocation=metadata -f raw a.raw 1M").bad(2, &["preallocation"]);
     dir.qblk("create -f raw a.raw 8E").bad(1, &["a.raw"]);
-    dir.qblk("create -o data-file=x a.qcow2 1M").bad(1, &["data-file"]);
+    dir.qblk("create -o data-file=none/x a.qcow2 1M").bad(1, &["none/x"]);
     assert_eq!(dir.names(), [""; 0]);
 }
 
