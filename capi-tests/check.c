@@ -25,7 +25,7 @@ int main(void)
     static unsigned char want[200000], found[200000];
     qblk_check_result r;
     qblk *dev = new_device("qcow2", 1 << 20), *context;
-    char c;
+    char c = 1;
 
     fill(want, sizeof want, 1);
     OK(qblk_pwrite(dev, want, sizeof want, 0));

@@ -13,6 +13,11 @@ pub(crate) fn spawn(
 ) -> io::Result<JoinHandle<()>> {
     let builder = Builder::new().name(name.into());
     let builder = stack.into_iter().fold(builder, Builder::stack_size);
+    deaf(|| builder.spawn(work))
+}
+
+/// Make a thread by `make` so that it is deaf to all signals.
+pub(crate) fn deaf<T>(make: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
     let (mut all, mut old) = (MaybeUninit::uninit(), MaybeUninit::uninit());
     // SAFETY: both calls fill the sets that they are given. A thread begins with the mask of the one
     // that makes it.
@@ -20,7 +25,7 @@ pub(crate) fn spawn(
         libc::sigfillset(all.as_mut_ptr());
         libc::pthread_sigmask(libc::SIG_SETMASK, all.as_ptr(), old.as_mut_ptr());
     }
-    let made = builder.spawn(work);
+    let made = make();
     // SAFETY: `old` was filled above.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, old.as_ptr(), std::ptr::null_mut()) };
     made

@@ -265,7 +265,7 @@ impl Work<'_> {
             for i in 0..useful {
                 running.fetch_add(1, Relaxed);
                 let (waiting, running) = (&waiting, &running);
-                let made = with_signals_blocked(|| {
+                let made = crate::thread::deaf(|| {
                     thread::Builder::new().name("qblk-copy".into()).spawn_scoped(scope, move || {
                         let _ended = Ended { running, waiting };
                         self.copy_pieces();
@@ -558,21 +558,6 @@ fn runs(
         }
     }
     out
-}
-
-/// Do `work` with signals blocked, so that a thread that it starts is deaf to the program's.
-fn with_signals_blocked<T>(work: impl FnOnce() -> T) -> T {
-    // SAFETY: signal sets are plain data for which all zeroes are valid.
-    let (mut all, mut old): (libc::sigset_t, libc::sigset_t) = unsafe { std::mem::zeroed() };
-    // SAFETY: the sets are ours.
-    unsafe {
-        libc::sigfillset(&raw mut all);
-        libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut old);
-    }
-    let done = work();
-    // SAFETY: as above.
-    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const old, std::ptr::null_mut()) };
-    done
 }
 
 #[cfg(test)]

@@ -221,7 +221,7 @@ impl Check<'_> {
             let read = move || read_plan(file, size, plan, wanted, buffers, full);
             // One thread less costs time only.
             let reader = std::thread::Builder::new().name("qblk-check".into());
-            if reader.spawn_scoped(scope, read).is_err() {
+            if crate::thread::deaf(|| reader.spawn_scoped(scope, read)).is_err() {
                 let errno = libc::EAGAIN;
                 return Err(Error::Os { op: "start a thread", file: file.name().clone(), errno });
             }
