@@ -441,7 +441,7 @@ fn whenever_the_power_goes_an_amended_image_is_whole() {
             }
         }
     }
-    eprintln!("amend: {tried} states of a cut-off disk tried");
+    say(format_args!("amend: {tried} states of a cut-off disk tried"));
 }
 
 #[test]

@@ -188,6 +188,6 @@ fn opening_a_file_costs_memory_and_reading_in_proportion_to_its_size() {
             opened += u64::from(result.is_ok());
         }
     }
-    println!("{tried} files opened or refused ({opened} opened), seed {seed}");
+    say(format_args!("{tried} files opened or refused ({opened} opened), seed {seed}"));
     assert!(opened > tried / 20 && opened < tried);
 }

@@ -93,6 +93,6 @@ fn whichever_call_to_the_disk_fails_the_image_stays_sound_and_holds_what_was_flu
             }
         }
     }
-    println!("{runs} runs, {struck} met the failure, {told} of them said so, seed {seed}");
+    say(format_args!("{runs} runs, {struck} met the failure, {told} of them said so, seed {seed}"));
     assert!(runs > 500 && struck > runs / 2 && told > struck / 2);
 }

@@ -84,6 +84,8 @@ fn every_state_that_a_power_cut_can_leave_is_sound_and_holds_what_was_flushed() 
             }
         }
     }
-    println!("{tried} states of a cut-off disk tried, {seen} by qemu-img as well, seed {seed}");
+    say(format_args!(
+        "{tried} states of a cut-off disk tried, {seen} by qemu-img as well, seed {seed}"
+    ));
     assert!(tried > 5000 && seen > 50);
 }

@@ -143,5 +143,5 @@ fn the_same_is_found_as_qemu_finds() {
         }
         let _ = fs::remove_file(dir.join("image.data"));
     }
-    println!("{tried} images checked, QEMU gave up on {gave_up}, seed {seed}");
+    say(format_args!("{tried} images checked, QEMU gave up on {gave_up}, seed {seed}"));
 }

@@ -88,5 +88,5 @@ fn what_qemu_can_mend_is_mended_to_the_same_data() {
         }
         let _ = fs::remove_file(dir.join("image.data"));
     }
-    println!("{tried} images repaired, {clean} of them wholly, seed {seed}");
+    say(format_args!("{tried} images repaired, {clean} of them wholly, seed {seed}"));
 }

@@ -146,6 +146,13 @@ pub fn run(program: &str, args: &[&dyn AsRef<OsStr>]) -> Output {
     }
 }
 
+/// Tell whoever runs the tests, also where they pass, what they have tried.
+pub fn say(text: std::fmt::Arguments<'_>) {
+    use std::io::Write;
+    // Not by the macros: what those print is shown for tests that fail.
+    let _ = std::io::stderr().write_all(format!("{text}\n").as_bytes());
+}
+
 fn told(out: &Output) -> String {
     String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr)
 }

@@ -58,6 +58,8 @@ pub struct Scenario {
     pub backing: bool,
     /// How often something is done about bitmaps; 0: there are none.
     pub bitmaps: u64,
+    /// Refcounts are written late: an image that was not closed is to be repaired first.
+    pub lazy: bool,
     /// Largest size, sectors.
     pub sectors: u64,
     /// Largest write, sectors.
@@ -81,6 +83,7 @@ pub const PLAIN: Scenario = Scenario {
     data_file: None,
     backing: false,
     bitmaps: 0,
+    lazy: false,
     sectors: 2048,
     most: 64,
     weights: [6, 1, 0, 0, 0, 2, 0],
@@ -173,6 +176,15 @@ pub fn scenarios() -> Vec<Scenario> {
             snapshots: 3,
             ..PLAIN
         },
+        Scenario { name: "late refcounts", lazy: true, weights: all, ..PLAIN },
+        Scenario {
+            name: "late refcounts, with snapshots, over a backing file",
+            lazy: true,
+            backing: true,
+            weights: all,
+            snapshots: 3,
+            ..PLAIN
+        },
         Scenario { name: "encrypted", encrypted: true, weights: all, ..PLAIN },
         Scenario {
             name: "bitmaps over a backing file",
@@ -251,7 +263,7 @@ impl Scenario {
             v3: self.v3,
             cluster_bits: self.cluster_bits,
             refcount_order: self.refcount_order,
-            lazy: false,
+            lazy: self.lazy,
             zstd: false,
             encrypt: self.encrypted.then(locking),
             backing: self
@@ -582,6 +594,9 @@ pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&P
         fs::write(path, &content[0]).unwrap();
         let data = path.with_extension("data");
         fs::write(&data, &content[1]).unwrap();
+        if to_be_repaired(&content, scenario) {
+            run("qemu-img", &[&"check", &"-r", &"all", &"-f", &"qcow2", &path]);
+        }
         let out = qemu_check(path, scenario, &data);
         // 0 is sound, 3 has leaks only.
         let sound = matches!(out.status.code(), Some(0 | 3));
@@ -589,6 +604,14 @@ pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&P
         assert!(sound, "{}{}", told(&out.stdout), told(&out.stderr));
     }
     let disk = Disk::new(content);
+    if to_be_repaired(&disk.state().content, scenario) {
+        // It can be read as it is, and is sound once it is repaired.
+        let image = scenario.open(&disk, false).unwrap_or_else(|e| panic!("{e}"));
+        let bytes = read_all(&image).unwrap_or_else(|e| panic!("{e}"));
+        guest.judge(&bytes).unwrap_or_else(|e| panic!("{e}"));
+        let done = qcow2::check::run(&disk.device(), Repair::All, Progress::NONE);
+        done.unwrap_or_else(|e| panic!("{e}"));
+    }
     let found = qcow2::check::run(&disk.device(), Repair::Nothing, Progress::NONE);
     let found = found.unwrap_or_else(|e| panic!("{e}"));
     assert!(found.corruptions == 0 && found.check_errors == 0, "{found:?}");
@@ -599,6 +622,11 @@ pub fn judge(content: Files, guest: &Guest, scenario: &Scenario, qemu: Option<&P
     if scenario.bitmaps > 0 {
         judge_bitmaps(&image, &bytes, scenario);
     }
+}
+
+/// Whether the image says that its refcounts may be late.
+fn to_be_repaired(content: &Files, scenario: &Scenario) -> bool {
+    scenario.lazy && content[0].get(79).is_some_and(|bits| bits & 1 != 0)
 }
 
 /// Bitmaps that say of themselves that they can be trusted can be: whatever is not as it was in the
