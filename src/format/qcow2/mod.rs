@@ -610,8 +610,7 @@ impl refcount::Host for Qcow2 {
     fn switch_table(&self, run: refcount::Run, content: &[u8]) -> Result<()> {
         let offset = run.first << self.cluster_bits;
         // Until the header names it nothing has happened, and the image goes on.
-        self.file.write_slice(content, offset, ReqFlags::NONE)?;
-        self.file.flush()?;
+        refcount::place_table(&self.file, offset, content)?;
         let writer = self.writer_parts()?;
         self.or_fail(writer, refcount::name_table(&self.file, offset, run.count))
     }

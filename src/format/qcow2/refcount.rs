@@ -5,19 +5,21 @@
 //!
 //! Source: "Host cluster management" of the QCOW2 specification.
 
+mod count;
+mod grow;
 pub mod shadow;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::guard::{Areas, Kind};
-use super::header::{MAX_REFTABLE_BYTES, at};
 use crate::block::*;
+pub(super) use count::{read_count, write_count};
+pub use grow::Host;
+pub(super) use grow::{name_table, place_table, write_table};
 
 /// Clean slices kept.
 const MAX_CLEAN: usize = 1024;
-/// Runs that are looked at for one of a certain length.
-const MAX_TRIES: usize = 64;
 
 /// Clusters that follow one another on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,14 +77,6 @@ pub struct Refcounts {
     areas: Arc<Areas>,
     /// Where the next compressed bytes go: a cluster that has some already, and how many.
     tail: Option<(u64, u64)>,
-}
-
-/// What [`Refcounts::allocate`] needs of the image around it.
-pub trait Host {
-    /// The image's file.
-    fn file(&self) -> &Device;
-    /// Write a larger table: `content` at cluster `run`, then make the header name it.
-    fn switch_table(&self, run: Run, content: &[u8]) -> Result<()>;
 }
 
 impl Refcounts {
@@ -400,76 +394,6 @@ impl Refcounts {
         virgin
     }
 
-    /// Take exactly `count` free clusters that follow one another, wherever they are.
-    /// The table is grown where it must be, so no flush may be under way.
-    pub fn allocate_all(&mut self, host: &dyn Host, count: u64) -> Result<Run> {
-        let mut skipped = Vec::new();
-        let found = loop {
-            // A new block takes the first cluster of what it counts, so no run is longer than the
-            // rest; and where the image is in small pieces looking on is not worth it.
-            if count >= 1 << self.block_bits() || skipped.len() >= MAX_TRIES {
-                break self.allocate_span(host, count);
-            }
-            let (run, _) = match self.allocate(host.file(), count) {
-                Ok(found) => found,
-                Err(Stop::GrowTable(index)) => match self.grow_table(host, index) {
-                    Ok(()) => continue,
-                    Err(e) => break Err(e),
-                },
-                Err(Stop::Failed(e)) => break Err(e),
-            };
-            if run.count == count {
-                break Ok(run);
-            }
-            skipped.push(run);
-        };
-        for run in skipped {
-            for cluster in run.first..run.first + run.count {
-                self.release(host.file(), cluster)?;
-            }
-        }
-        found
-    }
-
-    /// Take `count` clusters behind everything that is counted, with new blocks in front of them that
-    /// count both. As [`Refcounts::allocate_all`].
-    fn allocate_span(&mut self, host: &dyn Host, count: u64) -> Result<Run> {
-        let file = host.file();
-        let used = self.table.iter().rposition(|e| *e != 0).map_or(0, |i| i as u64 + 1);
-        let end = if self.virgin == u64::MAX { 0 } else { self.virgin };
-        let index = used.max(end.div_ceil(1 << self.block_bits()));
-        let per_block = 1u64 << self.block_bits();
-        // One block more for every block's worth of blocks and clusters.
-        let mut blocks = (count + 1).div_ceil(per_block);
-        while blocks + count > blocks * per_block {
-            blocks += 1;
-        }
-        let last = index + blocks - 1;
-        if !self.has_entry(last) {
-            // The table takes its place behind everything, too: look again.
-            self.grow_table(host, last + blocks)?;
-            return self.allocate_span(host, count);
-        }
-        let first = index << self.block_bits();
-        if first + blocks + count > self.limit {
-            return Err(no_space(file));
-        }
-        file.zero(first << self.cluster_bits, blocks << self.cluster_bits, ReqFlags::NONE)?;
-        for b in 0..blocks {
-            self.table[(index + b) as usize] = (first + b) << self.cluster_bits;
-        }
-        if let Err(e) = (first..first + blocks + count).try_for_each(|c| self.set(file, c, 1)) {
-            // Blocks that do not count themselves must not come into the table on disk.
-            self.table[index as usize..=last as usize].fill(0);
-            self.forget_slices_from(index);
-            return Err(e);
-        }
-        (first..first + blocks).for_each(|c| self.areas.add(Kind::RefcountBlock, c));
-        self.new_blocks.extend((index..=last).map(|b| b as usize));
-        self.hand_out(Run { first, count: blocks + count });
-        Ok(Run { first: first + blocks, count })
-    }
-
     /// The first cluster from `at` on, in the slice of `at`, whose count is 0, and true; or the first
     /// cluster of the next slice, and false.
     fn next_free(&mut self, file: &Device, at: u64) -> Result<(u64, bool)> {
@@ -481,114 +405,6 @@ impl Refcounts {
             i += 1;
         }
         Ok(((at & !mask) + i, i <= mask))
-    }
-
-    /// Make the block that counts `cluster`, inside what it counts, where nothing can be in use.
-    /// The block counts itself. Returns where to go on looking.
-    fn new_block(&mut self, file: &Device, cluster: u64) -> std::result::Result<u64, Stop> {
-        let index = cluster >> self.block_bits();
-        if index >= self.table.len() as u64 {
-            return Err(Stop::GrowTable(index));
-        }
-        let first = index << self.block_bits();
-        if first >= self.limit {
-            return Err(no_space(file).into());
-        }
-        if index == 0 || self.is_table(first, file)? {
-            return Err(in_use(file, first << self.cluster_bits).into());
-        }
-        // What the file has there is of no use to anyone; the block must read as zeroes.
-        file.zero(first << self.cluster_bits, 1 << self.cluster_bits, ReqFlags::NONE)?;
-        self.hand_out(Run { first, count: 1 });
-        // Its first slice is known: nothing can fail from here on, or the block would not be counted.
-        let data = vec![0; self.slice_bytes()].into_boxed_slice();
-        let slice = Slice { data, dirty: false, writing: false };
-        self.slices.insert(first >> self.slice_bits(), slice);
-        self.table[index as usize] = first << self.cluster_bits;
-        self.areas.add(Kind::RefcountBlock, first);
-        self.new_blocks.push(index as usize);
-        self.set(file, first, 1)?;
-        self.hint = self.hint.max(first + 1);
-        Ok(first + 1)
-    }
-
-    /// Replace the table by one with an entry for block `index`. Everything needed is written and
-    /// synced before the header names the new table; the old one's clusters are free afterwards. No
-    /// flush may be under way: it might write to the old one.
-    pub fn grow_table(&mut self, host: &dyn Host, index: u64) -> Result<()> {
-        let file = host.file();
-        let per_cluster = 1u64 << (self.cluster_bits - 3);
-        // The new table lies at the end of what the old one covers, behind blocks that count both.
-        let first_block = self.table.len() as u64;
-        let first = first_block << self.block_bits();
-        let want = (index + 1).max(first_block + first_block / 2 + 1);
-        let (mut blocks, mut clusters) = (1, 0);
-        for _ in 0..64 {
-            clusters = (want + blocks).div_ceil(per_cluster);
-            let needed = (clusters + blocks).div_ceil(1 << self.block_bits());
-            if needed == blocks {
-                break;
-            }
-            blocks = needed.max(blocks);
-        }
-        if clusters << self.cluster_bits > MAX_REFTABLE_BYTES
-            || first + blocks + clusters > self.limit
-        {
-            return Err(Error::TooBig {
-                file: file.name().clone(),
-                what: format!(
-                    "the image can grow no further: its refcount table would exceed {MAX_REFTABLE_BYTES} \
-                     bytes or the host's end"
-                ),
-            });
-        }
-        let mut table = self.table.clone();
-        table.resize((clusters * per_cluster) as usize, 0);
-        let all = Run { first, count: blocks + clusters };
-        let old = (self.table_offset >> self.cluster_bits, self.table.len() as u64 / per_cluster);
-        // Nothing points here yet: on failure the file is only longer.
-        file.zero(first << self.cluster_bits, all.count << self.cluster_bits, ReqFlags::NONE)?;
-        for b in 0..blocks {
-            table[(first_block + b) as usize] = (first + b) << self.cluster_bits;
-        }
-        let before = std::mem::replace(&mut self.table, table);
-        let counted = (first..first + all.count).try_for_each(|c| self.set(file, c, 1));
-        let switched = counted.and_then(|()| self.write_blocks(file)).and_then(|()| {
-            let content: Vec<u8> = self.table.iter().flat_map(|e| e.to_be_bytes()).collect();
-            host.switch_table(Run { first: first + blocks, count: clusters }, &content)
-        });
-        if let Err(e) = switched {
-            self.table = before;
-            self.forget_slices_from(first_block);
-            return Err(e);
-        }
-        self.hand_out(all);
-        self.new_blocks.clear();
-        let own = Run { first: first + blocks, count: clusters };
-        self.areas.replace(Kind::RefcountTable, &[own]);
-        (first..first + blocks).for_each(|c| self.areas.add(Kind::RefcountBlock, c));
-        self.table_offset = (first + blocks) << self.cluster_bits;
-        self.hint = self.hint.max(first + all.count);
-        for cluster in old.0..old.0 + old.1 {
-            self.release(file, cluster)?;
-        }
-        Ok(())
-    }
-
-    /// Give up what is cached of the block of table entry `index` and those after it.
-    fn forget_slices_from(&mut self, index: u64) {
-        let per_block = self.block_bits() - self.slice_bits();
-        self.slices.retain(|s, _| s >> per_block < index);
-        self.dirty = self.slices.values().filter(|s| s.dirty).count();
-    }
-
-    /// Write all changed slices, and sync: a table names blocks that are in the file. They stay dirty,
-    /// which costs writing them again.
-    fn write_blocks(&mut self, file: &Device) -> Result<()> {
-        for (i, slice) in self.slices.iter().filter(|(_, s)| s.dirty) {
-            file.write_slice(&slice.data, self.slice_offset(*i), ReqFlags::NONE)?;
-        }
-        file.flush()
     }
 
     /// Changed slices, to be written: where they lie and their bytes.
@@ -657,87 +473,5 @@ fn no_space(file: &Device) -> Error {
         offset: file.size(),
         count: 0,
         errno: libc::ENOSPC,
-    }
-}
-
-/// Write a refcount table of `clusters` clusters to `offset`, and make the header name it.
-pub(super) fn write_table(file: &Device, offset: u64, clusters: u64, content: &[u8]) -> Result<()> {
-    file.write_slice(content, offset, ReqFlags::NONE)?;
-    file.flush()?;
-    name_table(file, offset, clusters)
-}
-
-/// The second half of [`write_table`]. Where it fails nobody knows which table the header names.
-pub(super) fn name_table(file: &Device, offset: u64, clusters: u64) -> Result<()> {
-    let mut field = [0; 12];
-    field[..8].copy_from_slice(&offset.to_be_bytes());
-    field[8..].copy_from_slice(&(clusters as u32).to_be_bytes());
-    file.write_slice(&field, at::REFTABLE, ReqFlags::NONE)?;
-    file.flush()
-}
-
-/// Count `index` of a slice; counts below a byte fill a byte from its low end.
-pub(super) fn read_count(data: &[u8], index: u64, order: u32) -> u64 {
-    let i = index as usize;
-    match order {
-        0..3 => {
-            let (bits, per) = (1 << order, 8 >> order);
-            let byte = data.get(i / per).copied().unwrap_or(0);
-            u64::from(byte >> (i % per * bits)) & ((1 << bits) - 1)
-        }
-        _ => {
-            let n = 1 << (order - 3);
-            let bytes = data.get(i * n..(i + 1) * n).unwrap_or_default();
-            bytes.iter().fold(0, |v, b| v << 8 | u64::from(*b))
-        }
-    }
-}
-
-pub(super) fn write_count(data: &mut [u8], index: u64, order: u32, count: u64) {
-    let i = index as usize;
-    match order {
-        0..3 => {
-            let (bits, per) = (1 << order, 8 >> order);
-            let shift = i % per * bits;
-            if let Some(byte) = data.get_mut(i / per) {
-                *byte = *byte & !(((1u32 << bits) - 1) << shift) as u8 | (count << shift) as u8;
-            }
-        }
-        _ => {
-            let n = 1 << (order - 3);
-            if let Some(bytes) = data.get_mut(i * n..(i + 1) * n) {
-                bytes.copy_from_slice(&count.to_be_bytes()[8 - n..]);
-            }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn counts_of_every_width_read_back_and_leave_neighbours_alone() {
-        for order in 0..=6 {
-            let mut data = vec![0; 64];
-            let max = if order == 6 { u64::MAX } else { (1u64 << (1u32 << order)) - 1 };
-            let n = (64 * 8) >> order;
-            write_count(&mut data, 3, order, max);
-            write_count(&mut data, 5, order, 1);
-            for i in 0..n {
-                let want = match i {
-                    3 => max,
-                    5 => 1,
-                    _ => 0,
-                };
-                assert_eq!(read_count(&data, i, order), want, "order {order} index {i}");
-            }
-            write_count(&mut data, 3, order, 0);
-            assert_eq!(read_count(&data, 3, order), 0);
-        }
-        // Low end first, as the specification has it.
-        let mut data = [0u8; 1];
-        write_count(&mut data, 0, 2, 0xa);
-        assert_eq!(data, [0x0a]);
     }
 }

@@ -9,6 +9,7 @@
 //!
 //! Source: "Host cluster management" of the QCOW2 specification.
 
+use super::super::header::MAX_REFTABLE_BYTES;
 use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 
