@@ -34,6 +34,7 @@ use parking_lot::Mutex;
 use crate::block::*;
 use crate::file::FileLock;
 use crate::lockmgr::Lease;
+use crate::plugin::{self, PluginName};
 pub use chain::Probe;
 pub use copy::copy;
 pub use create::create;
@@ -192,8 +193,26 @@ enum Again {
     Memory(OwnedFd),
     /// By connecting anew.
     Remote(remote::Remote),
+    /// By another instance.
+    Plugin(PluginName),
     /// Not at all: a connected socket is good for one connection.
     Never,
+}
+
+impl Again {
+    /// What options have a use for it.
+    fn carrier(&self) -> how::Carrier {
+        match self {
+            Self::Remote(_) => how::Carrier::Remote,
+            Self::Plugin(_) => how::Carrier::Plugin,
+            _ => how::Carrier::Local,
+        }
+    }
+}
+
+/// What the options have for a plugin.
+fn plugin_settings(options: &Options) -> Vec<plugin::Setting> {
+    options.with_prefix("plugin.").map(|(k, v)| (k.to_owned(), v.to_vec())).collect()
 }
 
 /// What all contexts of a source share.
@@ -285,6 +304,18 @@ impl Image {
         }
         drop(call);
         Ok(Self { shared: self.shared.clone(), write: AtomicBool::new(write) })
+    }
+
+    /// Refuse a call that comes from within a callback of a plugin that the device itself stands on.
+    pub(crate) fn refuse_reentry(&self) -> Result<()> {
+        plugin::refuse_reentry(Arc::as_ptr(&self.shared.calls).addr())
+    }
+
+    /// Whether the device stands on plugins.
+    pub(crate) fn is_on_plugin(&self) -> bool {
+        self.call().is_ok_and(|call| {
+            call.driver == "plugin" || call.files.iter().any(|f| f.driver().kind() == "plugin")
+        })
     }
 
     /// Another context with the flags of this one.
