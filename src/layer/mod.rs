@@ -34,9 +34,12 @@ pub struct Kind {
     pub keys: &'static [(&'static str, &'static str)],
     /// Whether what is below must be open for writing when the layer is to be written.
     pub writes_below: fn(&Settings) -> Result<bool>,
-    /// Put a layer on a source. `write`: it is to be written.
-    pub open: fn(&Settings, Arc<dyn Source>, write: bool) -> Result<Box<dyn Driver>>,
+    /// Put a layer on a source.
+    pub open: Open,
 }
+
+/// How a layer is put on a source; the last argument: whether it is to be written.
+pub type Open = fn(&Settings, Arc<dyn Source>, bool) -> Result<Box<dyn Driver>>;
 
 /// What a layer stands on: a device that any number of contexts can be opened on, at any time and from
 /// any thread. They share one truth about every byte.
