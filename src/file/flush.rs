@@ -7,10 +7,11 @@
 //! mean nothing: the first failure is the answer for ever.
 
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::SeqCst};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::Mutex;
 
+use super::folios::Folios;
 use super::sys::{self, Errno};
 
 #[derive(Default)]
@@ -31,7 +32,15 @@ pub struct Flusher {
     /// The error number of the first sync that failed; 0 = none did.
     errno: AtomicI32,
     syncs: Mutex<Syncs>,
-    done: Condvar,
+    /// The low bits of `Syncs::over`, to wait for. Who waits for sync n sleeps under bit n modulo 32, so
+    /// that nobody is woken in vain: of those who need the next one only whoever is to begin it.
+    over: AtomicU32,
+    folios: Folios,
+}
+
+/// The bit under which those sleep who need sync `number`.
+fn bit(number: u64) -> u32 {
+    1 << (number % 32)
 }
 
 impl Flusher {
@@ -43,6 +52,12 @@ impl Flusher {
         if !self.unsynced.load(SeqCst) {
             self.unsynced.store(true, SeqCst);
         }
+    }
+
+    /// Say where `count` bytes were written, of a file in the page cache.
+    #[inline]
+    pub fn wrote(&self, offset: u64, count: u64) {
+        self.folios.wrote(offset, count);
     }
 
     /// A sync failed elsewhere (a write with FUA).
@@ -62,7 +77,11 @@ impl Flusher {
 
     /// Make what was written survive a power cut.
     pub fn flush(&self, file: &File) -> Result<(), Errno> {
-        self.flush_by(|| sys::fdatasync(file))
+        self.flush_by(|| {
+            let done = sys::fdatasync(file);
+            self.folios.synced(file);
+            done
+        })
     }
 
     fn flush_by(&self, sync: impl Fn() -> Result<(), Errno>) -> Result<(), Errno> {
@@ -83,7 +102,10 @@ impl Flusher {
                 return Ok(());
             }
             if syncs.begun != syncs.over {
-                self.done.wait(&mut syncs);
+                let over = syncs.over as u32;
+                drop(syncs);
+                sys::futex_wait(&self.over, over, bit(need));
+                syncs = self.syncs.lock();
                 continue;
             }
             syncs.begun += 1;
@@ -93,11 +115,18 @@ impl Flusher {
             let result = sync();
             syncs = self.syncs.lock();
             syncs.over = syncs.begun;
+            let over = syncs.over;
+            self.over.store(over as u32, SeqCst);
             if let Err(errno) = result {
-                let which = syncs.over;
-                self.note_failure(&mut syncs, errno, which);
+                self.note_failure(&mut syncs, errno, over);
             }
-            self.done.notify_all();
+            let failed = syncs.failed.is_some();
+            drop(syncs);
+            // Who begins the next sync first; it runs while the others wake. After a failure nobody
+            // does.
+            sys::futex_wake(&self.over, if failed { u32::MAX } else { 1 }, bit(over + 1));
+            sys::futex_wake(&self.over, u32::MAX, bit(over));
+            syncs = self.syncs.lock();
         }
     }
 }

@@ -257,6 +257,9 @@ impl Host {
         // Also when it failed: part of it may be there.
         self.flusher.dirty();
         result.map_err(|at| self.stopped("write", at))?;
+        if self.caps.align == 1 {
+            self.flusher.wrote(offset, end - offset);
+        }
         self.len.fetch_max(end, Release);
         if flags.has(ReqFlags::FUA) { self.flush() } else { Ok(()) }
     }

@@ -16,6 +16,7 @@
 mod create;
 mod direct;
 mod flush;
+mod folios;
 mod holders;
 mod host;
 pub(crate) mod lock;

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::AtomicU32;
 
 use libc::{c_int, iovec, off_t};
 
@@ -124,6 +125,46 @@ pub fn lseek(file: &File, offset: u64, whence: c_int) -> Result<u64, Errno> {
 pub fn fdatasync(file: &File) -> Result<(), Errno> {
     // SAFETY: no memory is passed.
     retry(|| unsafe { libc::fdatasync(file.as_raw_fd()) }).map(drop)
+}
+
+/// Wait until somebody calls [`futex_wake`] for `word` with one of `bits`, unless it is not `value` (any
+/// more). May also return for no reason.
+pub fn futex_wait(word: &AtomicU32, value: u32, bits: u32) {
+    // SAFETY: the kernel looks at `word`, which outlives the call; no timeout is given.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAIT_BITSET | libc::FUTEX_PRIVATE_FLAG,
+            value,
+            std::ptr::null::<libc::timespec>(),
+            std::ptr::null::<u32>(),
+            bits,
+        )
+    };
+}
+
+/// Wake up to `most` of those who wait for `word` with one of `bits`.
+pub fn futex_wake(word: &AtomicU32, most: u32, bits: u32) {
+    // SAFETY: the address is only a name here.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            libc::FUTEX_WAKE_BITSET | libc::FUTEX_PRIVATE_FLAG,
+            most.min(i32::MAX as u32),
+            std::ptr::null::<libc::timespec>(),
+            std::ptr::null::<u32>(),
+            bits,
+        )
+    };
+}
+
+/// Let the kernel forget what it keeps of a range in memory, where that is on disk. A hint.
+pub fn drop_cache(file: &File, offset: u64, count: u64) {
+    let (offset, count) = (offset as off_t, count as off_t);
+    // SAFETY: no memory is passed.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), offset, count, libc::POSIX_FADV_DONTNEED) };
 }
 
 /// `ftruncate`.

@@ -177,6 +177,7 @@ pub(super) fn check_reopen(old: &Tree) -> Result<()> {
             let text = "opened by a connected socket, which can not be opened again";
             Err(Error::policy(&old.name, text))
         }
+        Again::Layer => Err(Error::NotSupported("replacing an image that layers stand on")),
         _ => Ok(()),
     }
 }
@@ -194,7 +195,9 @@ pub(super) fn reopen(
         Again::Memory(fd) => Again::Memory(duplicate(fd, &old.name)?),
         Again::Remote(remote) => Again::Remote(remote.clone()),
         Again::Plugin(plugin) => Again::Plugin(plugin.clone()),
-        Again::Never => return Err(Error::Internal("opened again by nothing".into())),
+        Again::Never | Again::Layer => {
+            return Err(Error::Internal("opened again by nothing".into()));
+        }
     };
     managed::open(old.name.clone(), again, options, flags, calls, Some(old))
 }
@@ -228,7 +231,9 @@ pub(super) fn open_now(
         }
         Again::Remote(remote) => remote.open(&name, options, flags)?,
         Again::Plugin(name) => open_plugin(name, options, flags, calls)?,
-        Again::Never => return Err(Error::Internal("opened again by nothing".into())),
+        Again::Never | Again::Layer => {
+            return Err(Error::Internal("opened again by nothing".into()));
+        }
         Again::Path(path) => {
             // Shown, and used for what the image names beside itself, as the caller gave it.
             let shown = match parse_name(name.as_os_str()) {
@@ -253,9 +258,7 @@ fn open_plugin(
     let write = flags.has(OpenFlags::RDWR) && !flags.has(OpenFlags::INFO_ONLY);
     let told = OpenFlags::INFO_ONLY | OpenFlags::SHARED | OpenFlags::DIRECT;
     let told = flags.0 & told.0 | if write { OpenFlags::RDWR.0 } else { 0 };
-    // The counter of calls is the device's own, and there as long as it is.
-    let device = Arc::as_ptr(calls).addr();
-    plugin::open(name, &super::plugin_settings(options), told, write, device)
+    plugin::open(name, &super::plugin_settings(options), told, write, calls.id())
 }
 
 /// The file that a name stands for.
@@ -327,6 +330,7 @@ impl<'a> Opening<'a> {
             parts: std::mem::take(&mut self.parts),
             own_parts: self.own_parts,
             parts_to_below: self.parts_to_below,
+            below: None,
         })
     }
 
