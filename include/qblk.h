@@ -522,6 +522,16 @@ extern "C" {
 typedef struct qblk qblk;
 
 /**
+ * Where a plugin puts what it exports: see qblk_plugin_add_export().
+ */
+typedef struct qblk_export_list qblk_export_list;
+
+/**
+ * Where a plugin puts what it describes: see qblk_plugin_add_extent().
+ */
+typedef struct qblk_extent_list qblk_extent_list;
+
+/**
  * A lock manager that was loaded: a shared object that decides who may have an image open. What one
  * has to be is told in qblk-lockmgr.h.
  */
@@ -538,16 +548,6 @@ typedef struct qblk_options qblk_options;
  * What a plugin fills: see qblk-plugin.h.
  */
 typedef struct qblk_plugin qblk_plugin;
-
-/**
- * Where a plugin puts what it exports: see qblk_plugin_add_export().
- */
-typedef struct qblk_plugin_exports qblk_plugin_exports;
-
-/**
- * Where a plugin puts what it describes: see qblk_plugin_add_extent().
- */
-typedef struct qblk_plugin_extents qblk_plugin_extents;
 
 /**
  * An NBD server inside the process. Any number of them may live at once.
@@ -1720,10 +1720,11 @@ int qblk_server_stop(struct qblk_server *srv,
 void qblk_server_free(struct qblk_server *srv);
 
 /**
- * Ask the NBD server at `uri` for its exports, and call `fn` with `opaque` for each.
+ * Ask the NBD server at `uri` for its exports, and call `fn` with `opaque` for each. `uri` may also be
+ * that of a plugin ("plugin:PATH?KEY=VALUE"): what it offers are values of its setting "export".
  *
- * `options` are those of qblk_open2() for NBD ("tls-ca", "nbd.timeout"...); NULL: none. The name in
- * the URI does not matter.
+ * `options` are those of qblk_open2() for NBD ("tls-ca", "nbd.timeout"...) or for the plugin; NULL: none.
+ * The export's name in the URI does not matter.
  *
  * Returns how many there are; -EACCES or -EPERM when the server does not tell; else as qblk_open2().
  * Any thread. Since 0.1.
@@ -1859,7 +1860,7 @@ int qblk_plugin_absolute_path(const char *path,
  * Returns 0; -EINVAL for a NULL, and for an extent that does not follow the one before: the whole call
  * fails then. In the function extents only, on its thread. Since 0.1.
  */
-int qblk_plugin_add_extent(struct qblk_plugin_extents *list,
+int qblk_plugin_add_extent(struct qblk_extent_list *list,
                            uint64_t offset,
                            uint64_t length,
                            uint32_t flags);
@@ -1870,7 +1871,7 @@ int qblk_plugin_add_extent(struct qblk_plugin_extents *list,
  * Returns 0; -EINVAL for a NULL; -E2BIG for the 65537th. In the function list_exports only, on its
  * thread. Since 0.1.
  */
-int qblk_plugin_add_export(struct qblk_plugin_exports *list,
+int qblk_plugin_add_export(struct qblk_export_list *list,
                            const char *name,
                            const char *description);
 
