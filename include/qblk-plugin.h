@@ -75,7 +75,11 @@ extern "C" {
 /* (A number between two of them, which a later library may know, counts as the lower.) */
 
 /* What open may return when a plugin has nothing to tell instances apart by. */
+#ifdef __cplusplus
+#define QBLK_PLUGIN_NO_HANDLE (reinterpret_cast<void *>(static_cast<uintptr_t>(1)))
+#else
 #define QBLK_PLUGIN_NO_HANDLE ((void *)(uintptr_t)1)
+#endif
 
 struct qblk_source;
 

@@ -168,12 +168,10 @@ pub unsafe extern "C" fn qblk_plugin_parse_bool(
     guard::call("qblk_plugin_parse_bool", || {
         // SAFETY: as the manual asks.
         let out = unsafe { out.as_mut() }.ok_or(Fail::Argument("out is NULL"))?;
-        *out = parsed(key, value, "on or off", |text| {
-            match text.to_ascii_lowercase().as_str() {
-                "on" | "true" | "yes" | "1" => Some(1),
-                "off" | "false" | "no" | "0" => Some(0),
-                _ => None,
-            }
+        *out = parsed(key, value, "on or off", |text| match text.to_ascii_lowercase().as_str() {
+            "on" | "true" | "yes" | "1" => Some(1),
+            "off" | "false" | "no" | "0" => Some(0),
+            _ => None,
         })?;
         Ok(())
     })

@@ -116,7 +116,8 @@ pub(super) fn parse_name(name: &OsStr) -> Result<Source<'_>> {
 
 /// A scheme that is not a path's, and that no path should be mistaken for.
 fn foreign_scheme(name: &[u8]) -> Option<&'static str> {
-    ["json"].into_iter()
+    ["json"]
+        .into_iter()
         .find(|s| name.strip_prefix(s.as_bytes()).is_some_and(|rest| rest.starts_with(b":")))
 }
 

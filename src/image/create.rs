@@ -24,7 +24,9 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
         Source::Path(path) => Name::from(path.to_owned()),
         Source::Memory(_) => return Err(Error::invalid("mem: is made by opening it")),
         Source::Plugin(_) => {
-            return Err(Error::NotSupported("creating images in plugins (open it and write to it)"));
+            return Err(Error::NotSupported(
+                "creating images in plugins (open it and write to it)",
+            ));
         }
         Source::Remote(_) => {
             let text = "an NBD export is made by its server; write to it as it is";

@@ -365,7 +365,9 @@ impl Image {
     pub(crate) fn is_on_plugin(&self) -> bool {
         self.call().is_ok_and(|call| {
             let files = || call.files.iter().any(|f| f.driver().kind() == "plugin");
-            call.driver == "plugin" || files() || call.below.as_ref().is_some_and(Self::is_on_plugin)
+            call.driver == "plugin"
+                || files()
+                || call.below.as_ref().is_some_and(Self::is_on_plugin)
         })
     }
 

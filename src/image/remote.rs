@@ -133,7 +133,10 @@ pub fn list_exports(uri: &[u8], options: &Options) -> Result<Vec<Listed>> {
     options.check(Use::Open)?;
     if let Some(name) = PluginName::parse(uri)? {
         let found = plugin::list_exports(&name, &super::plugin_settings(options))?;
-        return Ok(found.into_iter().map(|(name, description)| Listed { name, description }).collect());
+        return Ok(found
+            .into_iter()
+            .map(|(name, description)| Listed { name, description })
+            .collect());
     }
     let Some(remote) = Remote::parse(uri)? else {
         return Err(Error::invalid(format!("{}: expected an NBD URI or a plugin", quoted(uri))));

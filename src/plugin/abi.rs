@@ -261,7 +261,11 @@ mod tests {
         let mut longer = vec![0xffu8; 4096];
         // SAFETY: the bytes of a struct of our own, into memory that is longer.
         unsafe {
-            std::ptr::copy_nonoverlapping((&raw const full).cast(), longer.as_mut_ptr(), size_of::<Struct>());
+            std::ptr::copy_nonoverlapping(
+                (&raw const full).cast(),
+                longer.as_mut_ptr(),
+                size_of::<Struct>(),
+            );
         }
         longer[..8].copy_from_slice(&4096u64.to_ne_bytes());
         // SAFETY: 4096 bytes, as they say.

@@ -40,7 +40,8 @@ impl Text {
 
     fn get(&self) -> Vec<u8> {
         // SAFETY: so many bytes were written.
-        unsafe { std::slice::from_raw_parts(self.bytes.get().cast::<u8>(), self.len.get()) }.to_vec()
+        unsafe { std::slice::from_raw_parts(self.bytes.get().cast::<u8>(), self.len.get()) }
+            .to_vec()
     }
 }
 
@@ -121,7 +122,9 @@ impl Frame {
         // SAFETY: frames of calls that this thread is in the middle of, which are on its stack.
         while let Some(frame) = unsafe { at.as_ref() } {
             if !self.serial.is_null() && frame.serial == self.serial {
-                return Err(deadlock("a plugin that takes one call at a time was called from within a call of it"));
+                return Err(deadlock(
+                    "a plugin that takes one call at a time was called from within a call of it",
+                ));
             }
             at = frame.outer.get();
         }
@@ -217,7 +220,9 @@ mod tests {
         let again = Frame::new(3, Some(&one));
         let e = again.enter(Some(&one)).err().unwrap();
         assert!(matches!(e, Error::Refused { errno: libc::EDEADLK, .. }), "{e}");
-        assert!(refuse_reentry(1).is_err() && refuse_reentry(2).is_err() && refuse_reentry(3).is_ok());
+        assert!(
+            refuse_reentry(1).is_err() && refuse_reentry(2).is_err() && refuse_reentry(3).is_ok()
+        );
         drop(in_b);
         assert!(refuse_reentry(2).is_ok());
         drop(in_a);

@@ -132,19 +132,24 @@ impl PluginDriver {
                 // Emulation is the library's.
                 Some(Can::Emulate) if !there => Ok(false),
                 Some(_) if there => Ok(true),
-                Some(_) => Err(instance.error(format!("{what} says that it can, but it lacks the function {function}"))),
+                Some(_) => Err(instance.error(format!(
+                    "{what} says that it can, but it lacks the function {function}"
+                ))),
             }
         };
-        let can_write = says("can_write", slots.can_write, !matches!(write_fn, Writing::Not), "pwrite")?;
+        let can_write =
+            says("can_write", slots.can_write, !matches!(write_fn, Writing::Not), "pwrite")?;
         if write && !can_write {
             return Err(Error::ReadOnly(instance.name.clone()));
         }
-        let flush = says("can_flush", slots.can_flush, !matches!(flush_fn, Flushing::Not), "flush")?;
+        let flush =
+            says("can_flush", slots.can_flush, !matches!(flush_fn, Flushing::Not), "flush")?;
         let mut caps = Caps {
             read_only: !write,
             flush,
             extents: says("can_extents", slots.can_extents, slots.extents.is_some(), "extents")?,
-            rotational: instance.can("is_rotational", slots.is_rotational)?.unwrap_or(Can::Not) != Can::Not,
+            rotational: instance.can("is_rotational", slots.is_rotational)?.unwrap_or(Can::Not)
+                != Can::Not,
             ..Caps::default()
         };
         if write {
@@ -154,14 +159,18 @@ impl PluginDriver {
             caps.fast_zero = match instance.can("can_fast_zero", slots.can_fast_zero)? {
                 Some(Can::Native) if matches!(zero_fn, Some(Zeroing::V2(_))) => true,
                 Some(Can::Native) => {
-                    return Err(instance.error("can_fast_zero says that it can, but it lacks a function zero with flags".into()));
+                    return Err(instance.error(
+                        "can_fast_zero says that it can, but it lacks a function zero with flags"
+                            .into(),
+                    ));
                 }
                 _ => false,
             };
         }
         match instance.can("can_cache", slots.can_cache)? {
             Some(Can::Native) if slots.cache.is_none() => {
-                return Err(instance.error("can_cache says that it can, but it lacks the function cache".into()));
+                return Err(instance
+                    .error("can_cache says that it can, but it lacks the function cache".into()));
             }
             Some(Can::Native) => caps.cache = true,
             Some(Can::Emulate) => {}
@@ -237,7 +246,11 @@ impl PluginDriver {
                 "{count} bytes at offset {offset}: a plugin's {} bytes do not grow",
                 self.size
             );
-            return Err(Error::Refused { file: self.instance.name.clone(), what, errno: libc::ENOSPC });
+            return Err(Error::Refused {
+                file: self.instance.name.clone(),
+                what,
+                errno: libc::ENOSPC,
+            });
         }
         Ok(())
     }
@@ -315,7 +328,7 @@ fn limits(instance: &Instance, caps: &mut Caps, size: u64) -> Result<()> {
         "what is preferred is to be a power of two, and not below the minimum"
     } else if most != 0 && (most < u64::from(least) || most % u64::from(least) != 0) {
         "the maximum is to be a multiple of the minimum, or 0 for none"
-    } else if size % u64::from(least) != 0 {
+    } else if !size.is_multiple_of(u64::from(least)) {
         "the size of the device is no multiple of the minimum"
     } else {
         (caps.align, caps.optimal_io, caps.max_transfer) = (least, preferred, most);
@@ -446,7 +459,9 @@ impl Driver for PluginDriver {
         let before = offset % align;
         let offset = offset - before;
         let count = self.inside(offset, (before + count).next_multiple_of(align));
-        let Some(cache) = self.instance.plugin.slots.cache.filter(|_| count > 0) else { return Ok(()) };
+        let Some(cache) = self.instance.plugin.slots.cache.filter(|_| count > 0) else {
+            return Ok(());
+        };
         self.instance.done(About("cache", Some((offset, count))), || {
             // SAFETY: the plugin's function and handle.
             unsafe { cache(self.instance.handle, count, offset, 0) }
@@ -469,7 +484,9 @@ impl Driver for PluginDriver {
             // SAFETY: the plugin's function and handle, and a list that lives as long as the call.
             unsafe { f(self.instance.handle, to - from, from, 0, opaque(&mut list)) }
         })?;
-        let found = list.finish().map_err(|why| self.instance.error(format!("extents of {there} bytes at offset {offset}: {why}")))?;
+        let found = list.finish().map_err(|why| {
+            self.instance.error(format!("extents of {there} bytes at offset {offset}: {why}"))
+        })?;
         for e in found {
             out.push(e);
         }
@@ -484,7 +501,8 @@ impl Driver for PluginDriver {
             ("plugin.thread-model", self.property("model")),
         ];
         if let Some(can) = self.multi_conn {
-            properties.push(("plugin.multi-conn", if can == Can::Not { "off" } else { "on" }.into()));
+            properties
+                .push(("plugin.multi-conn", if can == Can::Not { "off" } else { "on" }.into()));
         }
         if let Ok(Some(text)) = dump(&self.instance) {
             properties.push(("plugin.dump", text));

@@ -61,10 +61,14 @@ impl Instance {
             pid: std::process::id(),
         };
         let about = About("open", None);
-        this.handle = this.call(about, || begin(plugin), |h| match h.is_null() {
-            true => Answer::Failed,
-            false => Answer::Done,
-        })?;
+        this.handle = this.call(
+            about,
+            || begin(plugin),
+            |h| match h.is_null() {
+                true => Answer::Failed,
+                false => Answer::Done,
+            },
+        )?;
         for (key, value) in settings {
             this.set(key, value)?;
         }
@@ -82,7 +86,8 @@ impl Instance {
             )));
         };
         let text = |bytes: &[u8]| {
-            CString::new(bytes).map_err(|_| Error::invalid("a plugin's setting has a NUL byte in it"))
+            CString::new(bytes)
+                .map_err(|_| Error::invalid("a plugin's setting has a NUL byte in it"))
         };
         let (c_key, value) = (text(key.as_bytes())?, text(value)?);
         self.done(About("config", None), || {
@@ -94,9 +99,11 @@ impl Instance {
 
     fn of_setting(&self, e: Error, key: &str) -> Error {
         match e {
-            Error::Plugin { file, what, kind } => {
-                Error::Plugin { file, what: format!("setting {}: {what}", quoted(key.as_bytes())), kind }
-            }
+            Error::Plugin { file, what, kind } => Error::Plugin {
+                file,
+                what: format!("setting {}: {what}", quoted(key.as_bytes())),
+                kind,
+            },
             e => e,
         }
     }
@@ -169,11 +176,7 @@ impl Instance {
     }
 
     /// What it says of one of its abilities, if it says anything.
-    pub fn can(
-        &self,
-        what: &'static str,
-        slot: Option<super::abi::Ask>,
-    ) -> Result<Option<Can>> {
+    pub fn can(&self, what: &'static str, slot: Option<super::abi::Ask>) -> Result<Option<Can>> {
         let Some(f) = slot else { return Ok(None) };
         // SAFETY: the plugin's function and handle.
         let n = self.number(About(what, None), || i64::from(unsafe { f(self.handle) }))?;
@@ -223,12 +226,12 @@ impl Instance {
             what.push_str(&format!(" failed with {code}, which is neither -errno nor QBLK_E…"));
             return self.error(what);
         };
-        let mut text = frame.text();
-        if text.is_empty() && inner != 0 && inner == code {
-            text = inner_text;
-        }
+        let text = frame.text();
         if !text.is_empty() {
             what.push_str(&format!(": {}", quoted(&text)));
+        } else if inner != 0 && inner == code {
+            // The library's own words: what is from outside stands in quotes there already.
+            what.push_str(&format!(": {}", String::from_utf8_lossy(&inner_text)));
         }
         self.fail(what, kind)
     }

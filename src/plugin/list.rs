@@ -32,10 +32,14 @@ impl ExtentsList {
         let wrong = match end {
             None => format!("an extent of {length} bytes at offset {offset}"),
             Some(_) if flags & !known != 0 => {
-                format!("flags {flags:#x} of the extent at offset {offset}, expected {known:#x} at most")
+                format!(
+                    "flags {flags:#x} of the extent at offset {offset}, expected {known:#x} at most"
+                )
             }
             // The first may begin before what was asked for.
-            Some(end) if self.found.is_empty() && offset <= self.next && end <= self.next => return Ok(()),
+            Some(end) if self.found.is_empty() && offset <= self.next && end <= self.next => {
+                return Ok(());
+            }
             Some(_) if offset > self.next || (offset < self.next && !self.found.is_empty()) => {
                 format!("an extent at offset {offset}, expected one at {}", self.next)
             }
@@ -55,7 +59,11 @@ impl ExtentsList {
                 0 => Extent::DATA,
                 kind => kind,
             };
-            self.found.push(Extent::new(begin, cut - begin, kind | Extent::ALLOCATED | Extent::OWNED));
+            self.found.push(Extent::new(
+                begin,
+                cut - begin,
+                kind | Extent::ALLOCATED | Extent::OWNED,
+            ));
         }
         self.next = end;
     }
@@ -76,7 +84,10 @@ mod tests {
 
     fn spans(list: ExtentsList) -> Vec<(u64, u64, u32)> {
         let found = list.finish().unwrap();
-        found.iter().map(|e| (e.offset, e.length, e.flags & (Extent::ZERO | Extent::DATA))).collect()
+        found
+            .iter()
+            .map(|e| (e.offset, e.length, e.flags & (Extent::ZERO | Extent::DATA)))
+            .collect()
     }
 
     #[test]

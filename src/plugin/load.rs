@@ -108,7 +108,8 @@ pub unsafe fn register(theirs: *const Struct, opaque: *mut c_void) -> Result<()>
     // SAFETY: the caller's word.
     let read = unsafe { Struct::read(theirs) };
     let plugin = read.and_then(|slots| Plugin::new(slots, opaque, None, false));
-    let plugin = plugin.map_err(|why| Error::invalid(format!("cannot register the plugin: {why}")))?;
+    let plugin =
+        plugin.map_err(|why| Error::invalid(format!("cannot register the plugin: {why}")))?;
     let name = plugin.name.clone().into_bytes();
     if name.iter().any(|b| b"/?%".contains(b)) {
         let text = "the name of a plugin that is registered has none of / ? %";
@@ -165,7 +166,8 @@ fn load(path: &Path) -> Result<Arc<Plugin>> {
     let not_one = |why: String| refused(&name, format!("is no plugin: {why}"), libc::ELIBBAD);
     object.same_library().map_err(|why| refused(&name, why, libc::ELIBBAD))?;
     let (slots, flat) = object.slots().map_err(not_one)?;
-    let plugin = Plugin::new(slots, std::ptr::null_mut(), Some(name.clone()), flat).map_err(not_one)?;
+    let plugin =
+        Plugin::new(slots, std::ptr::null_mut(), Some(name.clone()), flat).map_err(not_one)?;
     // From now on it stays. (Of two threads that load it at once one is later here, and that is all.)
     // SAFETY: a C string.
     let kept = unsafe {
@@ -203,11 +205,8 @@ pub fn set_host(symbol: *const c_void, at_exit: extern "C" fn(*mut c_void)) {
 /// until now is taken down.
 fn at_exit() {
     unsafe extern "C" {
-        fn __cxa_atexit(
-            f: extern "C" fn(*mut c_void),
-            arg: *mut c_void,
-            dso: *mut c_void,
-        ) -> c_int;
+        fn __cxa_atexit(f: extern "C" fn(*mut c_void), arg: *mut c_void, dso: *mut c_void)
+        -> c_int;
     }
     if let Some(host) = HOST.get() {
         // SAFETY: a function that stays, for the library is never unloaded. Handlers run in the reverse
@@ -237,8 +236,10 @@ impl Object {
         }
         let text = dl_error();
         let hint = match text.windows(16).any(|w| w == b"undefined symbol") {
-            true => " (a plugin that calls libqblk is linked with it, -lqblk; a program that has libqblk \
-                     built in exports it to plugins with -rdynamic)",
+            true => {
+                " (a plugin that calls libqblk is linked with it, -lqblk; a program that has libqblk \
+                     built in exports it to plugins with -rdynamic)"
+            }
             false => "",
         };
         Err(refused(name, format!("loading the plugin: {}{hint}", quoted(&text)), libc::ELIBACC))
@@ -276,9 +277,11 @@ impl Object {
         let Some(host) = HOST.get() else { return Ok(()) };
         match theirs.is_null() || theirs as usize == host.symbol {
             true => Ok(()),
-            false => Err("it brings a libqblk of its own beside that of the program, which has it built \
+            false => Err(
+                "it brings a libqblk of its own beside that of the program, which has it built \
                           in; link the program with -rdynamic, or with the shared library"
-                .into()),
+                    .into(),
+            ),
         }
     }
 
@@ -290,7 +293,11 @@ impl Object {
             let slots = unsafe { Struct::read(std::mem::transmute::<*mut c_void, Init>(init)()) }?;
             return Ok((slots, false));
         }
-        let mut s = Struct { struct_size: size_of::<Struct>() as u64, api_version: abi::NEWEST, ..Struct::NONE };
+        let mut s = Struct {
+            struct_size: size_of::<Struct>() as u64,
+            api_version: abi::NEWEST,
+            ..Struct::NONE
+        };
         macro_rules! find {
             ($($slot:ident: $type:ty = $symbol:literal),* $(,)?) => {
                 $(
@@ -347,7 +354,8 @@ impl Object {
         };
         let words = |symbol| {
             // SAFETY: as above.
-            let f = self.own(symbol).map(|f| unsafe { std::mem::transmute::<*mut c_void, Words>(f)() });
+            let f =
+                self.own(symbol).map(|f| unsafe { std::mem::transmute::<*mut c_void, Words>(f)() });
             f.unwrap_or(std::ptr::null())
         };
         s.thread_model = number(c"qblk_plugin_thread_model").unwrap_or(0);

@@ -22,8 +22,8 @@ use std::os::unix::ffi::OsStrExt;
 use crate::block::{Driver, Name, Result};
 pub(crate) use call::{is_inside, note_inner, refuse_reentry, set_error, set_error_text};
 pub(crate) use list::ExtentsList;
-pub(crate) use load::{set_host, unregister};
 pub use load::ThreadModel;
+pub(crate) use load::{set_host, unregister};
 pub use name::PluginName;
 
 /// A setting of a plugin: its key and its value.

@@ -29,7 +29,8 @@ impl PluginName {
             // What follows may be a password.
             Error::invalid(format!("{}: {why}; {text}", quoted(&name[..name.len() - query.len()])))
         };
-        let which = decode(path).ok_or_else(|| bad("a % without two hexadecimal digits behind it"))?;
+        let which =
+            decode(path).ok_or_else(|| bad("a % without two hexadecimal digits behind it"))?;
         if which.is_empty() {
             return Err(bad("no plugin is named"));
         }
@@ -38,7 +39,8 @@ impl PluginName {
         }
         let mut settings = Vec::new();
         for part in query.split(|&b| b == b'&').filter(|p| !p.is_empty()) {
-            let at = part.iter().position(|&b| b == b'=').ok_or_else(|| bad("a setting without ="))?;
+            let at =
+                part.iter().position(|&b| b == b'=').ok_or_else(|| bad("a setting without ="))?;
             let text = |part| decode(part).ok_or_else(|| bad("a % without two hexadecimal digits"));
             let (key, value) = (text(&part[..at])?, text(&part[at + 1..])?);
             if key.is_empty() || key.contains(&0) || value.contains(&0) {
@@ -97,7 +99,8 @@ mod tests {
     #[test]
     fn names_and_settings_are_taken_apart_and_decoded() {
         assert_eq!(parse("file:x").unwrap(), None);
-        let p = parse("plugin:./a%3fb.so?size=1M&the_key=a%26b%3D&empty=&size=2M").unwrap().unwrap();
+        let p =
+            parse("plugin:./a%3fb.so?size=1M&the_key=a%26b%3D&empty=&size=2M").unwrap().unwrap();
         assert_eq!(p.which, b"./a?b.so");
         let set = |k: &str, v: &str| (k.to_owned(), v.as_bytes().to_vec());
         let all = [set("size", "1M"), set("the-key", "a&b="), set("empty", ""), set("size", "2M")];
@@ -108,8 +111,17 @@ mod tests {
 
     #[test]
     fn what_makes_no_sense_is_refused_without_telling_secrets() {
-        for bad in ["plugin:", "plugin:?a=b", "plugin:a?secret", "plugin:a%2", "plugin:a%zz?secret=1",
-                    "plugin:a?=secret", "plugin:a?secret=%00", "plugin:%00", "plugin:a?secret%ff=1"] {
+        for bad in [
+            "plugin:",
+            "plugin:?a=b",
+            "plugin:a?secret",
+            "plugin:a%2",
+            "plugin:a%zz?secret=1",
+            "plugin:a?=secret",
+            "plugin:a?secret=%00",
+            "plugin:%00",
+            "plugin:a?secret%ff=1",
+        ] {
             let e = parse(bad).unwrap_err().to_string();
             assert!(e.contains("expected plugin:PATH"), "{e}");
             assert!(!e.contains("secret"), "{e}");
