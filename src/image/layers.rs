@@ -303,10 +303,17 @@ pub fn context_of(image: Image) -> Result<Box<dyn Driver>> {
         optimal_io: info.optimal_io_size,
         read_only: info.state & state::READ_ONLY != 0,
         flush: native(info.can_flush),
+        // What would be emulated below is better emulated above, once for all pieces of a request.
         fua: native(info.can_fua),
+        zero_fua: native(info.can_fua),
+        trim_fua: native(info.can_fua),
+        fua_by_flush: info.can_fua == Can::Emulate,
         trim: native(info.can_trim),
         zero: native(info.can_zero),
+        fast_zero: native(info.can_fast_zero),
+        max_range: 0,
         cache: native(info.can_cache),
+        cache_by_read: info.can_cache == Can::Emulate,
         extents: native(info.can_extents),
         sparse: false,
         rotational: info.state & state::ROTATIONAL != 0,
@@ -353,8 +360,8 @@ impl Driver for Context {
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.image.zero(offset, count, flags)
     }
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
-        self.image.trim(offset, count, ReqFlags::NONE)
+    fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        self.image.trim(offset, count, flags)
     }
     fn cache(&self, offset: u64, count: u64) -> Result<()> {
         self.image.cache(offset, count)

@@ -574,9 +574,8 @@ impl Image {
             can_fua: if_write(dev.can_fua()),
             can_trim: if_write(native_or(caps.trim, Can::Not)),
             can_zero: if_write(dev.can_zero()),
-            // Failing at once is always possible.
-            can_fast_zero: if_write(native_or(caps.zero, Can::Emulate)),
-            can_cache: native_or(caps.cache, Can::Emulate),
+            can_fast_zero: if_write(dev.can_fast_zero()),
+            can_cache: dev.can_cache(),
             can_extents: native_or(caps.extents, Can::Emulate),
             can_multi_conn: Can::Native,
             format: about.format,

@@ -93,9 +93,9 @@ pub trait Layer: Send + Sync {
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.next().zero(offset, count, flags)
     }
-    /// Give a range back.
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
-        self.next().trim(offset, count, ReqFlags::NONE)
+    /// Give a range back. Flag: [`ReqFlags::FUA`], if its caps say so.
+    fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        self.next().trim(offset, count, flags)
     }
     /// Bring a range near.
     fn cache(&self, offset: u64, count: u64) -> Result<()> {
@@ -161,8 +161,8 @@ impl<L: Layer> Driver for Stacked<L> {
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.0.zero(offset, count, flags)
     }
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
-        self.0.trim(offset, count)
+    fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        self.0.trim(offset, count, flags)
     }
     fn cache(&self, offset: u64, count: u64) -> Result<()> {
         self.0.cache(offset, count)

@@ -80,8 +80,8 @@ impl Layer for Window {
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.next.zero(self.below(offset, count)?, count, flags)
     }
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
-        self.next.trim(self.below(offset, count)?, count, ReqFlags::NONE)
+    fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        self.next.trim(self.below(offset, count)?, count, flags)
     }
     fn cache(&self, offset: u64, count: u64) -> Result<()> {
         self.next.cache(self.below(offset, count)?, count)

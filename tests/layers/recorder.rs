@@ -29,7 +29,16 @@ struct State {
 
 /// Everything natively.
 pub fn able() -> Caps {
-    Caps { fua: true, trim: true, zero: true, cache: true, extents: true, ..Caps::default() }
+    Caps {
+        fua: true,
+        zero_fua: true,
+        trim_fua: true,
+        trim: true,
+        zero: true,
+        cache: true,
+        extents: true,
+        ..Caps::default()
+    }
 }
 
 impl Recorder {
@@ -168,8 +177,8 @@ impl Driver for Context {
         state.bytes[offset as usize..(offset + count) as usize].fill(0);
         Ok(())
     }
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
-        self.note(format!("trim {offset}+{count}")).map(drop)
+    fn trim(&self, offset: u64, count: u64, f: ReqFlags) -> Result<()> {
+        self.note(format!("trim {offset}+{count}{}", flags(f))).map(drop)
     }
     fn cache(&self, offset: u64, count: u64) -> Result<()> {
         self.note(format!("cache {offset}+{count}")).map(drop)
