@@ -383,6 +383,8 @@ extern "C" {
 
 #define QBLK_HAVE_REOPEN2 1
 
+#define QBLK_HAVE_LAYER_PUSH 1
+
 #define QBLK_HAVE_PREAD 1
 
 #define QBLK_HAVE_PREAD2 1
@@ -1307,6 +1309,24 @@ int qblk_write_compressed(struct qblk *dev,
                           const void *buf,
                           size_t count,
                           uint64_t offset);
+
+/**
+ * Put a layer on the device: all of its contexts see it from then on.
+ *
+ * `layer` is the layer's name, with settings if need be ("offset;offset=1M;range=64k", as in the option
+ * "layers"); `options` (NULL: none) are more of its settings, without the name in front. `flags` is 0.
+ * Other calls on the device wait while the layer is opened. There is no way to take it off but closing
+ * the device. A handle that may not write gets no right to by this; where the layer makes a device
+ * writable that was not ("cow"), qblk_context_open() with QBLK_OPEN_RDWR makes one that may.
+ *
+ * Returns 0; on failure the device is what it was, and the code is -EINVAL (a NULL, a flag, no such layer,
+ * a setting that it has not or that means nothing, too many layers), -EBADF on a handle that is open for
+ * its description or to be checked only, or what opening the layer came to. Any thread. Since 0.1.
+ */
+int qblk_layer_push(struct qblk *dev,
+                    const char *layer,
+                    const struct qblk_options *options,
+                    uint32_t flags);
 
 /**
  * Check the image: qblk_check2() without progress.
