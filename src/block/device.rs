@@ -231,7 +231,10 @@ impl Device {
                 };
                 match zeroed {
                     Ok(()) => at += n,
-                    Err(Error::NotSupported(_)) if !fast => break,
+                    Err(Error::NotSupported(_)) if fast => {
+                        return Err(Error::NotSupported("fast zeroing here"));
+                    }
+                    Err(Error::NotSupported(_)) => break,
                     Err(e) => return Err(e),
                 }
             }
