@@ -418,6 +418,8 @@ extern "C" {
 
 #define QBLK_HAVE_REOPEN2 1
 
+#define QBLK_HAVE_LAYER_PUSH 1
+
 #define QBLK_HAVE_PREAD 1
 
 #define QBLK_HAVE_PREAD2 1
@@ -1392,6 +1394,24 @@ int qblk_write_compressed(struct qblk *dev,
                           uint64_t offset);
 
 /**
+ * Put a layer on the device: all of its contexts see it from then on.
+ *
+ * `layer` is the layer's name, with settings if need be ("offset;offset=1M;range=64k", as in the option
+ * "layers"); `options` (NULL: none) are more of its settings, without the name in front. `flags` is 0.
+ * Other calls on the device wait while the layer is opened. There is no way to take it off but closing
+ * the device. A handle that may not write gets no right to by this; where the layer makes a device
+ * writable that was not ("cow"), qblk_context_open() with QBLK_OPEN_RDWR makes one that may.
+ *
+ * Returns 0; on failure the device is what it was, and the code is -EINVAL (a NULL, a flag, no such layer,
+ * a setting that it has not or that means nothing, too many layers), -EBADF on a handle that is open for
+ * its description or to be checked only, or what opening the layer came to. Any thread. Since 0.1.
+ */
+int qblk_layer_push(struct qblk *dev,
+                    const char *layer,
+                    const struct qblk_options *options,
+                    uint32_t flags);
+
+/**
  * Check the image: qblk_check2() without progress.
  *
  * Since 0.1.
@@ -1508,12 +1528,13 @@ int qblk_rebase(struct qblk *dev,
  * Of a qcow2 image: "compat" ("0.10" or "1.1"), "refcount-bits", "lazy-refcounts", "backing-file" and
  * "backing-fmt" (what is recorded; empty for none), "data-file-raw" ("off"), and its key slots:
  * "encrypt.state" ("active" adds a passphrase, "inactive" takes one away), "encrypt.new-secret",
- * "encrypt.old-secret", "encrypt.keyslot", "encrypt.iter-time". Of a LUKS image the same for key slots
- * without "encrypt.". There are no flags yet, so `flags` must be 0.
+ * "encrypt.old-secret", "encrypt.keyslot", "encrypt.iter-time", which change in a call of their own
+ * (-EINVAL with the others). Of a LUKS image the same for key slots without "encrypt.". There are no
+ * flags yet, so `flags` must be 0.
  *
  * `progress` (NULL: nobody) is told how far it is, with `opaque`, and may stop it: -ECANCELED. It is
  * on stable storage when the call returns; a power cut before leaves the image as it was. Calls of
- * other threads on the device wait meanwhile. Unless key slots alone have changed the image is opened
+ * other threads on the device wait meanwhile. Unless it was key slots that changed the image is opened
  * anew beneath the handle and all its contexts, as by qblk_reopen(); if only that fails the image is
  * amended, and the handle refuses to write until it is reopened.
  *

@@ -21,6 +21,7 @@ pub const QBLK_HAVE_CLOSE: u32 = 1;
 pub const QBLK_HAVE_CONTEXT_OPEN: u32 = 1;
 pub const QBLK_HAVE_REOPEN: u32 = 1;
 pub const QBLK_HAVE_REOPEN2: u32 = 1;
+pub const QBLK_HAVE_LAYER_PUSH: u32 = 1;
 pub const QBLK_HAVE_PREAD: u32 = 1;
 pub const QBLK_HAVE_PREAD2: u32 = 1;
 pub const QBLK_HAVE_PWRITE: u32 = 1;

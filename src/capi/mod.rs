@@ -36,6 +36,8 @@ mod bitmap;
 pub use bitmap::*;
 mod images;
 pub use images::*;
+mod layers;
+pub use layers::*;
 mod check;
 pub use check::*;
 mod copy;

@@ -88,7 +88,8 @@ impl Stack {
                 return Err(e);
             }
         }
-        image.write.store(flags.has(OpenFlags::RDWR), Relaxed);
+        let write = flags.has(OpenFlags::RDWR) && image.call()?.flags.has(OpenFlags::RDWR);
+        image.write.store(write, Relaxed);
         Ok(image)
     }
 }
