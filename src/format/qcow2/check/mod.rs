@@ -38,6 +38,7 @@ use disk::Disk;
 use snapshots::Snapshots;
 
 use super::header::{Header, at, incompat};
+use super::refcount::max_count;
 use crate::block::*;
 use crate::log::{Level, log};
 
@@ -138,10 +139,7 @@ impl<'a> Check<'a> {
         let mut head = vec![0; file_size.min(1 << bits) as usize];
         file.read_slice(&mut head, 0)?;
         let clusters = file_size.div_ceil(1 << bits);
-        let max = match header.refcount_order {
-            6 => u64::MAX,
-            order => (1 << (1u32 << order)) - 1,
-        };
+        let max = max_count(header.refcount_order);
         Ok(Self {
             file,
             file_size,

@@ -219,10 +219,9 @@ impl Check<'_> {
             }
             let (plan, wanted) = (&plan, &wanted);
             let read = move || read_plan(file, size, plan, wanted, buffers, full);
-            // One thread less costs time only.
             let reader = std::thread::Builder::new().name("qblk-check".into());
-            if crate::thread::deaf(|| reader.spawn_scoped(scope, read)).is_err() {
-                let errno = libc::EAGAIN;
+            if let Err(e) = crate::thread::deaf(|| reader.spawn_scoped(scope, read)) {
+                let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
                 return Err(Error::Os { op: "start a thread", file: file.name().clone(), errno });
             }
             while let Ok(batch) = batches.recv() {
