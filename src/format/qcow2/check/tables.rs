@@ -107,25 +107,8 @@ impl Check<'_> {
             }
             tables.push((offset, len, Times::once(false)));
         }
-        for &(offset, len, _) in &tables {
-            self.note_metadata(offset, len);
-            let end = u128::from(offset) + u128::from(len);
-            if len > 0 && end >= u128::from(self.file_size) + u128::from(self.cluster()) {
-                self.refer("an L1 table", offset, len, 1);
-            }
-        }
-        // Their clusters: by whole ones, for as many tables as lie there.
-        let limit = u128::from(self.file_size) + u128::from(self.cluster());
-        let mask = self.cluster() - 1;
-        let whole = tables.iter().filter(|t| t.1 > 0).filter_map(|&(at, len, times)| {
-            let end = at.checked_add(len)?;
-            (u128::from(end) < limit).then_some((at & !mask, (end + mask) & !mask, times))
-        });
-        for part in segments(whole) {
-            for at in (part.from..part.to).step_by(self.cluster() as usize) {
-                self.refer("an L1 table", at, 1, part.times.all.into());
-            }
-        }
+        tables.iter().for_each(|t| self.note_l1(t.0, t.1));
+        self.refer_tables("an L1 table", &tables);
         let parts = segments(tables.into_iter().filter_map(|(at, len, times)| {
             Some((at, at.checked_add(len)?.min(self.file_size), times))
         }));

@@ -230,9 +230,7 @@ impl Refcounts {
     fn expect_place(&self, file: &Device, kind: Kind, offset: u64) -> Result<()> {
         match self.areas.conflict(kind, offset >> self.cluster_bits) {
             None => Ok(()),
-            Some(other) => {
-                Err(Error::corrupt(file.name(), misplaced(kind.name(), offset, other)))
-            }
+            Some(other) => Err(Error::corrupt(file.name(), misplaced(kind.name(), offset, other))),
         }
     }
 
