@@ -12,8 +12,9 @@
 //! is no worse than before.
 //!
 //! Bounds, whatever an image claims. Memory: 4 bits a cluster of the file, or (where that is above
-//! 64 MiB) about 110 bytes for each place that something refers to; 16 bytes for each L2 table; the
-//! tables that have limits of their own. Time: each byte of a table is looked at twice at most,
+//! 64 MiB) about 110 bytes for each place that something refers to; 16 bytes for each L2 table; to mend
+//! all, 64 bytes for each stretch past the end that something refers to (see `beyond`); the tables that
+//! have limits of their own. Time: each byte of a table is looked at twice at most,
 //! however often and however askew tables are named (see `cover`), and each cluster that the refcount
 //! table covers within the file three times at most.
 //!
