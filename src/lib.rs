@@ -2,7 +2,7 @@
 //!
 //! Everything is a block device, and a block device is a row of bytes with a size. A file of the
 //! host is one; a qcow2 image is one, standing on another. The layers, each of which knows only
-//! those to its right: [`capi`] → [`image`] → [`mod@format`] → [`mod@file`] → [`block`].
+//! those to its right: [`capi`] → [`image`] → [`layer`], [`mod@format`] → [`mod@file`] → [`block`].
 //!
 //! C programs use the functions of [`capi`] by include/qblk.h; Rust programs (the tool, the tests)
 //! use [`Image`]. The design is told in docs/architecture.md.
@@ -16,6 +16,7 @@ pub mod crypto;
 pub mod file;
 pub mod format;
 pub mod image;
+pub mod layer;
 pub mod lockmgr;
 pub mod log;
 pub mod nbd;

@@ -22,6 +22,8 @@ pub struct Device {
     caps: Caps,
     /// Whether any request can be passed on as it is.
     plain: bool,
+    /// Whether any that is not too long can.
+    only_length: bool,
     blocks: RangeLock,
 }
 
@@ -61,8 +63,9 @@ impl Device {
     /// Put a driver behind the emulation.
     pub fn new(driver: Box<dyn Driver>) -> Self {
         let caps = driver.caps();
-        let plain = caps.align <= 1 && caps.mem_align <= 1 && caps.max_transfer == 0;
-        Self { driver, caps, plain, blocks: RangeLock::default() }
+        let only_length = caps.align <= 1 && caps.mem_align <= 1;
+        let plain = only_length && caps.max_transfer == 0;
+        Self { driver, caps, plain, only_length, blocks: RangeLock::default() }
     }
 
     /// The driver.
@@ -97,10 +100,29 @@ impl Device {
 
     /// How well FUA works.
     pub fn can_fua(&self) -> Can {
-        match (self.caps.read_only, self.caps.fua, self.caps.flush) {
-            (true, ..) => Can::Not,
-            (_, true, _) => Can::Native,
-            (_, _, true) => Can::Emulate,
+        match () {
+            _ if self.caps.read_only => Can::Not,
+            _ if self.caps.fua => Can::Native,
+            _ if self.caps.flush && self.caps.fua_by_flush => Can::Emulate,
+            _ => Can::Not,
+        }
+    }
+
+    /// How well zeroing without writing, or failing at once, works.
+    pub fn can_fast_zero(&self) -> Can {
+        match (self.caps.read_only, self.caps.zero && self.caps.fast_zero) {
+            (true, _) => Can::Not,
+            (_, true) => Can::Native,
+            // Failing at once is always possible.
+            _ => Can::Emulate,
+        }
+    }
+
+    /// How well bringing near works.
+    pub fn can_cache(&self) -> Can {
+        match (self.caps.cache, self.caps.cache_by_read) {
+            (true, _) => Can::Native,
+            (_, true) => Can::Emulate,
             _ => Can::Not,
         }
     }
@@ -111,7 +133,11 @@ impl Device {
         if buf.is_empty() {
             return Ok(());
         }
-        if self.plain { self.driver.read(buf, offset) } else { self.read_emulated(buf, offset) }
+        if self.plain || self.fits(buf.len()) {
+            self.driver.read(buf, offset)
+        } else {
+            self.read_emulated(buf, offset)
+        }
     }
 
     /// Read if nothing has to be waited for, as [`Driver::read_now`] does; what would need emulation
@@ -139,12 +165,12 @@ impl Device {
             return Err(Error::ReadOnly(self.name().clone()));
         }
         let flush_after = flags.has(ReqFlags::FUA) && !self.caps.fua;
-        if flush_after && !self.caps.flush {
+        if flush_after && self.can_fua() == Can::Not {
             return Err(Error::NotSupported("FUA"));
         }
         if !buf.is_empty() {
             let pass = if self.caps.fua { flags } else { ReqFlags::NONE };
-            if self.plain {
+            if self.plain || self.fits(buf.len()) {
                 self.driver.write(buf, offset, pass)?;
             } else {
                 self.write_emulated(buf, offset, pass)?;
@@ -176,37 +202,51 @@ impl Device {
         if fua && self.can_fua() == Can::Not {
             return Err(Error::NotSupported("FUA"));
         }
-        let plain_flags = flags.without(ReqFlags::FUA);
+        let fast = flags.has(ReqFlags::FAST_ZERO);
         let align = u64::from(self.caps.align.max(1));
         let (from, to) = (offset.next_multiple_of(align), end - end % align);
-        if flags.has(ReqFlags::FAST_ZERO) && (from, to) != (offset, end) {
+        if fast && (from, to) != (offset, end) {
             return Err(Error::NotSupported("fast zeroing of parts of blocks"));
         }
-        if self.caps.zero && from < to {
-            match self.driver.zero(from, to - from, plain_flags) {
-                Ok(()) => {
-                    self.write_zeroes(offset, from.min(end))?;
-                    self.write_zeroes(to.max(offset), end)?;
-                    return if fua { self.flush() } else { Ok(()) };
-                }
-                Err(Error::NotSupported(_)) => {}
-                Err(e) => return Err(e),
-            }
-        }
-        if flags.has(ReqFlags::FAST_ZERO) {
+        // What neither carries FUA nor can be flushed behind is left alone: written zeroes can carry it.
+        let by_driver = self.caps.zero
+            && (!fast || self.caps.fast_zero)
+            && from < to
+            && (!fua || self.caps.zero_fua || self.flush_does());
+        if fast && !by_driver {
             return Err(Error::NotSupported("fast zeroing here"));
         }
-        self.write_zeroes(offset, end)?;
-        if fua { self.flush() } else { Ok(()) }
+        // Either all pieces carry FUA, or none and one flush follows them all.
+        let carried = self.caps.fua && (!by_driver || self.caps.zero_fua);
+        let pass = if carried { flags } else { flags.without(ReqFlags::FUA) };
+        let write = ReqFlags(pass.0 & ReqFlags::FUA.0);
+        if by_driver {
+            let mut at = from;
+            while at < to {
+                let n = (to - at).min(self.range_chunk());
+                match self.driver.zero(at, n, pass) {
+                    Ok(()) => at += n,
+                    Err(Error::NotSupported(_)) if !fast => break,
+                    Err(e) => return Err(e),
+                }
+            }
+            self.write_zeroes(offset, from.min(end), write)?;
+            // From where the driver gave up, the rest of the blocks and what follows them.
+            self.write_zeroes(at.max(offset), end, write)?;
+        } else {
+            self.write_zeroes(offset, end, write)?;
+        }
+        if fua && !carried { self.flush() } else { Ok(()) }
     }
 
-    fn write_zeroes(&self, mut offset: u64, end: u64) -> Result<()> {
+    /// Write zeroes; of the flags only FUA, and only if the driver honours it.
+    fn write_zeroes(&self, mut offset: u64, end: u64, flags: ReqFlags) -> Result<()> {
         let mut vecs = [iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; 64];
         while offset < end {
             let (n, bytes) = zero_iovecs(&mut vecs, (end - offset).min(ZERO_CHUNK));
             // SAFETY: the pieces lie in the static zeroes, which are only read.
             let zeroes = unsafe { Src::from_raw(&vecs[..n], bytes) };
-            self.write(zeroes, offset, ReqFlags::NONE)?;
+            self.write(zeroes, offset, flags)?;
             offset += bytes as u64;
         }
         Ok(())
@@ -222,20 +262,36 @@ impl Device {
         if fua && self.can_fua() == Can::Not {
             return Err(Error::NotSupported("FUA"));
         }
-        let align = u64::from(self.caps.align.max(1));
-        let (from, to) = (offset.next_multiple_of(align), end - end % align);
-        if self.caps.trim && from < to {
-            self.driver.trim(from, to - from)?;
+        let carried = fua && self.caps.trim_fua;
+        // A trim that could not be made to last is not made: that is as good an answer.
+        if !self.caps.trim || (fua && !carried && !self.flush_does()) {
+            return if fua && self.flush_does() { self.flush() } else { Ok(()) };
         }
-        if fua { self.flush() } else { Ok(()) }
+        let pass = if carried { ReqFlags::FUA } else { ReqFlags::NONE };
+        let align = u64::from(self.caps.align.max(1));
+        let (mut at, to) = (offset.next_multiple_of(align), end - end % align);
+        while at < to {
+            let n = (to - at).min(self.range_chunk());
+            self.driver.trim(at, n, pass)?;
+            at += n;
+        }
+        if fua && !carried { self.flush() } else { Ok(()) }
     }
 
     /// Bring a range near: by the driver, or by reading it.
     pub fn cache(&self, mut offset: u64, count: u64) -> Result<()> {
-        if self.caps.cache {
-            return self.driver.cache(offset, count);
-        }
         let end = offset.checked_add(count).ok_or_else(|| Error::invalid("range overflows"))?;
+        if self.caps.cache {
+            while offset < end {
+                let n = (end - offset).min(self.range_chunk());
+                self.driver.cache(offset, n)?;
+                offset += n;
+            }
+            return Ok(());
+        }
+        if !self.caps.cache_by_read {
+            return Err(Error::NotSupported("bringing bytes near"));
+        }
         let mut scratch = vec![0; count.min(BOUNCE_CHUNK) as usize];
         while offset < end {
             let n = (end - offset).min(BOUNCE_CHUNK) as usize;
@@ -243,6 +299,26 @@ impl Device {
             offset += n as u64;
         }
         Ok(())
+    }
+
+    /// Whether a flush makes what was changed last.
+    fn flush_does(&self) -> bool {
+        self.caps.flush && self.caps.fua_by_flush
+    }
+
+    /// Whether `len` bytes anywhere are one request, where only its length matters.
+    #[inline]
+    fn fits(&self, len: usize) -> bool {
+        self.only_length && len as u64 <= self.caps.max_transfer
+    }
+
+    /// Bytes of one zero, trim or cache.
+    fn range_chunk(&self) -> u64 {
+        let align = u64::from(self.caps.align.max(1));
+        match self.caps.max_range {
+            0 => u64::MAX,
+            max => (max - max % align).max(align),
+        }
     }
 
     fn chunk(&self) -> u64 {

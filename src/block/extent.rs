@@ -101,6 +101,9 @@ impl<'a> ExtentList<'a> {
     /// Add an extent that begins where the last one ended. What finds no room is dropped.
     pub fn push(&mut self, mut e: Extent) {
         e.flags = e.flags & self.keep | self.mark;
+        if self.keep & Extent::HOST == 0 {
+            e.host_offset = 0;
+        }
         if self.full || e.length == 0 {
             return;
         }
@@ -117,6 +120,29 @@ impl<'a> ExtentList<'a> {
             }
             None => self.full = true,
         }
+    }
+
+    /// No extent says where it lies in a file from now on: that is no place of the device's own.
+    pub fn without_host(mut self) -> Self {
+        self.keep &= !Extent::HOST;
+        self
+    }
+
+    /// Add what `describe` says of a device whose byte `start` is this one's first. It may be less than
+    /// the whole range.
+    pub fn shifted(
+        &mut self,
+        start: u64,
+        describe: impl FnOnce(&mut ExtentList<'_>) -> crate::block::Result<()>,
+    ) -> crate::block::Result<()> {
+        let mut some = [Extent::default(); 32];
+        let mut list = ExtentList::new(&mut some);
+        describe(&mut list)?;
+        let n = list.len;
+        for e in &some[..n] {
+            self.push(Extent { offset: e.offset.saturating_sub(start), ..*e });
+        }
+        Ok(())
     }
 
     /// Whether an extent had to be dropped: more need not be looked up.

@@ -13,6 +13,7 @@ mod fence;
 mod inflight;
 mod iov;
 mod name;
+mod parse;
 mod progress;
 mod range_lock;
 mod snapshot;
@@ -31,6 +32,7 @@ pub use fence::Fence;
 pub use inflight::{Guard, InFlight, Own};
 pub use iov::{Dst, FromMem, Iov, OneIov, Src, ToMem, ZEROES, zero_iovecs};
 pub use name::{Name, quoted};
+pub use parse::{parse_seconds, parse_size};
 pub use progress::{Progress, Tell};
 pub use range_lock::RangeLock;
 pub use snapshot::{NewSnapshot, SnapshotInfo};
@@ -99,12 +101,24 @@ pub struct Caps {
     pub flush: bool,
     /// `write` honours [`ReqFlags::FUA`].
     pub fua: bool,
+    /// `zero` honours [`ReqFlags::FUA`].
+    pub zero_fua: bool,
+    /// `trim` honours [`ReqFlags::FUA`].
+    pub trim_fua: bool,
+    /// A flush does for FUA where the driver does not honour that itself.
+    pub fua_by_flush: bool,
     /// `trim` is worth calling.
     pub trim: bool,
     /// `zero` is worth calling; it may still answer [`Error::NotSupported`].
     pub zero: bool,
+    /// `zero` honours [`ReqFlags::FAST_ZERO`]; it is not called with it otherwise.
+    pub fast_zero: bool,
+    /// Most bytes of one `zero`, `trim` or `cache`; 0 = no limit.
+    pub max_range: u64,
     /// `cache` is worth calling.
     pub cache: bool,
+    /// Reading does for `cache` where the driver has none.
+    pub cache_by_read: bool,
     /// `extents` knows more than "all data".
     pub extents: bool,
     /// What it maps as data may have holes below, which are its own: it is worth asking what holds the
@@ -127,9 +141,15 @@ impl Default for Caps {
             read_only: false,
             flush: true,
             fua: false,
+            zero_fua: false,
+            trim_fua: false,
+            fua_by_flush: true,
             trim: false,
             zero: false,
+            fast_zero: true,
+            max_range: 0,
             cache: false,
+            cache_by_read: true,
             extents: false,
             sparse: false,
             rotational: false,
@@ -246,12 +266,14 @@ pub trait Driver: Send + Sync {
     }
     /// Make everything that was written survive a power cut.
     fn flush(&self) -> Result<()>;
-    /// Make a range read as zeroes; [`Error::NotSupported`] if that means writing them.
+    /// Make a range read as zeroes; [`Error::NotSupported`] if that means writing them. FUA is among the
+    /// flags only if `caps().zero_fua`.
     fn zero(&self, _offset: u64, _count: u64, _flags: ReqFlags) -> Result<()> {
         Err(Error::NotSupported("zero"))
     }
-    /// Give a range back; afterwards it reads as before or as zeroes, always the same.
-    fn trim(&self, _offset: u64, _count: u64) -> Result<()> {
+    /// Give a range back; afterwards it reads as before or as zeroes, always the same. The one flag is
+    /// FUA, and only if `caps().trim_fua`.
+    fn trim(&self, _offset: u64, _count: u64, _flags: ReqFlags) -> Result<()> {
         Ok(())
     }
     /// Bring a range near; a hint.

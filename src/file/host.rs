@@ -379,7 +379,7 @@ impl Driver for Host {
         if flags.has(ReqFlags::FUA) { self.flush() } else { Ok(()) }
     }
 
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
+    fn trim(&self, offset: u64, count: u64, _flags: ReqFlags) -> Result<()> {
         self.punch(offset, count)
     }
 

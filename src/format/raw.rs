@@ -72,11 +72,15 @@ impl Driver for Raw {
     }
     fn caps(&self) -> Caps {
         // The file's own emulation stands below: any request can be passed to it.
+        let fua = self.file.can_fua() != Can::Not;
         Caps {
             align: 1,
             mem_align: 1,
             max_transfer: 0,
-            fua: self.file.can_fua() != Can::Not,
+            max_range: 0,
+            fua,
+            zero_fua: fua,
+            trim_fua: fua,
             ..self.file.caps().clone()
         }
     }
@@ -108,9 +112,9 @@ impl Driver for Raw {
         let change = |head: &mut [u8]| clear(head, count);
         self.guarded(offset, change, || self.file.zero(offset, count, flags))
     }
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
+    fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         let change = |head: &mut [u8]| clear(head, count);
-        self.guarded(offset, change, || self.file.trim(offset, count, ReqFlags::NONE))
+        self.guarded(offset, change, || self.file.trim(offset, count, flags))
     }
     fn cache(&self, offset: u64, count: u64) -> Result<()> {
         self.file.cache(offset, count)

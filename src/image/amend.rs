@@ -49,7 +49,8 @@ impl Image {
                 Ok(()) | Err(Error::Failed { .. }) => {}
                 Err(e) => return Err(e),
             }
-            let new = super::chain::reopen(tree, &tree.options, tree.flags, &self.shared.calls);
+            let new =
+                super::chain::reopen(tree, &tree.options, tree.flags, &self.shared.calls.shared());
             let new = new.map_err(|e| unopened(e, &tree.name))?;
             // It is dropped when the reference to it that this function was given is over.
             old = Some(taken.put(Box::new(new)));

@@ -160,6 +160,7 @@ pub(super) fn check_reopen(old: &Tree) -> Result<()> {
             let text = "opened by a connected socket, which can not be opened again";
             Err(Error::policy(&old.name, text))
         }
+        Again::Layer => Err(Error::NotSupported("replacing an image that layers stand on")),
         _ => Ok(()),
     }
 }
@@ -176,7 +177,9 @@ pub(super) fn reopen(
         Again::Descriptor(fd) => Again::Descriptor(duplicate(fd, &old.name)?),
         Again::Memory(fd) => Again::Memory(duplicate(fd, &old.name)?),
         Again::Remote(remote) => Again::Remote(remote.clone()),
-        Again::Never => return Err(Error::Internal("opened again by nothing".into())),
+        Again::Never | Again::Layer => {
+            return Err(Error::Internal("opened again by nothing".into()));
+        }
     };
     managed::open(old.name.clone(), again, options, flags, calls, Some(old))
 }
@@ -209,7 +212,9 @@ pub(super) fn open_now(
             file::from_fd_locked(duplicate(fd, &name)?, &name, how.file, how.lock, locks)?
         }
         Again::Remote(remote) => remote.open(&name, options, flags)?,
-        Again::Never => return Err(Error::Internal("opened again by nothing".into())),
+        Again::Never | Again::Layer => {
+            return Err(Error::Internal("opened again by nothing".into()));
+        }
         Again::Path(path) => {
             // Shown, and used for what the image names beside itself, as the caller gave it.
             let shown = match parse_name(name.as_os_str()) {
@@ -293,6 +298,7 @@ impl<'a> Opening<'a> {
             parts: std::mem::take(&mut self.parts),
             own_parts: self.own_parts,
             parts_to_below: self.parts_to_below,
+            below: None,
         })
     }
 

@@ -199,7 +199,7 @@ impl Image {
         self.with_tree(true, |old| {
             chain::check_reopen(old)?;
             let mut taken = Taken::new(&self.shared);
-            let (outcome, result) = work(old, &self.shared.calls)?;
+            let (outcome, result) = work(old, &self.shared.calls.shared())?;
             if let Outcome::Other(new) = outcome {
                 // It is dropped when the reference to it is over.
                 gone = Some(taken.put(new));

@@ -63,7 +63,7 @@ impl Image {
         if !changed {
             return result;
         }
-        match chain::reopen(tree, &tree.options, tree.flags, &self.shared.calls) {
+        match chain::reopen(tree, &tree.options, tree.flags, &self.shared.calls.shared()) {
             Ok(new) => {
                 drop(taken.put(Box::new(new)));
                 result

@@ -18,9 +18,16 @@ impl Image {
             return Err(Error::BadHandle("the device is closed".into()));
         }
         // SAFETY: the tree is replaced and freed under `admin` only, which is held.
+        if let Some(below) = unsafe { &(*old).below } {
+            // SAFETY: as above.
+            super::layers::reopen_below(unsafe { &*old }, below, options, flags)?;
+            self.write.store(flags.has(OpenFlags::RDWR), Relaxed);
+            return Ok(());
+        }
+        // SAFETY: the tree is replaced and freed under `admin` only, which is held.
         chain::check_reopen(unsafe { &*old })?;
         self.shared.tree.store(ptr::null_mut(), SeqCst);
-        self.shared.calls.wait();
+        self.shared.calls.get().wait();
         // SAFETY: we took it out, and no call uses it any more.
         let old = unsafe { Box::from_raw(old) };
         let new = (|| {
@@ -34,7 +41,7 @@ impl Image {
             }
             let options = options.unwrap_or(&old.options);
             // It takes the locks over from the old one, and gives them back if it comes to nothing.
-            chain::reopen(&old, options, flags, &self.shared.calls)
+            chain::reopen(&old, options, flags, &self.shared.calls.shared())
         })();
         let (tree, result) = match new {
             Ok(new) => {
@@ -85,9 +92,9 @@ impl Image {
         }
         // A call that hangs must not keep the program from ending: what is under way is not waited
         // for beyond a moment, and then its tree is left to it.
-        let mark = self.shared.calls.mark();
+        let mark = self.shared.calls.get().mark();
         for _ in 0..200 {
-            if self.shared.calls.passed(mark) {
+            if self.shared.calls.get().passed(mark) {
                 // SAFETY: we took it out, and no call uses it any more.
                 let tree = unsafe { Box::from_raw(tree) };
                 return close_tree(&tree);
@@ -114,6 +121,13 @@ impl Shared {
 }
 
 pub(super) fn close_tree(tree: &Tree) -> Result<()> {
+    let Some(below) = &tree.below else { return close_top(tree) };
+    // What the layer still has goes to what is below first. That is closed in any case.
+    let own = if tree.flags.has(OpenFlags::RDWR) { tree.top.driver().close() } else { Ok(()) };
+    own.and(below.with_tree(false, close_tree))
+}
+
+fn close_top(tree: &Tree) -> Result<()> {
     if tree.flags.has(OpenFlags::CHECK) {
         // Its driver may know what is not true any more (see `Image::check`): only what is in the file
         // already is made to last.

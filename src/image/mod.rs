@@ -16,6 +16,7 @@ mod copy;
 mod create;
 mod how;
 mod key;
+mod layers;
 mod life;
 mod managed;
 mod named;
@@ -37,6 +38,7 @@ use crate::lockmgr::Lease;
 pub use chain::Probe;
 pub use copy::copy;
 pub use create::create;
+pub use layers::context_of;
 pub use options::{Options, Use, parse_seconds, parse_size};
 pub use remote::list_exports;
 
@@ -169,6 +171,8 @@ pub(crate) struct Tree {
     lease: Option<Arc<Lease>>,
     /// Of a description, which takes no lock: somebody has locked the file.
     in_use: bool,
+    /// What the uppermost layer stands on, if there are layers.
+    below: Option<Image>,
 }
 
 impl Tree {
@@ -194,17 +198,53 @@ enum Again {
     Remote(remote::Remote),
     /// Not at all: a connected socket is good for one connection.
     Never,
+    /// It is a layer: what it stands on is.
+    Layer,
 }
 
 /// What all contexts of a source share.
 struct Shared {
     /// Calls under way; they use `tree`.
-    calls: Arc<InFlight>,
+    calls: Calls,
     /// The open chain, owned; null while it is being replaced and after close.
     tree: AtomicPtr<Tree>,
     /// Held by what changes `tree` or the size.
     admin: Mutex<()>,
     closed: AtomicBool,
+}
+
+/// Who counts the calls under way. It changes when a layer is pushed: what was the tree until then, and
+/// knows its counter, goes below with it.
+struct Calls {
+    now: AtomicPtr<InFlight>,
+    /// That one, and those before: who has just read `now` may still count there.
+    all: Mutex<Vec<Arc<InFlight>>>,
+}
+
+impl Calls {
+    fn new(calls: Arc<InFlight>) -> Self {
+        let now = AtomicPtr::new(Arc::as_ptr(&calls).cast_mut());
+        Self { now, all: Mutex::new(vec![calls]) }
+    }
+
+    #[inline]
+    fn get(&self) -> &InFlight {
+        // SAFETY: it is in `all`, from which nothing is taken.
+        unsafe { &*self.now.load(SeqCst) }
+    }
+
+    fn shared(&self) -> Arc<InFlight> {
+        // The last is the present one.
+        self.all.lock().last().cloned().unwrap_or_default()
+    }
+
+    /// Count in another from now on. Whoever counts in the old one must be gone, or find no tree.
+    fn replace(&self) {
+        let new = Arc::<InFlight>::default();
+        let mut all = self.all.lock();
+        self.now.store(Arc::as_ptr(&new).cast_mut(), SeqCst);
+        all.push(new);
+    }
 }
 
 // SAFETY: `tree` is a Box<Tree>, whose parts are Send and Sync.
@@ -243,25 +283,32 @@ impl std::ops::Deref for Call<'_> {
 }
 
 impl Image {
-    /// Open the image `name`: a path, `file:PATH` or `mem:SIZE`.
+    /// Open the image `name`: a path, `file:PATH`, `mem:SIZE`, the URI of an NBD export, or `layers:` and
+    /// layers in front of one of these.
     pub fn open(name: &OsStr, options: &Options, flags: OpenFlags) -> Result<Self> {
         how::of_a_caller(flags)?;
-        let calls = Arc::new(InFlight::default());
-        let tree = chain::open(name, options, flags, &calls)?;
-        Ok(Self::from_tree(tree, calls, flags))
+        let (stack, name, options) = layers::split(name, options)?;
+        stack.open(flags, |flags| {
+            let calls = Arc::new(InFlight::default());
+            let tree = chain::open(name, &options, flags, &calls)?;
+            Ok(Self::from_tree(tree, calls, flags))
+        })
     }
 
     /// Open the image behind a descriptor, which is now the library's.
     pub fn open_fd(fd: OwnedFd, options: &Options, flags: OpenFlags) -> Result<Self> {
         how::of_a_caller(flags)?;
-        let calls = Arc::new(InFlight::default());
-        let tree = chain::open_fd(fd, options, flags, &calls)?;
-        Ok(Self::from_tree(tree, calls, flags))
+        let (stack, _, options) = layers::split(OsStr::new(""), options)?;
+        stack.open(flags, |flags| {
+            let calls = Arc::new(InFlight::default());
+            let tree = chain::open_fd(fd, &options, flags, &calls)?;
+            Ok(Self::from_tree(tree, calls, flags))
+        })
     }
 
     fn from_tree(tree: Tree, calls: Arc<InFlight>, flags: OpenFlags) -> Self {
         let shared = Shared {
-            calls,
+            calls: Calls::new(calls),
             tree: AtomicPtr::new(Box::into_raw(Box::new(tree))),
             admin: Mutex::new(()),
             closed: AtomicBool::new(false),
@@ -301,8 +348,12 @@ impl Image {
     #[inline]
     pub(crate) fn call(&self) -> Result<Call<'_>> {
         loop {
-            let guard = self.shared.calls.enter();
+            let calls = self.shared.calls.get();
+            let guard = calls.enter();
             let tree = self.shared.tree.load(SeqCst);
+            if !std::ptr::eq(calls, self.shared.calls.get()) {
+                continue;
+            }
             if !tree.is_null() {
                 // SAFETY: whoever replaces the tree waits for the guard to go before freeing it.
                 return Ok(Call { tree: unsafe { &*tree }, guard });
@@ -417,6 +468,9 @@ impl Image {
     pub fn extents(&self, offset: u64, count: u64, out: &mut [Extent]) -> Result<usize> {
         let call = self.data_call(offset, count)?;
         let mut list = ExtentList::for_c(out);
+        if call.below.is_some() {
+            list = list.without_host();
+        }
         crate::format::extents(&call.top, offset, count, &mut list)?;
         Ok(list.len())
     }
@@ -447,6 +501,9 @@ impl Image {
     ) -> Result<usize> {
         let call = self.data_call(offset, count)?;
         let mut list = ExtentList::new(out);
+        if call.below.is_some() {
+            list = list.without_host();
+        }
         crate::format::extents(&call.top, offset, count, &mut list)?;
         Ok(list.len())
     }
@@ -491,6 +548,8 @@ impl Image {
         ] {
             state |= if on { bit } else { 0 };
         }
+        let under = tree.below.as_ref().map(Image::info).transpose()?;
+        state |= under.as_ref().map_or(0, |b| b.state & !state::READ_ONLY);
         let if_write = |can: Can| if write { can } else { Can::Not };
         let native_or = |native: bool, other: Can| if native { Can::Native } else { other };
         let mut depth = 0;
@@ -500,12 +559,13 @@ impl Image {
             below = b.driver().backing();
         }
         // Formats take any request; what holds their bytes may like some better.
-        let below = tree.files.first().map_or(caps, |file| file.caps());
+        let file = tree.files.first().map_or(caps, |file| file.caps());
+        let (align, depth) = under.map_or((1, depth), |b| (b.request_alignment, b.backing_depth));
         Ok(Info {
             size: dev.size(),
             allocated: dev.driver().allocated(),
-            max_transfer: below.max_transfer,
-            request_alignment: caps.align.max(below.align).max(1),
+            max_transfer: file.max_transfer,
+            request_alignment: caps.align.max(file.align).max(align),
             optimal_io_size: caps.optimal_io,
             cluster_size: about.cluster_size,
             backing_depth: depth,
@@ -514,9 +574,8 @@ impl Image {
             can_fua: if_write(dev.can_fua()),
             can_trim: if_write(native_or(caps.trim, Can::Not)),
             can_zero: if_write(dev.can_zero()),
-            // Failing at once is always possible.
-            can_fast_zero: if_write(native_or(caps.zero, Can::Emulate)),
-            can_cache: native_or(caps.cache, Can::Emulate),
+            can_fast_zero: if_write(dev.can_fast_zero()),
+            can_cache: dev.can_cache(),
             can_extents: native_or(caps.extents, Can::Emulate),
             can_multi_conn: Can::Native,
             format: about.format,
@@ -539,6 +598,21 @@ impl Image {
         // What holds the bytes of the image may have something to tell, too.
         if let Some(file) = call.files.first() {
             all.extend(file.driver().describe().properties);
+        }
+        if let Some(below) = &call.below {
+            all.push(("layers", layers::names(&call)));
+            all.retain(|p| p.0 != "filename");
+            return match (all.iter().find(|p| p.0 == key), key) {
+                (Some(found), _) => Ok(Some(found.1.clone())),
+                (None, "properties") => {
+                    let mut list = below.property(key)?.unwrap_or_default();
+                    for (name, _) in &all {
+                        list.extend([b"\n", name.as_bytes()].concat());
+                    }
+                    Ok(Some(list))
+                }
+                _ => below.property(key),
+            };
         }
         if key == "properties" {
             return Ok(Some(all.iter().map(|p| p.0).collect::<Vec<_>>().join("\n").into_bytes()));

@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::time::Duration;
 
 use crate::block::{Error, Result, quoted};
+pub use crate::block::{parse_seconds, parse_size};
 use crate::crypto::Secret;
 
 /// What a key may be used for.
@@ -88,6 +89,7 @@ const KEYS: &[(&str, u16)] = &[
     ("key", OPEN | CREATE | AMEND),
     ("key-file", OPEN | CREATE | AMEND),
     ("keyslot", AMEND),
+    ("layers", OPEN),
     ("lazy-refcounts", CREATE | AMEND),
     ("lock", OPEN | CREATE),
     ("lock-adopt", OPEN),
@@ -231,6 +233,18 @@ impl Options {
         )
     }
 
+    /// Take away the settings whose keys begin with `prefix`, by what follows it.
+    pub(crate) fn take_prefix(&mut self, prefix: &str) -> Vec<(String, Vec<u8>)> {
+        let taken = self.with_prefix(prefix).map(|(k, v)| (k.to_owned(), v.to_vec())).collect();
+        self.0.retain(|k, _| !k.starts_with(prefix));
+        taken
+    }
+
+    /// All settings, by key.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.with_prefix("")
+    }
+
     /// All but what is said of the backing image.
     pub(crate) fn without_backing(&self) -> Self {
         let of_backing =
@@ -324,31 +338,6 @@ fn bad(key: &str, value: &[u8], expected: &str) -> Error {
     Error::invalid(format!("option '{key}': found {}, expected {expected}", quoted(value)))
 }
 
-/// A time: seconds, with a fraction if there is one.
-pub fn parse_seconds(s: &str) -> Option<Duration> {
-    let plain = !s.is_empty() && s.bytes().all(|b| b.is_ascii_digit() || b == b'.');
-    let seconds: f64 = s.parse().ok().filter(|_| plain)?;
-    // Longer than anybody waits, and still a time that can be added to now.
-    (seconds <= 1e9).then(|| Duration::from_secs_f64(seconds))
-}
-
-/// A size in bytes: a whole number, and one of k, M, G, T, P, E (times 1024 each) behind it.
-pub fn parse_size(s: &str) -> Option<u64> {
-    let digits = s.bytes().take_while(u8::is_ascii_digit).count();
-    let number: u64 = s[..digits].parse().ok()?;
-    let shift = match &s[digits..] {
-        "" | "b" | "B" => 0,
-        "k" | "K" => 10,
-        "m" | "M" => 20,
-        "g" | "G" => 30,
-        "t" | "T" => 40,
-        "p" | "P" => 50,
-        "e" | "E" => 60,
-        _ => return None,
-    };
-    number.checked_mul(1 << shift)
-}
-
 /// The known key, with a use of `bit`, that takes the fewest edits to reach.
 fn nearest(key: &str, bit: u16) -> &'static str {
     let usable = || KEYS.iter().filter(|(_, uses)| uses & bit != 0 || bit == 0);
@@ -373,16 +362,6 @@ fn distance(a: &str, b: &str) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_have_suffixes_and_limits() {
-        assert_eq!(parse_size("64k"), Some(65536));
-        assert_eq!(parse_size("1T"), Some(1 << 40));
-        assert_eq!(parse_size("15E"), Some(15 << 60));
-        for bad in ["", "k", "16E", "-1", "1.5G", "1 G", "0x10", "99999999999999999999"] {
-            assert_eq!(parse_size(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn a_misspelt_key_is_answered_with_the_nearest() {

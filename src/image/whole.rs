@@ -18,7 +18,7 @@ impl<'a> Taken<'a> {
     /// none waits for `admin`.
     pub(super) fn new(shared: &'a Shared) -> Self {
         let taken = Self { shared, tree: shared.tree.swap(ptr::null_mut(), SeqCst) };
-        shared.calls.wait();
+        shared.calls.get().wait();
         taken
     }
 
@@ -33,6 +33,13 @@ impl<'a> Taken<'a> {
         let old = std::mem::replace(&mut self.tree, Box::into_raw(new));
         // SAFETY: made by Box::into_raw, and nobody else gets at it any more.
         unsafe { Box::from_raw(old) }
+    }
+}
+
+impl Taken<'_> {
+    /// Give them another; what was taken has become somebody else's.
+    pub(super) fn give(mut self, new: Box<Tree>) {
+        self.tree = Box::into_raw(new);
     }
 }
 

@@ -263,7 +263,7 @@ impl Driver for Recorder {
         self.call(Call::Write, "zeroing", offset)?.add(self.2, op);
         Ok(())
     }
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
+    fn trim(&self, offset: u64, count: u64, _flags: ReqFlags) -> Result<()> {
         let mut file = self.call(Call::Write, "trimming", offset)?;
         let count = count.min((file.content[self.2].len() as u64).saturating_sub(offset));
         file.add(self.2, Op::Write(offset, vec![0; count as usize]));

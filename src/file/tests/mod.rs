@@ -138,7 +138,7 @@ fn offsets_beyond_files_are_refused() {
         assert_eq!(errno(read(&dev, offset, 2)), libc::EFBIG);
         assert_eq!(errno(dev.write_slice(b"xy", offset, ReqFlags::NONE)), libc::EFBIG);
         assert_eq!(errno(dev.driver().zero(offset, 2, ReqFlags::MAY_TRIM)), libc::EFBIG);
-        assert_eq!(errno(dev.driver().trim(offset, 2)), libc::EFBIG);
+        assert_eq!(errno(dev.driver().trim(offset, 2, ReqFlags::NONE)), libc::EFBIG);
         assert_eq!(errno(dev.driver().cache(offset, 2)), libc::EFBIG);
     }
     assert_eq!(errno(dev.driver().resize(u64::MAX, Prealloc::Off, false)), libc::EFBIG);
@@ -184,7 +184,7 @@ fn holes_are_told_from_data() {
     assert_eq!(extents(&dev, 270000, 10), [(270000, 10, true)]);
     assert_eq!(extents(&dev, 327000, 1000), [(327000, 680, true), (327680, 320, false)]);
     assert_eq!(extents(&dev, 1 << 21, 10), [(1 << 21, 10, false)]);
-    dev.driver().trim(262144, 65536).unwrap();
+    dev.driver().trim(262144, 65536, ReqFlags::NONE).unwrap();
     assert_eq!(extents(&dev, 0, 1 << 20), [(0, 1 << 20, false)]);
     assert_eq!(dev.driver().allocated(), Some(0));
 }
@@ -205,7 +205,7 @@ fn zeroing_keeps_or_gives_back_space_and_grows_the_file() {
     assert_eq!((dev.size(), fs::metadata(&temp.0).unwrap().len()), (300_000, 300_000));
     dev.zero(400_000, 10, ReqFlags::NONE).unwrap();
     assert_eq!((dev.size(), fs::metadata(&temp.0).unwrap().len()), (400_010, 400_010));
-    d.trim(0, 1 << 40).unwrap();
+    d.trim(0, 1 << 40, ReqFlags::NONE).unwrap();
     assert_eq!(dev.size(), 400_010);
     assert_eq!(read(&dev, 0, 400_010).unwrap(), vec![0; 400_010]);
 }

@@ -98,7 +98,7 @@ impl Driver for Qcow2 {
         self.zero_range(offset, count, flags)
     }
 
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
+    fn trim(&self, offset: u64, count: u64, _flags: ReqFlags) -> Result<()> {
         self.note_change(offset, count)?;
         self.trim_range(offset, count)
     }

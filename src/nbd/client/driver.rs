@@ -263,6 +263,7 @@ impl Driver for Nbd {
             extents: e.context(ALLOCATION).is_some(),
             sparse: false,
             rotational: e.has(flag::ROTATIONAL),
+            ..Caps::default()
         }
     }
 
@@ -326,7 +327,7 @@ impl Driver for Nbd {
         }
     }
 
-    fn trim(&self, offset: u64, count: u64) -> Result<()> {
+    fn trim(&self, offset: u64, count: u64, _flags: ReqFlags) -> Result<()> {
         self.writable()?;
         self.on_range("trim", (cmd::TRIM, 0), offset, self.inside(offset, count), true)
     }

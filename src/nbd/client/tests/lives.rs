@@ -164,7 +164,7 @@ fn what_was_not_acknowledged_is_sent_again() {
             cmd::READ => drop(read(&*d, 0, 512).unwrap()),
             cmd::WRITE => write(&*d, 0, b"again").unwrap(),
             cmd::WRITE_ZEROES => d.zero(512, 512, ReqFlags::NONE).unwrap(),
-            cmd::TRIM => d.trim(512, 512).unwrap(),
+            cmd::TRIM => d.trim(512, 512, ReqFlags::NONE).unwrap(),
             cmd::CACHE => d.cache(512, 512).unwrap(),
             _ => d.flush().unwrap(),
         }
@@ -187,7 +187,7 @@ fn acknowledged_writes_that_no_flush_covered_are_told_of() {
     let e = d.flush().unwrap_err();
     assert!(is_errno(&e, libc::EIO) && e.to_string().contains("may be lost"), "{e}");
     assert!(matches!(write(&*d, 0, b"more"), Err(Error::Failed { .. })));
-    assert!(d.zero(0, 1, ReqFlags::NONE).is_err() && d.trim(0, 1).is_err());
+    assert!(d.zero(0, 1, ReqFlags::NONE).is_err() && d.trim(0, 1, ReqFlags::NONE).is_err());
     assert!(
         is_errno(&d.flush().unwrap_err(), libc::EIO),
         "it does not become true by asking twice"

@@ -1,0 +1,160 @@
+//! Layers: stacks, what each built-in layer calls below, and each against a model.
+
+#[macro_use]
+mod common;
+#[path = "layers/model.rs"]
+mod model;
+#[path = "layers/recorder.rs"]
+mod recorder;
+
+// One file a layer.
+#[path = "layers/offset.rs"]
+mod offset;
+#[path = "layers/readonly.rs"]
+mod readonly;
+
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use common::*;
+use qblk::{Error, Image, Options};
+
+fn stacked(path: &std::path::Path, layers: &str) -> Image {
+    Image::open(path.as_os_str(), &Options::new().with("layers", layers), RW).unwrap()
+}
+
+fn qcow2(tmp: &Tmp, size: u64) -> std::path::PathBuf {
+    let path = tmp.join("a.qcow2");
+    qblk::image::create(path.as_os_str(), "qcow2", size, &Options::new()).unwrap();
+    path
+}
+
+#[test]
+fn stacks_are_named_by_option_and_by_name() {
+    let tmp = Tmp::new("layers-names");
+    let path = qcow2(&tmp, 4 << 20);
+    let name = |s: String| Image::open(s.as_ref(), &Options::new(), RW);
+    let image =
+        name(format!("layers:offset;offset=1M,offset;range=1M:{}", path.display())).unwrap();
+    assert_eq!(image.size().unwrap(), 1 << 20);
+    image.write_at(b"here", 0, NONE).unwrap();
+    assert_eq!(image.property("layers").unwrap().unwrap(), b"offset,offset");
+    let (of_image, list) =
+        (image.property("qcow2.compat"), image.property("properties").unwrap().unwrap());
+    assert_eq!(of_image.unwrap().unwrap(), b"1.1");
+    assert!(String::from_utf8(list).unwrap().lines().any(|l| l == "layers"));
+    let info = image.info().unwrap();
+    assert_eq!((info.format, info.driver), ("qcow2", "file"));
+    image.close().unwrap();
+    // Settings by options; of those in both places the option counts.
+    let options = Options::new().with("layers", "offset;offset=2M").with("offset.offset", "1M");
+    let image = Image::open(path.as_os_str(), &options, RO).unwrap();
+    let mut found = [0; 4];
+    image.read_at(&mut found, 0).unwrap();
+    assert_eq!(&found, b"here");
+    for (name, what) in [
+        ("layers:nothing:mem:1M", "no layer 'nothing'"),
+        ("layers:offset", "expected layers:"),
+        ("layers:offset;begin=1:mem:1M", "has offset, range"),
+        ("layers:offset;offset=2M:mem:1M", "at most the 1048576 bytes"),
+        ("layers:offset;range=x:mem:1M", "expected a size"),
+        ("layers::mem:1M", "expected a name"),
+    ] {
+        let e = Image::open(name.as_ref(), &Options::new(), RW).err().unwrap().to_string();
+        assert!(e.contains(what), "{name}: {e}");
+    }
+}
+
+#[test]
+fn a_stack_ten_deep_is_right_under_mixed_load() {
+    let tmp = Tmp::new("layers-ten");
+    let path = qcow2(&tmp, 8 << 20);
+    let image = stacked(&path, &["offset"; 10].join(","));
+    let mut model = vec![0; 8 << 20];
+    model::run_many(&image, &mut model, 400, 4, seed("layers-ten"));
+    image.close().unwrap();
+    let image = Image::open(path.as_os_str(), &Options::new(), RO).unwrap();
+    let mut all = vec![0; model.len()];
+    image.read_at(&mut all, 0).unwrap();
+    assert!(all == model, "what was written through ten layers is in the image");
+}
+
+#[test]
+fn a_layer_is_pushed_while_calls_are_under_way() {
+    let tmp = Tmp::new("layers-push");
+    let path = qcow2(&tmp, 8 << 20);
+    let image = Image::open(path.as_os_str(), &Options::new(), RW).unwrap();
+    let other = image.context(&Options::new(), RW).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|s| {
+        for t in 0..2u64 {
+            let (other, done) = (&other, &done);
+            s.spawn(move || {
+                let (mut n, base) = (0u64, t << 20);
+                while !done.load(Relaxed) {
+                    let block = [n as u8; 4096];
+                    let at = base + n % 200 * 4096;
+                    other.write_at(&block, at, NONE).unwrap();
+                    let mut found = [0; 4096];
+                    other.read_at(&mut found, at).unwrap();
+                    assert!(found == block, "at {at}");
+                    if n % 16 == 0 {
+                        other.trim(at, 4096, NONE).unwrap();
+                    }
+                    n += 1;
+                }
+            });
+        }
+        for _ in 0..12 {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            image.push_layer(b"offset", &Options::new().with("offset", "0")).unwrap();
+        }
+        done.store(true, Relaxed);
+    });
+    // One that can not be opened leaves all as it was.
+    image.push_layer(b"offset;offset=1T", &Options::new()).unwrap_err();
+    assert_eq!(other.property("layers").unwrap().unwrap().split(|b| *b == b',').count(), 12);
+    other.write_at(b"last", 0, NONE).unwrap();
+    image.close().unwrap();
+    other.flush().unwrap();
+    other.close().unwrap();
+    qemu_img!("check", &path);
+}
+
+#[test]
+fn what_a_stack_can_not_do_is_refused_and_not_done_below() {
+    let tmp = Tmp::new("layers-refused");
+    let path = qcow2(&tmp, 1 << 20);
+    let image = stacked(&path, "offset");
+    let refused = |what: &str, r: Result<(), Error>| {
+        let e = r.expect_err(what);
+        assert!(matches!(e, Error::NotSupported(_)), "{what}: {e}");
+    };
+    refused("resize", image.resize(2 << 20, &Options::new(), false));
+    refused("snapshot", image.snapshot_create(b"s", &Options::new()));
+    refused(
+        "bitmaps",
+        image.change_bitmap(&qblk::block::BitmapChange::Add {
+            name: b"b",
+            granularity: 65536,
+            disabled: false,
+        }),
+    );
+    refused("commit", image.commit(false, qblk::block::Progress::NONE));
+    image.close().unwrap();
+    assert!(!qemu_img!("info", &path).contains("Snapshot"));
+}
+
+#[test]
+fn a_stack_is_reopened_below_its_layers() {
+    let tmp = Tmp::new("layers-reopen");
+    let path = qcow2(&tmp, 1 << 20);
+    let image = stacked(&path, "offset;offset=64k");
+    image.write_at(b"kept", 0, NONE).unwrap();
+    image.reopen(None, RO).unwrap();
+    assert!(matches!(image.write_at(b"x", 0, NONE), Err(Error::ReadOnly(_))));
+    image.reopen(None, RW).unwrap();
+    let mut found = [0; 4];
+    image.read_at(&mut found, 0).unwrap();
+    assert_eq!(&found, b"kept");
+    image.close().unwrap();
+}

@@ -1,0 +1,207 @@
+//! A source that writes down every call that a layer makes below it: `open 1 rw`, `1 write 0+4096 FUA`,
+//! `1 flush`, `close 1`. Contexts share one memory; any call can be made to fail.
+
+// Each layer's tests use some of it.
+#![allow(dead_code)]
+
+use std::any::Any;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use qblk::block::*;
+use qblk::layer::{Settings, Source, find};
+
+/// What the contexts of a source share.
+pub struct Recorder {
+    name: Name,
+    caps: Caps,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    bytes: Vec<u8>,
+    log: Vec<String>,
+    contexts: usize,
+    /// Calls that fail: what they begin with (without the number of the context), the error number, and
+    /// how often.
+    fail: Vec<(String, i32, usize)>,
+}
+
+/// Everything natively.
+pub fn able() -> Caps {
+    Caps {
+        fua: true,
+        zero_fua: true,
+        trim_fua: true,
+        trim: true,
+        zero: true,
+        cache: true,
+        extents: true,
+        ..Caps::default()
+    }
+}
+
+impl Recorder {
+    /// A source of `size` bytes, counting up, that can do `caps`.
+    pub fn new(size: usize, caps: Caps) -> Arc<Self> {
+        let bytes = (0..size).map(|i| (i % 251) as u8).collect();
+        Arc::new(Self {
+            name: "below".into(),
+            caps,
+            state: Mutex::new(State { bytes, ..State::default() }),
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What was called since this was last asked.
+    pub fn log(&self) -> Vec<String> {
+        std::mem::take(&mut self.state().log)
+    }
+
+    /// The bytes as they are now.
+    pub fn bytes(&self) -> Vec<u8> {
+        self.state().bytes.clone()
+    }
+
+    /// Let the next `times` calls that begin with `what` ("write", "read 512+") fail.
+    pub fn fail(&self, what: &str, errno: i32, times: usize) {
+        self.state().fail.push((what.to_owned(), errno, times));
+    }
+
+    fn note(&self, context: usize, what: String) -> Result<MutexGuard<'_, State>> {
+        let mut state = self.state();
+        state.log.push(format!("{context} {what}"));
+        if let Some(f) = state.fail.iter_mut().find(|f| f.2 > 0 && what.starts_with(&f.0)) {
+            f.2 -= 1;
+            return Err(Error::Os {
+                op: "a call that is to fail",
+                file: self.name.clone(),
+                errno: f.1,
+            });
+        }
+        Ok(state)
+    }
+}
+
+fn flags(flags: ReqFlags) -> String {
+    let all = [
+        (ReqFlags::FUA, " FUA"),
+        (ReqFlags::MAY_TRIM, " MAY_TRIM"),
+        (ReqFlags::FAST_ZERO, " FAST"),
+    ];
+    all.iter().filter(|f| flags.has(f.0)).map(|f| f.1).collect()
+}
+
+/// [`Recorder`] as what a layer stands on.
+pub struct Below(pub Arc<Recorder>);
+
+impl Source for Below {
+    fn name(&self) -> &Name {
+        &self.0.name
+    }
+    fn can_write(&self) -> bool {
+        !self.0.caps.read_only
+    }
+    fn open(&self, write: bool) -> Result<Device> {
+        let mut state = self.0.state();
+        if write && self.0.caps.read_only {
+            return Err(Error::ReadOnly(self.0.name.clone()));
+        }
+        state.contexts += 1;
+        let number = state.contexts;
+        state.log.push(format!("open {number} {}", if write { "rw" } else { "ro" }));
+        if let Some(f) = state.fail.iter_mut().find(|f| f.2 > 0 && "open".starts_with(&f.0)) {
+            f.2 -= 1;
+            return Err(Error::Os { op: "open", file: self.0.name.clone(), errno: f.1 });
+        }
+        let caps = Caps { read_only: !write, ..self.0.caps.clone() };
+        Ok(Device::new(Box::new(Context { recorder: self.0.clone(), caps, number })))
+    }
+    fn reopen(&self) -> Result<()> {
+        self.0.note(0, "reopen".into()).map(drop)
+    }
+    fn handle(&self, _write: bool) -> Result<Box<dyn Any + Send>> {
+        Err(Error::NotSupported("handles"))
+    }
+}
+
+struct Context {
+    recorder: Arc<Recorder>,
+    caps: Caps,
+    number: usize,
+}
+
+impl Context {
+    fn note(&self, what: String) -> Result<MutexGuard<'_, State>> {
+        self.recorder.note(self.number, what)
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        self.recorder.state().log.push(format!("close {}", self.number));
+    }
+}
+
+impl Driver for Context {
+    fn name(&self) -> &Name {
+        &self.recorder.name
+    }
+    fn kind(&self) -> &'static str {
+        "recorder"
+    }
+    fn caps(&self) -> Caps {
+        self.caps.clone()
+    }
+    fn size(&self) -> u64 {
+        self.recorder.state().bytes.len() as u64
+    }
+    fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        let state = self.note(format!("read {offset}+{}", buf.len()))?;
+        buf.copy_from(&state.bytes[offset as usize..]);
+        Ok(())
+    }
+    fn write(&self, buf: Src<'_>, offset: u64, f: ReqFlags) -> Result<()> {
+        let mut state = self.note(format!("write {offset}+{}{}", buf.len(), flags(f)))?;
+        buf.copy_to(&mut state.bytes[offset as usize..]);
+        Ok(())
+    }
+    fn flush(&self) -> Result<()> {
+        self.note("flush".into()).map(drop)
+    }
+    fn zero(&self, offset: u64, count: u64, f: ReqFlags) -> Result<()> {
+        let mut state = self.note(format!("zero {offset}+{count}{}", flags(f)))?;
+        state.bytes[offset as usize..(offset + count) as usize].fill(0);
+        Ok(())
+    }
+    fn trim(&self, offset: u64, count: u64, f: ReqFlags) -> Result<()> {
+        self.note(format!("trim {offset}+{count}{}", flags(f))).map(drop)
+    }
+    fn cache(&self, offset: u64, count: u64) -> Result<()> {
+        self.note(format!("cache {offset}+{count}")).map(drop)
+    }
+    fn extents(&self, offset: u64, count: u64, out: &mut ExtentList<'_>) -> Result<()> {
+        drop(self.note(format!("extents {offset}+{count}"))?);
+        out.push(Extent::new(offset, count, Extent::ALLOCATED | Extent::DATA));
+        Ok(())
+    }
+}
+
+/// A layer of that name and settings ("key=value") on a recorder, with its emulation, as a stack has it.
+pub fn on(
+    recorder: &Arc<Recorder>,
+    name: &str,
+    settings: &[(&str, &str)],
+    write: bool,
+) -> Result<Device> {
+    let kind = find(name).unwrap_or_else(|| panic!("no layer {name}"));
+    let mut all = Settings::new(name);
+    settings.iter().for_each(|(k, v)| all.set(k, v.as_bytes()));
+    all.check(kind.keys)?;
+    let below = write && (kind.writes_below)(&all)?;
+    assert!(!below || !recorder.caps.read_only, "the stack would have refused this");
+    Ok(Device::new((kind.open)(&all, Arc::new(Below(recorder.clone())), write)?))
+}
