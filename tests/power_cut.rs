@@ -151,7 +151,7 @@ const HARMS: [Harm; 5] = [
             let cluster = 1 << word32(image, 20);
             let (table, host) = (all[0].1 & !(cluster as usize - 1), all[0].0);
             let at = (table..).step_by(8).find(|at| word(image, *at as u64) == 0).unwrap();
-            image[at..at + 8].copy_from_slice(&(host + 512 | 1).to_be_bytes());
+            image[at..at + 8].copy_from_slice(&((host + 512) | 1).to_be_bytes());
             count(image, host, |n| n + 1);
             count(image, host + cluster, |n| n + 1);
         },
