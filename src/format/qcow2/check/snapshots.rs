@@ -161,7 +161,11 @@ impl Check<'_> {
         file.flush()?;
         file.write_slice(&(run.first << bits).to_be_bytes(), POINTER + 4, ReqFlags::NONE)?;
         file.flush()?;
-        if let Some((offset, len)) = self.snapshots.place {
+        // (What reached past the end was not counted: what is there is another's.)
+        let limit = self.file_size.saturating_add(self.cluster());
+        let counted =
+            self.snapshots.place.filter(|(offset, len)| offset.saturating_add(*len) < limit);
+        if let Some((offset, len)) = counted {
             for cluster in offset >> bits..(offset + len).div_ceil(1 << bits) {
                 refs.release(file, cluster)?;
             }
