@@ -226,7 +226,10 @@ impl Device {
                 let n = (to - at).min(self.range_chunk());
                 match self.driver.zero(at, n, pass) {
                     Ok(()) => at += n,
-                    Err(Error::NotSupported(_)) if !fast => break,
+                    Err(Error::NotSupported(_)) if fast => {
+                        return Err(Error::NotSupported("fast zeroing here"));
+                    }
+                    Err(Error::NotSupported(_)) => break,
                     Err(e) => return Err(e),
                 }
             }

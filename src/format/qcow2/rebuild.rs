@@ -80,12 +80,12 @@ impl Qcow2 {
         };
         let shadow = Shadow::new(refs, &self.file, order)?;
         let mut new = Rebuild { image: self, shadow, progress, done: 0, total: 0 };
-        let built = new
-            .shadow
-            .convert(progress)
-            .and_then(|()| work(&mut new, &mut plan))
-            .and_then(|()| new.write(&mut plan, snapshots));
-        let (switch, table) = self.or_corrupt(built)?;
+        // Where the refcounts contradict themselves the image is marked. What `work` finds of a snapshot
+        // concerns that alone: the image goes on.
+        self.or_corrupt(new.shadow.convert(progress))?;
+        work(&mut new, &mut plan)?;
+        let written = new.write(&mut plan, snapshots);
+        let (switch, table) = self.or_corrupt(written)?;
         let shadow = new.shadow;
         // A reader may find something and mark the image as corrupt meanwhile: not between loading the
         // header and writing it, or the mark would be lost.
@@ -344,9 +344,15 @@ impl<'a> Rebuild<'a> {
         Ok(())
     }
 
+    /// Take free clusters that follow one another. One that is in use and counted as free is a corruption
+    /// of the image.
+    pub(super) fn take(&mut self, count: u64) -> Result<Run> {
+        self.image.or_corrupt(self.shadow.take(count))
+    }
+
     /// Put a changed L2 table into another place: where, with no mark.
     pub(super) fn move_table(&mut self, table: u64, bytes: &[u8]) -> Result<u64> {
-        let run = self.shadow.take(1)?;
+        let run = self.take(1)?;
         let new = run.first << self.image.cluster_bits;
         self.image.file.write_slice(bytes, new, ReqFlags::NONE)?;
         self.count_table(table, false)?;
@@ -380,7 +386,7 @@ impl<'a> Rebuild<'a> {
         if clusters == 0 {
             return Ok(Run { first: 0, count: 0 });
         }
-        let run = self.shadow.take(clusters)?;
+        let run = self.take(clusters)?;
         bytes.resize((clusters << self.image.cluster_bits) as usize, 0);
         let at = run.first << self.image.cluster_bits;
         self.image.file.write_slice(&bytes, at, ReqFlags::NONE)?;
