@@ -8,10 +8,18 @@ mod model;
 mod recorder;
 
 // One file a layer.
+#[path = "layers/blocksize.rs"]
+mod blocksize;
 #[path = "layers/offset.rs"]
 mod offset;
+#[path = "layers/partition.rs"]
+mod partition;
 #[path = "layers/readonly.rs"]
 mod readonly;
+#[path = "layers/swab.rs"]
+mod swab;
+#[path = "layers/truncate.rs"]
+mod truncate;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 

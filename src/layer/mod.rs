@@ -8,10 +8,14 @@
 //!
 //! One file a layer; [`KINDS`] lists them all.
 
+mod blocksize;
 mod offset;
+mod partition;
 mod readonly;
 mod settings;
 mod spec;
+mod swab;
+mod truncate;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -21,7 +25,8 @@ pub use settings::Settings;
 pub use spec::{Spec, parse_list};
 
 /// All layers that are built in, by name.
-pub const KINDS: &[Kind] = &[offset::KIND, readonly::KIND];
+pub const KINDS: &[Kind] =
+    &[blocksize::KIND, offset::KIND, partition::KIND, readonly::KIND, swab::KIND, truncate::KIND];
 
 /// A kind of layer.
 #[derive(Clone, Copy)]
