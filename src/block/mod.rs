@@ -242,6 +242,10 @@ pub trait Driver: Send + Sync {
     fn name(&self) -> &Name;
     /// The kind of driver: "file", "mem", "qcow2", …
     fn kind(&self) -> &'static str;
+    /// Whether code that is not the library's own is behind it.
+    fn is_foreign(&self) -> bool {
+        false
+    }
     /// What it can do. Asked once, when the device is made.
     fn caps(&self) -> Caps;
     /// What tells the source from others on this host (for a file, its device and inode numbers).
