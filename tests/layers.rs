@@ -8,8 +8,16 @@ mod model;
 mod recorder;
 
 // One file a layer.
+#[path = "layers/fua.rs"]
+mod fua;
+#[path = "layers/noextents.rs"]
+mod noextents;
+#[path = "layers/nozero.rs"]
+mod nozero;
 #[path = "layers/offset.rs"]
 mod offset;
+#[path = "layers/protect.rs"]
+mod protect;
 #[path = "layers/readonly.rs"]
 mod readonly;
 

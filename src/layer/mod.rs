@@ -8,7 +8,12 @@
 //!
 //! One file a layer; [`KINDS`] lists them all.
 
+mod fua;
+mod noextents;
+mod nozero;
 mod offset;
+mod protect;
+mod ranges;
 mod readonly;
 mod settings;
 mod spec;
@@ -21,7 +26,8 @@ pub use settings::Settings;
 pub use spec::{Spec, parse_list};
 
 /// All layers that are built in, by name.
-pub const KINDS: &[Kind] = &[offset::KIND, readonly::KIND];
+pub const KINDS: &[Kind] =
+    &[fua::KIND, noextents::KIND, nozero::KIND, offset::KIND, protect::KIND, readonly::KIND];
 
 /// A kind of layer.
 #[derive(Clone, Copy)]
