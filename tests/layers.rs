@@ -8,8 +8,14 @@ mod model;
 mod recorder;
 
 // One file a layer.
+#[path = "layers/delay.rs"]
+mod delay;
+#[path = "layers/error.rs"]
+mod error;
 #[path = "layers/fua.rs"]
 mod fua;
+#[path = "layers/log.rs"]
+mod log;
 #[path = "layers/noextents.rs"]
 mod noextents;
 #[path = "layers/nozero.rs"]
@@ -18,8 +24,12 @@ mod nozero;
 mod offset;
 #[path = "layers/protect.rs"]
 mod protect;
+#[path = "layers/rate.rs"]
+mod rate;
 #[path = "layers/readonly.rs"]
 mod readonly;
+#[path = "layers/stats.rs"]
+mod stats;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 

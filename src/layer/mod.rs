@@ -8,15 +8,22 @@
 //!
 //! One file a layer; [`KINDS`] lists them all.
 
+mod around;
+mod delay;
+mod error;
 mod fua;
+mod log;
 mod noextents;
 mod nozero;
 mod offset;
 mod protect;
+mod random;
 mod ranges;
+mod rate;
 mod readonly;
 mod settings;
 mod spec;
+mod stats;
 
 use std::any::Any;
 use std::sync::Arc;

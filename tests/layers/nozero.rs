@@ -100,7 +100,7 @@ fn images_are_the_same_in_every_mode_and_copies_do_without() {
         let path = tmp.join(mode);
         std::fs::write(&path, vec![9; 4 << 20]).unwrap();
         let (from, to) = (Options::new(), Options::new().with("format", "raw"));
-        let to = to.with("layers", &format!("nozero;mode={mode}"));
+        let to = to.with("layers", format!("nozero;mode={mode}"));
         let source = Image::open("mem:4M".as_ref(), &from, RW).unwrap();
         source.write_at(b"data", 1 << 20, NONE).unwrap();
         let target = Image::open(path.as_os_str(), &to, RW).unwrap();
