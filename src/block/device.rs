@@ -230,7 +230,10 @@ impl Device {
                 let n = (to - at).min(self.range_chunk());
                 match self.driver.zero(at, n, pass) {
                     Ok(()) => at += n,
-                    Err(Error::NotSupported(_)) if !fast && self.caps.zero_by_write => break,
+                    Err(Error::NotSupported(_)) if fast => {
+                        return Err(Error::NotSupported("fast zeroing here"));
+                    }
+                    Err(Error::NotSupported(_)) if self.caps.zero_by_write => break,
                     Err(e) => return Err(e),
                 }
             }
