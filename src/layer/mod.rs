@@ -33,8 +33,19 @@ pub use settings::Settings;
 pub use spec::{Spec, parse_list};
 
 /// All layers that are built in, by name.
-pub const KINDS: &[Kind] =
-    &[fua::KIND, noextents::KIND, nozero::KIND, offset::KIND, protect::KIND, readonly::KIND];
+pub const KINDS: &[Kind] = &[
+    delay::KIND,
+    error::KIND,
+    fua::KIND,
+    log::KIND,
+    noextents::KIND,
+    nozero::KIND,
+    offset::KIND,
+    protect::KIND,
+    rate::KIND,
+    readonly::KIND,
+    stats::KIND,
+];
 
 /// A kind of layer.
 #[derive(Clone, Copy)]

@@ -60,21 +60,22 @@ fn calls_pass_as_they_are_and_large_ones_in_pieces() {
 
 #[test]
 fn bytes_take_their_time_and_the_burst_does_not() {
-    let (mut buf, data) = (vec![0; 1 << 20], vec![1; 1 << 20]);
+    let (mut buf, data) = (vec![0; 4 << 20], vec![1; 1 << 20]);
     // After the burst a piece may begin at once, and the last is not waited for.
-    let image = open("bytes=4M;burst=0.25");
-    let took = seconds(|| image.write_at(&data, 0, NONE).unwrap());
-    assert!(took < 0.2, "{took}: all of that is burst");
-    let took = seconds(|| {
-        image.read_at(&mut buf, 0).unwrap();
-        image.write_at(&data, 0, NONE).unwrap();
-    });
-    assert!((0.3..5.0).contains(&took), "{took}: both share what there is");
+    let image = open("bytes=1M;burst=1");
+    let first = seconds(|| image.write_at(&data, 0, NONE).unwrap());
+    assert!(first < 0.7, "{first}: all of that is burst");
+    let both = first
+        + seconds(|| {
+            image.read_at(&mut buf[..1 << 20], 0).unwrap();
+            image.write_at(&data, 0, NONE).unwrap();
+        });
+    assert!((1.87..9.0).contains(&both), "{both}: both share what there is");
     let image = open("read-bytes=4M;burst=0");
     let took = seconds(|| (0..4).for_each(|i| image.write_at(&data, i << 20, NONE).unwrap()));
-    assert!(took < 0.5, "{took}: writes are not limited");
+    assert!(took < 0.8, "{took}: writes are not limited");
     let took = seconds(|| image.read_at(&mut buf, 0).unwrap());
-    assert!((0.85..5.0).contains(&took), "{took}: 7 of 8 pieces are waited for");
+    assert!((0.87..9.0).contains(&took), "{took}: 7 of 8 pieces are waited for");
 }
 
 #[test]
@@ -92,7 +93,7 @@ fn requests_take_their_time() {
     assert!((0.39..5.0).contains(&took), "{took}: 40 requests, of which the first is free");
     let image = open("write-requests=10;burst=0");
     let took = seconds(|| (0..100).for_each(|_| image.read_at(&mut [0; 8], 0).unwrap()));
-    assert!(took < 1.0, "{took}");
+    assert!(took < 5.0, "{took}: reads are not limited");
     let took = seconds(|| (0..4).for_each(|_| image.write_at(&[0; 8], 0, NONE).unwrap()));
     assert!((0.3..5.0).contains(&took), "{took}");
 }

@@ -58,6 +58,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// List what an NBD server exports
     List(ListArgs),
+    /// List the layers that can be put on an image, and their settings
+    Layers(crate::layers::LayersArgs),
 }
 
 /// One `KEY=VALUE`. Keys are text; values are bytes, for they may be names of files.
