@@ -61,10 +61,13 @@ static void pushed(const char *kind)
     OK(qblk_close(context));
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    (void)argc;
+    test_begin(argv);
     by_name();
-    pushed("raw");
-    pushed("qcow2");
+    EACH_KIND(kind)
+    pushed(kind);
+    CHECK_SH("qemu-img check -q qcow2");
     return 0;
 }

@@ -8,6 +8,8 @@ mod model;
 mod recorder;
 
 // One file a layer.
+#[path = "layers/blocksize.rs"]
+mod blocksize;
 #[path = "layers/delay.rs"]
 mod delay;
 #[path = "layers/error.rs"]
@@ -22,6 +24,8 @@ mod noextents;
 mod nozero;
 #[path = "layers/offset.rs"]
 mod offset;
+#[path = "layers/partition.rs"]
+mod partition;
 #[path = "layers/protect.rs"]
 mod protect;
 #[path = "layers/rate.rs"]
@@ -30,6 +34,10 @@ mod rate;
 mod readonly;
 #[path = "layers/stats.rs"]
 mod stats;
+#[path = "layers/swab.rs"]
+mod swab;
+#[path = "layers/truncate.rs"]
+mod truncate;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 

@@ -9,6 +9,7 @@
 //! One file a layer; [`KINDS`] lists them all.
 
 mod around;
+mod blocksize;
 mod delay;
 mod error;
 mod fua;
@@ -16,6 +17,7 @@ mod log;
 mod noextents;
 mod nozero;
 mod offset;
+mod partition;
 mod protect;
 mod random;
 mod ranges;
@@ -24,6 +26,8 @@ mod readonly;
 mod settings;
 mod spec;
 mod stats;
+mod swab;
+mod truncate;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -34,6 +38,7 @@ pub use spec::{Spec, parse_list};
 
 /// All layers that are built in, by name.
 pub const KINDS: &[Kind] = &[
+    blocksize::KIND,
     delay::KIND,
     error::KIND,
     fua::KIND,
@@ -41,10 +46,13 @@ pub const KINDS: &[Kind] = &[
     noextents::KIND,
     nozero::KIND,
     offset::KIND,
+    partition::KIND,
     protect::KIND,
     rate::KIND,
     readonly::KIND,
     stats::KIND,
+    swab::KIND,
+    truncate::KIND,
 ];
 
 /// A kind of layer.
