@@ -21,6 +21,7 @@ mod lock;
 mod map;
 mod open;
 mod place;
+mod plugin;
 mod progress;
 mod read;
 mod resize;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::List(args) => list::run(&args),
         Command::Layers(args) => layers::run(&args),
+        Command::Plugin(args) => plugin::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

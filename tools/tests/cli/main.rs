@@ -15,6 +15,7 @@ mod layers;
 mod lock;
 mod map;
 mod nbd;
+mod plugin;
 mod remote;
 mod resize;
 mod serve;
