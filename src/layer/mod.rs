@@ -8,12 +8,24 @@
 //!
 //! One file a layer; [`KINDS`] lists them all.
 
+mod around;
 mod blocksize;
+mod delay;
+mod error;
+mod fua;
+mod log;
+mod noextents;
+mod nozero;
 mod offset;
 mod partition;
+mod protect;
+mod random;
+mod ranges;
+mod rate;
 mod readonly;
 mod settings;
 mod spec;
+mod stats;
 mod swab;
 mod truncate;
 
@@ -25,8 +37,23 @@ pub use settings::Settings;
 pub use spec::{Spec, parse_list};
 
 /// All layers that are built in, by name.
-pub const KINDS: &[Kind] =
-    &[blocksize::KIND, offset::KIND, partition::KIND, readonly::KIND, swab::KIND, truncate::KIND];
+pub const KINDS: &[Kind] = &[
+    blocksize::KIND,
+    delay::KIND,
+    error::KIND,
+    fua::KIND,
+    log::KIND,
+    noextents::KIND,
+    nozero::KIND,
+    offset::KIND,
+    partition::KIND,
+    protect::KIND,
+    rate::KIND,
+    readonly::KIND,
+    stats::KIND,
+    swab::KIND,
+    truncate::KIND,
+];
 
 /// A kind of layer.
 #[derive(Clone, Copy)]
