@@ -4,18 +4,26 @@
 mod common;
 #[path = "layers/model.rs"]
 mod model;
+// Of what the tests of NBD share only some is needed here.
+#[allow(dead_code, unused_imports, unused_macros)]
+#[path = "interop_nbd/peers.rs"]
+mod peers;
 #[path = "layers/recorder.rs"]
 mod recorder;
 
 // One file a layer.
 #[path = "layers/blocksize.rs"]
 mod blocksize;
+#[path = "layers/multi_conn.rs"]
+mod multi_conn;
 #[path = "layers/offset.rs"]
 mod offset;
 #[path = "layers/partition.rs"]
 mod partition;
 #[path = "layers/readonly.rs"]
 mod readonly;
+#[path = "layers/retry.rs"]
+mod retry;
 #[path = "layers/swab.rs"]
 mod swab;
 #[path = "layers/truncate.rs"]

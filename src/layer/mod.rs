@@ -9,13 +9,16 @@
 //! One file a layer; [`KINDS`] lists them all.
 
 mod blocksize;
+mod multi_conn;
 mod offset;
 mod partition;
 mod readonly;
+mod retry;
 mod settings;
 mod spec;
 mod swab;
 mod truncate;
+mod unflushed;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -25,8 +28,16 @@ pub use settings::Settings;
 pub use spec::{Spec, parse_list};
 
 /// All layers that are built in, by name.
-pub const KINDS: &[Kind] =
-    &[blocksize::KIND, offset::KIND, partition::KIND, readonly::KIND, swab::KIND, truncate::KIND];
+pub const KINDS: &[Kind] = &[
+    blocksize::KIND,
+    multi_conn::KIND,
+    offset::KIND,
+    partition::KIND,
+    readonly::KIND,
+    retry::KIND,
+    swab::KIND,
+    truncate::KIND,
+];
 
 /// A kind of layer.
 #[derive(Clone, Copy)]
@@ -118,6 +129,9 @@ pub trait Layer: Send + Sync {
     fn close(&self) -> Result<()> {
         self.flush()
     }
+    /// What is below was opened anew, because the device was: what was said to last until then does so no
+    /// more.
+    fn reopened(&self) {}
     /// Properties of its own (`NAME.KEY`), added to those from below.
     fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
         Vec::new()
@@ -180,6 +194,9 @@ impl<L: Layer> Driver for Stacked<L> {
     }
     fn close(&self) -> Result<()> {
         self.0.close()
+    }
+    fn reopened(&self) {
+        self.0.reopened();
     }
     fn describe(&self) -> Description {
         // What is below is asked by the room above.
