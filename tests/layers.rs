@@ -4,6 +4,10 @@
 mod common;
 #[path = "layers/model.rs"]
 mod model;
+// Of what the tests of NBD share only some is needed here.
+#[allow(dead_code, unused_imports, unused_macros)]
+#[path = "interop_nbd/peers.rs"]
+mod peers;
 #[path = "layers/recorder.rs"]
 mod recorder;
 
@@ -18,6 +22,8 @@ mod error;
 mod fua;
 #[path = "layers/log.rs"]
 mod log;
+#[path = "layers/multi_conn.rs"]
+mod multi_conn;
 #[path = "layers/noextents.rs"]
 mod noextents;
 #[path = "layers/nozero.rs"]
@@ -32,6 +38,8 @@ mod protect;
 mod rate;
 #[path = "layers/readonly.rs"]
 mod readonly;
+#[path = "layers/retry.rs"]
+mod retry;
 #[path = "layers/stats.rs"]
 mod stats;
 #[path = "layers/swab.rs"]

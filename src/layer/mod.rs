@@ -14,6 +14,7 @@ mod delay;
 mod error;
 mod fua;
 mod log;
+mod multi_conn;
 mod noextents;
 mod nozero;
 mod offset;
@@ -23,11 +24,13 @@ mod random;
 mod ranges;
 mod rate;
 mod readonly;
+mod retry;
 mod settings;
 mod spec;
 mod stats;
 mod swab;
 mod truncate;
+mod unflushed;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -43,6 +46,7 @@ pub const KINDS: &[Kind] = &[
     error::KIND,
     fua::KIND,
     log::KIND,
+    multi_conn::KIND,
     noextents::KIND,
     nozero::KIND,
     offset::KIND,
@@ -50,6 +54,7 @@ pub const KINDS: &[Kind] = &[
     protect::KIND,
     rate::KIND,
     readonly::KIND,
+    retry::KIND,
     stats::KIND,
     swab::KIND,
     truncate::KIND,
@@ -145,6 +150,9 @@ pub trait Layer: Send + Sync {
     fn close(&self) -> Result<()> {
         self.flush()
     }
+    /// What is below was opened anew, because the device was: what was said to last until then does so no
+    /// more.
+    fn reopened(&self) {}
     /// Properties of its own (`NAME.KEY`), added to those from below.
     fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
         Vec::new()
@@ -207,6 +215,9 @@ impl<L: Layer> Driver for Stacked<L> {
     }
     fn close(&self) -> Result<()> {
         self.0.close()
+    }
+    fn reopened(&self) {
+        self.0.reopened();
     }
     fn describe(&self) -> Description {
         // What is below is asked by the room above.
