@@ -8,8 +8,16 @@ mod model;
 mod recorder;
 
 // One file a layer.
+#[path = "layers/cache.rs"]
+mod cache;
+#[path = "layers/copy_on_read.rs"]
+mod copy_on_read;
+#[path = "layers/cow.rs"]
+mod cow;
 #[path = "layers/offset.rs"]
 mod offset;
+#[path = "layers/readahead.rs"]
+mod readahead;
 #[path = "layers/readonly.rs"]
 mod readonly;
 

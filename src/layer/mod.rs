@@ -8,8 +8,13 @@
 //!
 //! One file a layer; [`KINDS`] lists them all.
 
+mod cache;
+mod copy_on_read;
+mod cow;
 mod offset;
+mod readahead;
 mod readonly;
+mod runs;
 mod settings;
 mod spec;
 
@@ -21,7 +26,8 @@ pub use settings::Settings;
 pub use spec::{Spec, parse_list};
 
 /// All layers that are built in, by name.
-pub const KINDS: &[Kind] = &[offset::KIND, readonly::KIND];
+pub const KINDS: &[Kind] =
+    &[cache::KIND, copy_on_read::KIND, cow::KIND, offset::KIND, readahead::KIND, readonly::KIND];
 
 /// A kind of layer.
 #[derive(Clone, Copy)]
