@@ -142,7 +142,7 @@ check-capi: check-header stage
 	sh capi-tests/exports.sh $(OUT)/$(REAL) $(OUT)/libqblk.a qblk.map include/qblk.h
 	sh capi-tests/native-libs.sh "$(NATIVE_LIBS)" "$(LIBS_PRIVATE)"
 	for program in examples/*.c; do \
-	    case $$program in */lockmgr-*) kind='-shared -fPIC' ;; *) kind= ;; esac; \
+	    case $$program in */lockmgr-* | */plugin-*) kind='-shared -fPIC' ;; *) kind= ;; esac; \
 	    $(CC) -Wall -Wextra -Werror $$kind -o $(OUT)/example $$program $$($(STAGE_ENV) pkg-config --cflags --libs qblk) || exit 1; \
 	done; rm -f $(OUT)/example
 	bash capi-tests/run.sh $(STAGE) $(OUT)/capi-tests
@@ -165,7 +165,7 @@ fuzz:
 install: all
 	$(INSTALL) -d $(DESTDIR)$(LIBDIR)/pkgconfig $(DESTDIR)$(INCLUDEDIR) $(DESTDIR)$(BINDIR) \
 	    $(DESTDIR)$(MANDIR)/man1 $(DESTDIR)$(MANDIR)/man3 $(DESTDIR)$(PLUGINDIR)
-	$(INSTALL) -m 644 include/qblk.h include/qblk-lockmgr.h $(DESTDIR)$(INCLUDEDIR)/
+	$(INSTALL) -m 644 include/qblk.h include/qblk-lockmgr.h include/qblk-plugin.h $(DESTDIR)$(INCLUDEDIR)/
 	$(INSTALL) -m 755 $(OUT)/$(LEASE) $(DESTDIR)$(PLUGINDIR)/
 	$(INSTALL) -m 755 $(OUT)/$(REAL) $(DESTDIR)$(LIBDIR)/
 	ln -sf $(REAL) $(DESTDIR)$(LIBDIR)/$(SONAME)
@@ -181,7 +181,7 @@ install: all
 uninstall:
 	rm -f $(DESTDIR)$(INCLUDEDIR)/qblk.h $(DESTDIR)$(LIBDIR)/pkgconfig/qblk.pc $(DESTDIR)$(BINDIR)/qblk \
 	    $(DESTDIR)$(LIBDIR)/$(REAL) $(DESTDIR)$(LIBDIR)/$(SONAME) $(DESTDIR)$(LIBDIR)/libqblk.so \
-	    $(DESTDIR)$(LIBDIR)/libqblk.a $(DESTDIR)$(INCLUDEDIR)/qblk-lockmgr.h $(DESTDIR)$(PLUGINDIR)/$(LEASE)
+	    $(DESTDIR)$(LIBDIR)/libqblk.a $(DESTDIR)$(INCLUDEDIR)/qblk-lockmgr.h $(DESTDIR)$(INCLUDEDIR)/qblk-plugin.h $(DESTDIR)$(PLUGINDIR)/$(LEASE)
 	-rmdir $(DESTDIR)$(PLUGINDIR) 2>/dev/null
 	for page in $(notdir $(MAN1)); do rm -f $(DESTDIR)$(MANDIR)/man1/$$page; done
 	for page in $(notdir $(MAN3)); do rm -f $(DESTDIR)$(MANDIR)/man3/$$page; done

@@ -37,6 +37,7 @@ static void child_may_only_close(void)
     FAILS(qblk_rebase(dev, NULL, NULL, 0, NULL, NULL), -ECHILD, text);
     FAILS(qblk_reopen(dev, 0), -ECHILD, text);
     FAILS(qblk_reopen2(dev, opts, 0), -ECHILD, text);
+    FAILS(qblk_layer_push(dev, "readonly", NULL, 0), -ECHILD, text);
     FAILS(qblk_context_open(dev, NULL, 0, &other), -ECHILD, text);
     FAILS(qblk_open("mem:1M", 0, &other), -ECHILD, text);
     FAILS(qblk_open2("mem:1M", opts, 0, &other), -ECHILD, text);

@@ -27,6 +27,8 @@ need openssl openssl
 need cryptsetup cryptsetup-bin
 need ip iproute2
 need mkfs.ext4 e2fsprogs
+need sfdisk fdisk
+need sgdisk gdisk
 need nbdsh python3-libnbd
 # Debian's own, which has Debian's modules, whatever python3 comes first in PATH.
 /usr/bin/python3 -c 'import nbd' >/dev/null 2>&1 || missing="$missing python3-libnbd"

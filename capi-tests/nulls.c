@@ -83,6 +83,7 @@ int main(int argc, char **argv)
     FAILS(qblk_rebase(NULL, NULL, NULL, 0, NULL, NULL), -EINVAL, text);
     FAILS(qblk_reopen(NULL, 0), -EINVAL, text);
     FAILS(qblk_reopen2(NULL, NULL, 0), -EINVAL, text);
+    FAILS(qblk_layer_push(NULL, "readonly", NULL, 0), -EINVAL, text);
     out = (qblk *)(uintptr_t)8;
     FAILS(qblk_context_open(NULL, NULL, 0, &out), -EINVAL, text);
     CHECK(out == NULL);

@@ -8,6 +8,7 @@
 #   asan-static  C++, clang++, ASan and UBSan, static archive
 #   static-exe   C, gcc -static (programs that say "RUN: static-exe" in their first line)
 #
+# "RUN: plugin" programs load what is built from plugins/ and examples/ (QBLK_TEST_PLUGINS is where).
 # "RUN: dlopen" programs are not linked with the library; "RUN: panic" programs are linked with one
 # that was built for them, with a function more, which the product must not have. In "RUN: fork"
 # programs nobody looks for leaks: a child has the memory of threads that it does not have. In "RUN: tls"
@@ -38,6 +39,22 @@ if [ ${#programs[@]} -eq 0 ]; then
     for file in "$here"/*.c; do programs+=("$(basename "$file" .c)"); done
 fi
 
+# The plugins of plugins/, by the compilers of the variants: all that the tests load.
+plugins() {
+    local kind source flags
+    for kind in gcc clang g++ clang++; do
+        mkdir -p "$out/plugins/$kind"
+        for source in "$here"/plugins/*.c "$here"/../examples/plugin-*.c; do
+            case $kind in
+                *++) flags="-std=c++11 -x c++" ;;
+                *) flags=-std=c99 ;;
+            esac
+            $kind $flags $warn -O1 -shared -fPIC -fvisibility=hidden $cflags -o "$out/plugins/$kind/$(basename "$source" .c).so" \
+                "$source" -x none $libs || { echo "capi-tests: $source: does not compile with $kind"; exit 1; }
+        done
+    done
+}
+
 # The library with the function that panics: a debug build, quick to make.
 panic_lib() {
     [ -n "${panic:-}" ] && return
@@ -52,25 +69,33 @@ panic_lib() {
 one() {
     local name=$1 variant=$2 log=$out/$1.$2.log bin=$out/$1.$2 source=$here/$1.c
     local kind=link link_shared=$libs path=$stage/usr/lib started=$SECONDS
-    local tmp
+    local tmp rdynamic=
     case $(head -n 4 "$source") in
         *"RUN: dlopen"*) kind=dlopen link_shared="-ldl" ;;
         *"RUN: panic"*) kind=panic path=$out/panic-lib link_shared="-L$path -lqblk" ;;
+        # Where the library is in the program, plugins find it there.
+        *"RUN: plugin"*) rdynamic=-rdynamic ;;
     esac
     tmp=$(mktemp -d "${TMPDIR:-/tmp}/qblk-run-XXXXXX")
     local run=("$bin") leaks=1
     case $(head -n 4 "$source") in *"RUN: fork"*) leaks=0 ;; esac
     unset QBLK_TEST_QUICK
+    export QBLK_TEST_PLUGINS=$out/plugins/gcc
+    case $variant in
+        c-static) QBLK_TEST_PLUGINS=$out/plugins/clang ;;
+        cxx-shared) QBLK_TEST_PLUGINS=$out/plugins/g++ ;;
+        cxx-static | asan-static) QBLK_TEST_PLUGINS=$out/plugins/clang++ ;;
+    esac
     : > "$log"
     compile() { "$@" >> "$log" 2>&1 || { echo "FAIL $name $variant: does not compile"; cat "$log"; rm -rf "$tmp"; exit 1; }; }
     case $variant in
         c-shared) compile gcc -std=c99 $warn $cflags -o "$bin" "$source" $link_shared ;;
-        c-static) compile clang -std=c11 $warn $cflags -o "$bin" "$source" $static_libs ;;
+        c-static) compile clang -std=c11 $warn $cflags -o "$bin" "$source" $rdynamic $static_libs ;;
         cxx-shared) compile g++ -std=c++11 $warn $cflags -x c++ "$source" -x none -o "$bin" $link_shared ;;
-        cxx-static) compile clang++ -std=c++17 $warn $cflags -x c++ "$source" -x none -o "$bin" $static_libs ;;
+        cxx-static) compile clang++ -std=c++17 $warn $cflags -x c++ "$source" -x none -o "$bin" $rdynamic $static_libs ;;
         static-exe) compile gcc -static -std=c17 $warn $cflags -o "$bin" "$source" -L"$stage/usr/lib" -lqblk $private ;;
         asan) compile gcc -std=gnu17 $sane $warn $cflags -o "$bin" "$source" $link_shared; export QBLK_TEST_QUICK=1 ;;
-        asan-static) compile clang++ -std=c++20 $sane $warn $cflags -x c++ "$source" -x none -o "$bin" $static_libs; export QBLK_TEST_QUICK=1 ;;
+        asan-static) compile clang++ -std=c++20 $sane $warn $cflags -x c++ "$source" -x none -o "$bin" $rdynamic $static_libs; export QBLK_TEST_QUICK=1 ;;
         valgrind)
             compile gcc -std=c99 $warn $cflags -o "$bin" "$source" $link_shared
             export QBLK_TEST_QUICK=1
@@ -99,12 +124,14 @@ fi
 
 list=$out/list
 : > "$list"
+rm -rf "$out/plugins"
 for name in "${programs[@]}"; do
     head=$(head -n 4 "$here/$name.c")
     variants="c-shared cxx-shared asan valgrind"
     case $head in
         *"RUN: dlopen"*) ;;
         *"RUN: panic"*) panic_lib ;;
+        *"RUN: plugin"*) [ -d "$out/plugins" ] || plugins; variants+=" c-static cxx-static asan-static" ;;
         *"RUN: static-exe"*) variants+=" c-static cxx-static asan-static static-exe" ;;
         *) variants+=" c-static cxx-static asan-static" ;;
     esac

@@ -383,6 +383,8 @@ extern "C" {
 
 #define QBLK_HAVE_REOPEN2 1
 
+#define QBLK_HAVE_LAYER_PUSH 1
+
 #define QBLK_HAVE_PREAD 1
 
 #define QBLK_HAVE_PREAD2 1
@@ -491,6 +493,28 @@ extern "C" {
 
 #define QBLK_HAVE_VMSTATE_READ 1
 
+#define QBLK_HAVE_REGISTER_PLUGIN 1
+
+#define QBLK_HAVE_UNREGISTER_PLUGIN 1
+
+#define QBLK_HAVE_PLUGIN_SET_ERROR 1
+
+#define QBLK_HAVE_PLUGIN_SET_ERROR_TEXT 1
+
+#define QBLK_HAVE_PLUGIN_DEBUG_TEXT 1
+
+#define QBLK_HAVE_PLUGIN_PARSE_SIZE 1
+
+#define QBLK_HAVE_PLUGIN_PARSE_UINT64 1
+
+#define QBLK_HAVE_PLUGIN_PARSE_BOOL 1
+
+#define QBLK_HAVE_PLUGIN_ABSOLUTE_PATH 1
+
+#define QBLK_HAVE_PLUGIN_ADD_EXTENT 1
+
+#define QBLK_HAVE_PLUGIN_ADD_EXPORT 1
+
 /**
  * An open block device: a context, an independent way into a source of bytes.
  *
@@ -498,6 +522,16 @@ extern "C" {
  * qblk_close() must be the last call on it.
  */
 typedef struct qblk qblk;
+
+/**
+ * Where a plugin puts what it exports: see qblk_plugin_add_export().
+ */
+typedef struct qblk_export_list qblk_export_list;
+
+/**
+ * Where a plugin puts what it describes: see qblk_plugin_add_extent().
+ */
+typedef struct qblk_extent_list qblk_extent_list;
 
 /**
  * A lock manager that was loaded: a shared object that decides who may have an image open. What one
@@ -511,6 +545,11 @@ typedef struct qblk_lock_manager qblk_lock_manager;
  * Any number of threads may use one at once. Only qblk_options_free() must be the last.
  */
 typedef struct qblk_options qblk_options;
+
+/**
+ * What a plugin fills: see qblk-plugin.h.
+ */
+typedef struct qblk_plugin qblk_plugin;
 
 /**
  * An NBD server inside the process. Any number of them may live at once.
@@ -887,8 +926,9 @@ int qblk_open(const char *name, uint32_t flags, struct qblk **out);
  *
  * `name` is a path, "file:PATH" (needed when a path begins like a URI), "mem:SIZE" (memory that
  * begins as zeroes and goes when it is closed), an NBD URI ("nbd://HOST:PORT/EXPORT",
- * "nbd+unix:///EXPORT?socket=PATH", "nbd+vsock://CID:PORT/EXPORT"; "nbds..." with TLS), or
- * "nbd+exec:///EXPORT" (a server that is started: option "argv"). It need not be UTF-8. Without the
+ * "nbd+unix:///EXPORT?socket=PATH", "nbd+vsock://CID:PORT/EXPORT"; "nbds..." with TLS),
+ * "nbd+exec:///EXPORT" (a server that is started: option "argv"), or a plugin ("plugin:PATH?KEY=VALUE&...",
+ * "plugin:NAME" of one that was registered; see qblk-plugin.h). It need not be UTF-8. Without the
  * option "format" the format is found by probing; a raw image found so refuses a write that would make
  * its first sector look like another format.
  *
@@ -1309,6 +1349,24 @@ int qblk_write_compressed(struct qblk *dev,
                           uint64_t offset);
 
 /**
+ * Put a layer on the device: all of its contexts see it from then on.
+ *
+ * `layer` is the layer's name, with settings if need be ("offset;offset=1M;range=64k", as in the option
+ * "layers"); `options` (NULL: none) are more of its settings, without the name in front. `flags` is 0.
+ * Other calls on the device wait while the layer is opened. There is no way to take it off but closing
+ * the device. A handle that may not write gets no right to by this; where the layer makes a device
+ * writable that was not ("cow"), qblk_context_open() with QBLK_OPEN_RDWR makes one that may.
+ *
+ * Returns 0; on failure the device is what it was, and the code is -EINVAL (a NULL, a flag, no such layer,
+ * a setting that it has not or that means nothing, too many layers), -EBADF on a handle that is open for
+ * its description or to be checked only, or what opening the layer came to. Any thread. Since 0.1.
+ */
+int qblk_layer_push(struct qblk *dev,
+                    const char *layer,
+                    const struct qblk_options *options,
+                    uint32_t flags);
+
+/**
  * Check the image: qblk_check2() without progress.
  *
  * Since 0.1.
@@ -1425,12 +1483,13 @@ int qblk_rebase(struct qblk *dev,
  * Of a qcow2 image: "compat" ("0.10" or "1.1"), "refcount-bits", "lazy-refcounts", "backing-file" and
  * "backing-fmt" (what is recorded; empty for none), "data-file-raw" ("off"), and its key slots:
  * "encrypt.state" ("active" adds a passphrase, "inactive" takes one away), "encrypt.new-secret",
- * "encrypt.old-secret", "encrypt.keyslot", "encrypt.iter-time". Of a LUKS image the same for key slots
- * without "encrypt.". There are no flags yet, so `flags` must be 0.
+ * "encrypt.old-secret", "encrypt.keyslot", "encrypt.iter-time", which change in a call of their own
+ * (-EINVAL with the others). Of a LUKS image the same for key slots without "encrypt.". There are no
+ * flags yet, so `flags` must be 0.
  *
  * `progress` (NULL: nobody) is told how far it is, with `opaque`, and may stop it: -ECANCELED. It is
  * on stable storage when the call returns; a power cut before leaves the image as it was. Calls of
- * other threads on the device wait meanwhile. Unless key slots alone have changed the image is opened
+ * other threads on the device wait meanwhile. Unless it was key slots that changed the image is opened
  * anew beneath the handle and all its contexts, as by qblk_reopen(); if only that fails the image is
  * amended, and the handle refuses to write until it is reopened.
  *
@@ -1682,10 +1741,11 @@ int qblk_server_stop(struct qblk_server *srv,
 void qblk_server_free(struct qblk_server *srv);
 
 /**
- * Ask the NBD server at `uri` for its exports, and call `fn` with `opaque` for each.
+ * Ask the NBD server at `uri` for its exports, and call `fn` with `opaque` for each. `uri` may also be
+ * that of a plugin ("plugin:PATH?KEY=VALUE"): what it offers are values of its setting "export".
  *
- * `options` are those of qblk_open2() for NBD ("tls-ca", "nbd.timeout"...); NULL: none. The name in
- * the URI does not matter.
+ * `options` are those of qblk_open2() for NBD ("tls-ca", "nbd.timeout"...) or for the plugin; NULL: none.
+ * The export's name in the URI does not matter.
  *
  * Returns how many there are; -EACCES or -EPERM when the server does not tell; else as qblk_open2().
  * Any thread. Since 0.1.
@@ -1728,6 +1788,113 @@ int qblk_options_set_lock_manager(struct qblk_options *o,
  * Cannot fail. Any thread, also in a child of fork, as the last call on it. Since 0.1.
  */
 void qblk_lock_manager_free(struct qblk_lock_manager *mgr);
+
+/**
+ * Register a plugin of the program's own, so that "plugin:NAME" opens instances of it.
+ *
+ * `plugin` is a struct as qblk-plugin.h has it (its macro QBLK_REGISTER_PLUGIN sets its size and
+ * version and calls this); it is copied. `opaque` is what its function open is given. Names have none of
+ * '/', '?' and '%', and come before files of the same name.
+ *
+ * Returns 0; -EEXIST if the name is taken; -EINVAL for a NULL, and for a struct that lacks something or
+ * is of another version: qblk_get_error() says what. Any thread. Since 0.1.
+ */
+int qblk_register_plugin(const struct qblk_plugin *plugin,
+                         void *opaque);
+
+/**
+ * Forget a plugin that was registered. Its functions are not called any more.
+ *
+ * Returns 0; -EBUSY while devices on it are open, and then it stays; -ENOENT if none of that name is
+ * registered; -EINVAL for a NULL. Any thread. Since 0.1.
+ */
+int qblk_unregister_plugin(const char *name);
+
+/**
+ * Called by a plugin's function before it returns -1: the code that the call is to fail with, an errno
+ * (of either sign) or QBLK_E... The last of several counts. Outside of such a function it does nothing.
+ *
+ * Cannot fail. Any thread that is in a function of a plugin. Since 0.1.
+ */
+void qblk_plugin_set_error(int code);
+
+/**
+ * Called by a plugin's function before it fails: why, in words (at most 1024 bytes are kept). It becomes
+ * part of what qblk_get_error() says. qblk-plugin.h has qblk_plugin_error(), which formats as printf()
+ * does. NULL takes it back.
+ *
+ * Cannot fail. Any thread that is in a function of a plugin. Since 0.1.
+ */
+void qblk_plugin_set_error_text(const char *text);
+
+/**
+ * Send a line to the log at the level QBLK_LOG_DEBUG: see qblk_set_log(). qblk-plugin.h has
+ * qblk_plugin_debug(), which formats as printf() does.
+ *
+ * Cannot fail; NULL does nothing. Any thread. Since 0.1.
+ */
+void qblk_plugin_debug_text(const char *text);
+
+/**
+ * Read a size in bytes: a whole number, and k, M, G, T, P or E (times 1024 each) behind it.
+ *
+ * `key` is named in the error's text; NULL is "".
+ *
+ * Returns 0 and the bytes in `*out`; -EINVAL for anything else, and for a NULL. Any thread. Since 0.1.
+ */
+int qblk_plugin_parse_size(const char *key,
+                           const char *value,
+                           uint64_t *out);
+
+/**
+ * Read a whole number, decimal or with 0x before it.
+ *
+ * Returns as qblk_plugin_parse_size(). Any thread. Since 0.1.
+ */
+int qblk_plugin_parse_uint64(const char *key, const char *value, uint64_t *out);
+
+/**
+ * Read a switch: on, true, yes, 1 or off, false, no, 0, in letters of either case.
+ *
+ * Returns as qblk_plugin_parse_size(), with 1 or 0 in `*out`. Any thread. Since 0.1.
+ */
+int qblk_plugin_parse_bool(const char *key, const char *value, int *out);
+
+/**
+ * Make a path independent of the working directory, which need not be the same later. The file need not
+ * be there, and links are left as they are.
+ *
+ * Returns 0 and the path in `*out`, to be freed with free(); -EINVAL for a NULL or an empty path;
+ * -ENOMEM; on failure `*out` is NULL. Any thread. Since 0.1.
+ */
+int qblk_plugin_absolute_path(const char *path,
+                              char **out);
+
+/**
+ * Called by a plugin's function extents: the next extent of what it was asked to describe.
+ *
+ * Extents follow one another; the first begins at the offset that was asked for, or before it, and the
+ * last ends where the range does, or behind it (if it ends before, the rest is asked for again). `offset`
+ * and `length` are bytes. `flags`: QBLK_EXTENT_DATA, or QBLK_EXTENT_ZERO for a hole, or both for zeroes
+ * that take space.
+ *
+ * Returns 0; -EINVAL for a NULL, and for an extent that does not follow the one before: the whole call
+ * fails then. In the function extents only, on its thread. Since 0.1.
+ */
+int qblk_plugin_add_extent(struct qblk_extent_list *list,
+                           uint64_t offset,
+                           uint64_t length,
+                           uint32_t flags);
+
+/**
+ * Called by a plugin's function list_exports: another export, by its name, and in words (NULL: none).
+ *
+ * Returns 0; -EINVAL for a NULL; -E2BIG for the 65537th. In the function list_exports only, on its
+ * thread. Since 0.1.
+ */
+int qblk_plugin_add_export(struct qblk_export_list *list,
+                           const char *name,
+                           const char *description);
 
 QBLK_STATIC_ASSERT(sizeof(qblk_info) == QBLK_INFO_SIZE, "qblk_info is 256 bytes, for ever");
 QBLK_STATIC_ASSERT(offsetof(qblk_info, size) == 0, "fields do not move");

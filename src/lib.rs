@@ -2,7 +2,8 @@
 //!
 //! Everything is a block device, and a block device is a row of bytes with a size. A file of the
 //! host is one; a qcow2 image is one, standing on another. The layers, each of which knows only
-//! those to its right: [`capi`] → [`image`] → [`layer`], [`mod@format`] → [`mod@file`] → [`block`].
+//! those to its right: [`capi`] → [`image`] → [`layer`], [`plugin`], [`mod@format`] → [`mod@file`] →
+//! [`block`].
 //!
 //! C programs use the functions of [`capi`] by include/qblk.h; Rust programs (the tool, the tests)
 //! use [`Image`]. The design is told in docs/architecture.md.
@@ -20,6 +21,7 @@ pub mod layer;
 pub mod lockmgr;
 pub mod log;
 pub mod nbd;
+pub mod plugin;
 mod thread;
 
 pub use block::{Error, Extent, OneIov, ReqFlags, Result};

@@ -6,13 +6,13 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use common::disk::{Disk, Epochs, Left};
+use common::disk::{Call, Disk, Epochs, Fault, Left};
 use common::workload::{self, About, Scenario, scenarios};
 use common::*;
 use qblk::block::{Amend, AmendKeys, ErrorKind, InFlight, Progress};
 use qblk::crypto::Secret;
 use qblk::format::{Params, qcow2};
-use qblk::{Image, OneIov, Options};
+use qblk::{Image, OneIov, Options, ReqFlags};
 
 const MB: u64 = 1 << 20;
 
@@ -532,4 +532,181 @@ fn refcounts_that_are_late_are_in_time_when_an_image_is_amended() {
     image.close().unwrap();
     check_clean(&path);
     check_same(&path, "qcow2", &model, &dir.join("model"));
+}
+
+/// The version that the header on a disk says.
+fn version_on(disk: &Disk) -> u8 {
+    disk.state().content[0][7]
+}
+
+/// What was opened as one version writes nothing any more into an image that the header says is of
+/// another, whatever failed after the header had been switched.
+#[test]
+fn whichever_write_of_an_amendment_fails_the_image_is_of_one_version_and_whole() {
+    let mut rng = Rng::new(seed("amend write errors"));
+    let scenario = Scenario { most: 32, ..workload::PLAIN };
+    let disk = scenario.create();
+    let image = scenario.open(&disk, true).unwrap();
+    for i in 0..120 {
+        image.write_slice(&[rng.next() as u8; 4096], i << 12, NONE).unwrap();
+    }
+    image.zero(40 << 12, 10 << 12, NONE).unwrap();
+    // What it takes now is given up by the next, and is the end of the file then.
+    let wide = Amend { refcount_order: Some(5), ..Amend::default() };
+    image.driver().amend(&wide, Progress::NONE).unwrap();
+    drop(image);
+    let image = scenario.open(&disk, true).unwrap();
+    image.zero(60 << 12, 40 << 12, ReqFlags::MAY_TRIM).unwrap();
+    image.driver().close().unwrap();
+    let bytes = workload::read_all(&image).unwrap();
+    drop(image);
+    let content = disk.state().content.clone();
+    let to = Amend { v3: Some(false), refcount_order: Some(4), ..Amend::default() };
+    let (mut nth, mut after) = (0, 0);
+    loop {
+        let disk = Disk::new(content.clone());
+        let image = scenario.open(&disk, true).unwrap();
+        disk.state().fault = Some(Fault { call: Call::Write, nth, lasts: false });
+        let amended = image.driver().amend(&to, Progress::NONE);
+        let struck = disk.state().struck;
+        disk.state().fault = None;
+        let about = About(format!("write {nth} fails: {amended:?}"));
+        let mut model = bytes.clone();
+        if image.zero(0, 64 << 10, NONE).is_ok() {
+            assert_eq!(version_on(&disk), 3, "it goes on as what it is");
+            model[..64 << 10].fill(0);
+        }
+        if version_on(&disk) == 2 {
+            after += u64::from(struck);
+            let e = image.write_slice(&[1; 512], 0, NONE).unwrap_err();
+            assert!(e.to_string().contains("reopen"), "{e}");
+        }
+        // It is fenced, or has nothing to complain of.
+        let _ = image.driver().close();
+        drop(image);
+        let image = scenario.open(&disk, false).unwrap();
+        assert_same(&workload::read_all(&image).unwrap(), &model, 0, "reopened");
+        drop(about);
+        if !struck {
+            amended.unwrap();
+            break;
+        }
+        nth += 1;
+    }
+    assert!(nth > 3 && after > 0, "{nth} writes, {after} failed after the switch");
+}
+
+/// What fails before anything is written used to end all writing.
+#[test]
+fn a_name_that_does_not_fit_the_header_is_refused_and_all_goes_on() {
+    let dir = Tmp::in_memory("amend-long");
+    let path = dir.join("image");
+    create(&path, "qcow2", MB, &[("cluster-size", "512")]);
+    let image = open(&path, RW);
+    let long = "x".repeat(500);
+    let e = amend(&image, &[("backing-file", &long), ("backing-fmt", "raw")]).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Errno(libc::EFBIG), "{e}");
+    image.write_at(&[7; 1000], 0, NONE).unwrap();
+    let e = image.rebase(long.as_ref(), &options(&[("backing-fmt", "raw")]), true, Progress::NONE);
+    assert!(e.is_err());
+    image.write_at(&[7; 1000], 1000, NONE).unwrap();
+    image.close().unwrap();
+    check_clean(&path);
+    assert_eq!(read_range(&open(&path, RO), 0, 2000), [7; 2000]);
+}
+
+/// A header that is on its way to the disk, and may be there or not, is nothing to go on with.
+#[test]
+fn where_the_header_could_not_be_written_nothing_is_any_more() {
+    let scenario = Scenario { backing: true, ..workload::PLAIN };
+    let new = scenario.create().state().content.clone();
+    for call in [Call::Write, Call::Flush] {
+        let mut nth = 0;
+        loop {
+            let disk = Disk::new(new.clone());
+            let image = scenario.open(&disk, true).unwrap();
+            disk.state().fault = Some(Fault { call, nth, lasts: false });
+            let done = image.driver().set_backing(Some((b"another", Some(b"raw"))));
+            disk.state().fault = None;
+            if !disk.state().struck {
+                done.unwrap();
+                break;
+            }
+            done.unwrap_err();
+            let e = image.write_slice(&[1; 512], 0, NONE).expect_err("it goes on");
+            assert!(e.to_string().contains("reopen"), "{call:?} {nth}: {e}");
+            nth += 1;
+        }
+        assert!(nth >= 2, "{nth} of {call:?}");
+    }
+}
+
+#[test]
+fn a_refcount_that_no_image_can_have_is_refused_and_not_counted_to() {
+    let dir = Tmp::in_memory("amend-refs");
+    let path = dir.join("image");
+    create(&path, "qcow2", MB, &[]);
+    let image = open(&path, RW);
+    image.write_at(&[1; 1000], 0, NONE).unwrap();
+    image.zero(0, 64 << 10, NONE).unwrap();
+    image.close().unwrap();
+    // The L2 table's.
+    let mut bytes = std::fs::read(&path).unwrap();
+    let be64 = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().unwrap()) as usize;
+    let l2 = be64(be64(40)) & 0x00ff_ffff_ffff_fe00;
+    let at = be64(be64(48)) + 2 * (l2 >> 16);
+    assert_eq!(bytes[at..at + 2], [0, 1]);
+    bytes[at..at + 2].fill(0xff);
+    std::fs::write(&path, &bytes).unwrap();
+    let image = open(&path, RW);
+    let e = amend(&image, &[("compat", "0.10")]).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
+    assert!(e.to_string().contains("65535, expected at most 1"), "{e}");
+}
+
+#[test]
+fn key_slots_change_alone() {
+    let dir = Tmp::in_memory("amend-keys-alone");
+    let path = dir.join("image");
+    let how = [("encrypt.format", "luks"), ("encrypt.iter-time", "10"), ("key", "one")];
+    create(&path, "qcow2", MB, &how);
+    let image = open_with(&path, &options(&[("key", "one")]), RW);
+    let before = std::fs::read(&path).unwrap();
+    let slot = [("encrypt.state", "active"), ("encrypt.new-secret", "two")];
+    let both = [&slot[..], &[("encrypt.iter-time", "10"), ("lazy-refcounts", "on")]].concat();
+    let e = amend(&image, &both).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Errno(libc::EINVAL), "{e}");
+    assert!(e.to_string().contains("two calls"), "{e}");
+    image.close().unwrap();
+    assert!(std::fs::read(&path).unwrap() == before, "nothing has changed");
+
+    // A slot that is written in part is on the disk, or not: nothing else is written then.
+    let scenario = scenarios().into_iter().find(|s| s.encrypted).unwrap();
+    let new = scenario.create().state().content.clone();
+    let secret = |text: &[u8]| Some(Secret::new(text.to_vec()));
+    let keys = AmendKeys {
+        activate: true,
+        slot: None,
+        new: secret(b"two"),
+        old: None,
+        unlock: secret(b"key"),
+        ms: 1,
+    };
+    let to = Amend { keys: Some(keys), ..Amend::default() };
+    let mut nth = 0;
+    loop {
+        let disk = Disk::new(new.clone());
+        let image = scenario.open(&disk, true).unwrap();
+        disk.state().fault = Some(Fault { call: Call::Write, nth, lasts: false });
+        let done = image.driver().amend(&to, Progress::NONE);
+        disk.state().fault = None;
+        if !disk.state().struck {
+            done.unwrap();
+            break;
+        }
+        done.unwrap_err();
+        image.write_slice(&[1; 512], 0, NONE).expect_err("it goes on");
+        nth += 1;
+    }
+    assert!(nth >= 3, "{nth} writes");
 }

@@ -417,3 +417,85 @@ fn other_threads_wait_for_a_commit_and_go_on() {
     image.close().unwrap();
     equal(&top, &parts.concat(), &tmp);
 }
+
+/// Zeroes that were acknowledged after the image had been put on a file that is not there yet were lost:
+/// they read so already, as there was nothing below.
+#[test]
+fn zeroes_last_over_a_backing_file_that_is_still_to_come() {
+    let tmp = Tmp::in_memory("rebase-to-come");
+    let size = 1 << 20;
+    for compat in ["1.1", "0.10"] {
+        let (top, later) = (tmp.join("top.qcow2"), tmp.join("later.raw"));
+        create(&top, "qcow2", size, &[("compat", compat)]);
+        let image = open(&top, RW);
+        rebase(&image, "later.raw", &[("backing-fmt", "raw")], true).unwrap();
+        image.zero(0, 256 << 10, NONE).unwrap();
+        image.zero(300_000, 100_000, qblk::ReqFlags::MAY_TRIM).unwrap();
+        // Once more: it is not forgotten that the first has been named.
+        rebase(&image, "", &[], false).unwrap();
+        rebase(&image, "later.raw", &[("backing-fmt", "raw")], true).unwrap();
+        image.zero(512 << 10, 64 << 10, NONE).unwrap();
+        image.write_at(&[0; 1000], 600_000, NONE).unwrap();
+        image.resize(size + (128 << 10), &Options::new(), false).unwrap();
+        image.close().unwrap();
+        std::fs::write(&later, vec![5; size as usize * 2]).unwrap();
+        check_clean(&top);
+        let image = open(&top, RO);
+        let bytes = read_all(&image);
+        let zero =
+            |from: usize, to: usize| assert_same(&bytes[from..to], &vec![0; to - from], 0, compat);
+        zero(0, 256 << 10);
+        zero(300_000, 400_000);
+        zero(512 << 10, 576 << 10);
+        zero(600_000, 601_000);
+        zero(size as usize, bytes.len());
+        assert_eq!(bytes[size as usize - 1], 5, "what has nothing shows what is below");
+        drop(image);
+        std::fs::remove_file(&later).unwrap();
+    }
+}
+
+/// The same file in another format is not what was below.
+#[test]
+fn a_rebase_onto_what_is_below_in_another_format_changes_nothing_that_is_read() {
+    let tmp = Tmp::in_memory("rebase-format");
+    let mut rng = Rng::new(17);
+    let size = 1 << 20;
+    let (base, top) = (tmp.join("base.qcow2"), tmp.join("top.qcow2"));
+    let under = layer(&base, "qcow2", size, None, &mut rng, &[]);
+    let model = layer(&top, "qcow2", size, Some((&base, &under)), &mut rng, &[]);
+    let image = open(&top, RW);
+    rebase(&image, "base.qcow2", &[("backing-fmt", "raw")], false).unwrap();
+    assert_same(&read_all(&image), &model, 0, "over the raw bytes of what was below");
+    image.close().unwrap();
+    equal(&top, &model, &tmp);
+}
+
+/// An image below that an option had put upon another than it names is not the same by its name.
+#[test]
+fn a_rebase_onto_what_an_option_stood_on_something_else_changes_nothing_that_is_read() {
+    let tmp = Tmp::in_memory("rebase-option");
+    let size = 1 << 20;
+    for (name, value) in [("named.raw", 1), ("given.raw", 2)] {
+        std::fs::write(tmp.join(name), vec![value; size]).unwrap();
+    }
+    for (name, below, format, at) in
+        [("middle.qcow2", "named.raw", "raw", 0), ("top.qcow2", "middle.qcow2", "qcow2", 256 << 10)]
+    {
+        let how = [("backing-file", below), ("backing-fmt", format)];
+        create(&tmp.join(name), "qcow2", size as u64, &how);
+        let image = open(&tmp.join(name), RW);
+        image.write_at(&[7; 128 << 10], at, NONE).unwrap();
+        image.close().unwrap();
+    }
+    let (given, top) = (tmp.join("given.raw"), tmp.join("top.qcow2"));
+    let given = given.to_str().unwrap();
+    let how = options(&[("backing.backing-file", given), ("backing.backing-fmt", "raw")]);
+    let image = open_with(&top, &how, RW);
+    let seen = read_all(&image);
+    assert!(seen.contains(&2) && !seen.contains(&1));
+    rebase(&image, "middle.qcow2", &[], false).unwrap();
+    assert_same(&read_all(&image), &seen, 0, "over what the image below names");
+    image.close().unwrap();
+    equal(&top, &seen, &tmp);
+}

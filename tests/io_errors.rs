@@ -9,7 +9,7 @@ mod common;
 use common::disk::{Call, Disk, Fault, Files};
 use common::workload::{About, Guest, Scenario, Step, judge, read_all, scenarios, take};
 use common::*;
-use qblk::block::Device;
+use qblk::block::{Device, Prealloc};
 
 /// One of so many images is looked at by qemu-img as well.
 const QEMU_SHARE: u64 = 60;
@@ -95,4 +95,34 @@ fn whichever_call_to_the_disk_fails_the_image_stays_sound_and_holds_what_was_flu
     }
     say(format_args!("{runs} runs, {struck} met the failure, {told} of them said so, seed {seed}"));
     assert!(runs > 500 && struck > runs / 2 && told > struck / 2);
+}
+
+/// The header says the new size, or does not: one that went on with the other would contradict the disk.
+#[test]
+fn a_resize_whose_end_could_not_be_written_is_the_end_of_writing() {
+    let scenario = Scenario { weights: [1; 7], ..common::workload::PLAIN };
+    let new = scenario.create().state().content.clone();
+    for size in [scenario.sectors * 512, 100 * 512] {
+        let mut uncertain = 0;
+        for call in [Call::Write, Call::Flush] {
+            for nth in 0.. {
+                let disk = Disk::new(new.clone());
+                let image = scenario.open(&disk, true).unwrap();
+                image.write_slice(&[1; 4096], 8192, NONE).unwrap();
+                disk.state().fault = Some(Fault { call, nth, lasts: false });
+                let resized = image.driver().resize(size, Prealloc::Off, true);
+                disk.state().fault = None;
+                if !disk.state().struck {
+                    resized.unwrap();
+                    break;
+                }
+                let on_disk = disk.state().content[0][24..32].to_vec();
+                if on_disk != image.size().to_be_bytes() {
+                    uncertain += 1;
+                    image.write_slice(&[1; 512], 0, NONE).expect_err("it goes on");
+                }
+            }
+        }
+        assert!(uncertain > 0, "no failure met the header");
+    }
 }

@@ -8,6 +8,8 @@ mod model;
 mod recorder;
 
 // One file a layer.
+#[path = "layers/blocksize.rs"]
+mod blocksize;
 #[path = "layers/cache.rs"]
 mod cache;
 #[path = "layers/copy_on_read.rs"]
@@ -16,10 +18,16 @@ mod copy_on_read;
 mod cow;
 #[path = "layers/offset.rs"]
 mod offset;
+#[path = "layers/partition.rs"]
+mod partition;
 #[path = "layers/readahead.rs"]
 mod readahead;
 #[path = "layers/readonly.rs"]
 mod readonly;
+#[path = "layers/swab.rs"]
+mod swab;
+#[path = "layers/truncate.rs"]
+mod truncate;
 
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 

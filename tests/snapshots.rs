@@ -330,6 +330,13 @@ fn what_is_asked_wrongly_is_refused() {
     ] {
         assert_eq!(errno(image.snapshot_create(name, opts).unwrap_err()), expected, "{name:?}");
     }
+    // There is no number after the last.
+    let last = u64::MAX.to_string();
+    image.snapshot_create(b"last", &options(&[("id", &last)])).unwrap();
+    assert_eq!(errno(image.snapshot_create(b"t", &no).unwrap_err()), libc::EEXIST);
+    image.snapshot_create(b"after", &options(&[("id", "7")])).unwrap();
+    image.snapshot_delete(b"after").unwrap();
+    image.snapshot_delete(b"last").unwrap();
     for e in [image.snapshot_apply(b"t"), image.snapshot_delete(b"")] {
         let e = e.unwrap_err();
         assert!(e.to_string().contains("no snapshot"), "{e}");

@@ -1,5 +1,9 @@
 //! Dirty bitmaps: which parts of a device were changed since some moment.
 
+/// What NBD calls the context of a bitmap, before its name: [`Driver::status`](super::Driver::status) is
+/// asked for it so.
+pub const BITMAP_CONTEXT: &[u8] = b"qemu:dirty-bitmap:";
+
 /// What can be told of a bitmap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BitmapInfo {

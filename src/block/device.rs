@@ -9,6 +9,7 @@ use std::ptr::NonNull;
 
 use libc::iovec;
 
+use super::range_lock::RangeGuard;
 use super::*;
 
 /// Zeroes in one emulated write, bytes.
@@ -224,9 +225,16 @@ impl Device {
             let mut at = from;
             while at < to {
                 let n = (to - at).min(self.range_chunk());
-                match self.driver.zero(at, n, pass) {
+                let zeroed = {
+                    let _whole = self.whole_blocks(at, at + n);
+                    self.driver.zero(at, n, pass)
+                };
+                match zeroed {
                     Ok(()) => at += n,
-                    Err(Error::NotSupported(_)) if !fast => break,
+                    Err(Error::NotSupported(_)) if fast => {
+                        return Err(Error::NotSupported("fast zeroing here"));
+                    }
+                    Err(Error::NotSupported(_)) => break,
                     Err(e) => return Err(e),
                 }
             }
@@ -272,6 +280,7 @@ impl Device {
         let (mut at, to) = (offset.next_multiple_of(align), end - end % align);
         while at < to {
             let n = (to - at).min(self.range_chunk());
+            let _whole = self.whole_blocks(at, at + n);
             self.driver.trim(at, n, pass)?;
             at += n;
         }
@@ -299,6 +308,12 @@ impl Device {
             offset += n as u64;
         }
         Ok(())
+    }
+
+    /// Keep whole blocks that are about to be changed from those that read and write back parts of them:
+    /// what these have read would come back.
+    fn whole_blocks(&self, from: u64, to: u64) -> Option<RangeGuard<'_>> {
+        (self.caps.align > 1).then(|| self.blocks.lock(from, to, false))
     }
 
     /// Whether a flush makes what was changed last.

@@ -89,6 +89,16 @@ pub enum Error {
         /// The number that says so, positive.
         errno: i32,
     },
+    /// A plugin failed, or did what no plugin may.
+    #[error("{file}: {what}: {}", kind_text(*kind))]
+    Plugin {
+        /// The device.
+        file: Name,
+        /// Which plugin, what it was called for, and what it says.
+        what: String,
+        /// The code that it gave.
+        kind: ErrorKind,
+    },
     /// An NBD peer broke the protocol.
     #[error("{peer}: the peer broke the NBD protocol: {what}")]
     Proto {
@@ -218,6 +228,25 @@ pub enum ErrorKind {
     Internal,
 }
 
+impl ErrorKind {
+    /// What a code of the C ABI means; `None` if there is no such code.
+    pub fn of_code(code: i32) -> Option<Self> {
+        Some(match code {
+            -4095..=-1 => Self::Errno(-code),
+            -5001 => Self::Corrupt,
+            -5002 => Self::Format,
+            -5003 => Self::Unsupported,
+            -5004 => Self::Locked,
+            -5005 => Self::NeedKey,
+            -5006 => Self::BadKey,
+            -5007 => Self::Proto,
+            -5008 => Self::Policy,
+            -5009 => Self::Internal,
+            _ => return None,
+        })
+    }
+}
+
 impl Error {
     /// The failure of a system call that has just returned; reads `errno`.
     pub fn os(op: &'static str, file: &Name) -> Self {
@@ -290,6 +319,7 @@ impl Error {
             Self::Locked { .. } => K::Locked,
             Self::NeedKey(_) => K::NeedKey,
             Self::BadKey(_) => K::BadKey,
+            Self::Plugin { kind, .. } => *kind,
             Self::Proto { .. } => K::Proto,
             Self::Policy { .. } => K::Policy,
             Self::Internal(_) => K::Internal,
@@ -305,6 +335,23 @@ impl Error {
 /// This thread's `errno`.
 pub(crate) fn last_errno() -> i32 {
     std::io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)
+}
+
+/// The text of a code.
+fn kind_text(kind: ErrorKind) -> String {
+    match kind {
+        ErrorKind::Errno(errno) => return errno_text(errno),
+        ErrorKind::Corrupt => "the image is corrupt",
+        ErrorKind::Format => "not an image of that format",
+        ErrorKind::Unsupported => "a feature that is not supported",
+        ErrorKind::Locked => "in use",
+        ErrorKind::NeedKey => "encrypted, and no key was given",
+        ErrorKind::BadKey => "the key does not open it",
+        ErrorKind::Proto => "the NBD peer broke the protocol",
+        ErrorKind::Policy => "the open policy forbids it",
+        ErrorKind::Internal => "internal error",
+    }
+    .into()
 }
 
 /// The system's text for an error number.

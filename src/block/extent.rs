@@ -55,6 +55,18 @@ impl Extent {
         self.flags & flags != 0
     }
 
+    /// The part of it that lies in `from..to`, if any does.
+    pub fn within(&self, from: u64, to: u64) -> Option<Self> {
+        let (start, end) = (self.offset.max(from), self.end().min(to));
+        let length = end.checked_sub(start).filter(|n| *n > 0)?;
+        let mut part = Self { offset: start, length, ..*self };
+        // Where compressed bytes lie says nothing about any one of them.
+        if self.has(Self::HOST) && !self.has(Self::COMPRESSED) {
+            part.host_offset = self.host_offset.saturating_add(start - self.offset);
+        }
+        Some(part)
+    }
+
     fn end(&self) -> u64 {
         self.offset.saturating_add(self.length)
     }

@@ -22,12 +22,20 @@ const STRIPES: usize = 16;
 struct Counter(AtomicUsize);
 
 /// The calls under way on one device.
-#[derive(Default)]
 pub struct InFlight {
+    /// Tells the device from all others, for as long as the process lives.
+    id: usize,
     counters: [[Counter; STRIPES]; 2],
     /// How often the sets were swapped; its lowest bit names the current set.
     phase: AtomicU64,
     advance: Mutex<()>,
+}
+
+impl Default for InFlight {
+    fn default() -> Self {
+        let (counters, phase, advance) = Default::default();
+        Self { id: Self::fresh_id(), counters, phase, advance }
+    }
 }
 
 /// A call under way; ends when dropped.
@@ -76,6 +84,17 @@ fn stripe() -> usize {
 }
 
 impl InFlight {
+    /// A number that no device has had.
+    pub fn fresh_id() -> usize {
+        static NEXT: AtomicUsize = AtomicUsize::new(1);
+        NEXT.fetch_add(1, Relaxed)
+    }
+
+    /// The number of the device that was opened with this counter.
+    pub fn id(&self) -> usize {
+        self.id
+    }
+
     /// Count a call as under way until the guard is dropped. Take it before looking anything up.
     #[inline]
     pub fn enter(&self) -> Guard<'_> {

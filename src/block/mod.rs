@@ -22,7 +22,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 pub use amend::{Amend, AmendKeys};
-pub use bitmap::{BitmapChange, BitmapInfo};
+pub use bitmap::{BITMAP_CONTEXT, BitmapChange, BitmapInfo};
 pub use check::{CheckReport, Repair};
 pub use device::Device;
 pub(crate) use error::last_errno;

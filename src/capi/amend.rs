@@ -12,12 +12,13 @@ use super::*;
 /// Of a qcow2 image: "compat" ("0.10" or "1.1"), "refcount-bits", "lazy-refcounts", "backing-file" and
 /// "backing-fmt" (what is recorded; empty for none), "data-file-raw" ("off"), and its key slots:
 /// "encrypt.state" ("active" adds a passphrase, "inactive" takes one away), "encrypt.new-secret",
-/// "encrypt.old-secret", "encrypt.keyslot", "encrypt.iter-time". Of a LUKS image the same for key slots
-/// without "encrypt.". There are no flags yet, so `flags` must be 0.
+/// "encrypt.old-secret", "encrypt.keyslot", "encrypt.iter-time", which change in a call of their own
+/// (-EINVAL with the others). Of a LUKS image the same for key slots without "encrypt.". There are no
+/// flags yet, so `flags` must be 0.
 ///
 /// `progress` (NULL: nobody) is told how far it is, with `opaque`, and may stop it: -ECANCELED. It is
 /// on stable storage when the call returns; a power cut before leaves the image as it was. Calls of
-/// other threads on the device wait meanwhile. Unless key slots alone have changed the image is opened
+/// other threads on the device wait meanwhile. Unless it was key slots that changed the image is opened
 /// anew beneath the handle and all its contexts, as by qblk_reopen(); if only that fails the image is
 /// amended, and the handle refuses to write until it is reopened.
 ///

@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use super::*;
 use crate::block::{Error, ErrorKind, Progress};
 use crate::log::{Level, log};
+use crate::plugin;
 
 /// Bytes of this thread's last error, with the NUL.
 const TEXT: usize = 1024;
@@ -145,7 +146,12 @@ pub(super) unsafe fn on<R: Answer>(
 ) -> R::C {
     // SAFETY: the caller's word.
     match unsafe { dev.as_ref() } {
-        Some(dev) => guarded(what, Some(&dev.broken), || f(dev)),
+        Some(dev) => guarded(what, Some(&dev.broken), || {
+            if plugin::is_inside() {
+                dev.image.refuse_reentry()?;
+            }
+            f(dev)
+        }),
         None => null_handle::<R>(what),
     }
 }
@@ -247,6 +253,9 @@ fn failed(thread: &Thread, what: &str, fail: &Fail) -> c_int {
     }
     // A log callback may have called back in the meantime, and so written its own text: replace it.
     thread.store(format_args!("{what}: {fail}"));
+    if plugin::is_inside() {
+        plugin::note_inner(fail.code(), thread.noted().as_bytes());
+    }
     fail.code()
 }
 
@@ -393,6 +402,18 @@ mod tests {
         for errno in [0, -5, 4096] {
             let e = Error::Os { op: "x", file: crate::block::Name::from("f"), errno };
             assert_eq!(call::<()>("qblk_x", || Err(e.into())), -libc::EIO);
+        }
+    }
+
+    #[test]
+    fn codes_of_plugins_mean_what_they_mean_here() {
+        for code in [-1, -5, -4095].into_iter().chain(QBLK_EINTERNAL..=QBLK_ECORRUPT) {
+            let kind = ErrorKind::of_code(code).unwrap();
+            let e = Error::Plugin { file: "f".into(), what: "x".into(), kind };
+            assert_eq!(call::<()>("qblk_x", || Err(e.into())), code);
+        }
+        for none in [0, 1, -4096, QBLK_ECORRUPT + 1, QBLK_EINTERNAL - 1, i32::MIN] {
+            assert!(ErrorKind::of_code(none).is_none(), "{none}");
         }
     }
 

@@ -6,11 +6,15 @@
 //! is one object. Where neither holds (this crate used from Rust), [`ready`] is called by whatever
 //! makes a handle.
 //!
-//! The registry of open handles is used by open, close and the destructor only. Its lock is never
-//! held across I/O but at the end of the process, and never taken in a child of `fork`, where its
-//! holder may have vanished.
+//! What stands on plugins is closed a little earlier, before anything of a plugin is taken down (see
+//! `plugin::set_host`). Handles that plugins have opened from within a call come last: whoever stands above
+//! needs them to flush, and closes them then.
+//!
+//! The registry of open handles is used by open, close and the end of the process only. Its lock is never
+//! held across I/O, for a plugin may close a handle meanwhile, and never taken in a child of `fork`, where
+//! its holder may have vanished.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::*};
@@ -19,17 +23,27 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::log::{Level, log};
 use crate::nbd::server::Server;
+use crate::plugin;
 
 /// Addresses of the servers.
 static SERVERS: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
-/// Addresses of the open handles.
-static OPEN: Mutex<BTreeSet<usize>> = Mutex::new(BTreeSet::new());
+/// The open handles, by their addresses.
+static OPEN: Mutex<BTreeMap<usize, State>> = Mutex::new(BTreeMap::new());
 /// The process that the library was readied in; a child that no handler told us of has another.
 static PROCESS: AtomicI32 = AtomicI32::new(0);
-/// The destructor has closed what is in [`OPEN`]; changed under its lock.
-static ENDED: AtomicBool = AtomicBool::new(false);
 /// Threads that are closing a device, which is in [`OPEN`] no more.
 static CLOSING: AtomicU32 = AtomicU32::new(0);
+
+/// How far an open handle is.
+#[derive(Clone, Copy, PartialEq)]
+enum State {
+    Open,
+    /// The end of the process is at it, on another thread or further up on this one.
+    Shutting,
+    /// There is nothing left to do but to free it. (It stays listed: a tool that looks for leaks at the
+    /// end must not take it for one.)
+    Shut,
+}
 
 /// How long the end of the program waits for a thread that is opening or closing a device.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -40,7 +54,13 @@ extern "C" fn constructor() {
 
 extern "C" fn destructor() {
     // A panic must not leave an extern "C" function.
-    let _ = catch_unwind(AssertUnwindSafe(close_all));
+    let _ = catch_unwind(AssertUnwindSafe(|| close_all(|_| true)));
+}
+
+/// The end of the process, before anything of a plugin is taken down.
+extern "C" fn before_plugins_go(_: *mut c_void) {
+    // As above.
+    let _ = catch_unwind(AssertUnwindSafe(|| close_all(|dev| dev.on_plugin)));
 }
 
 // SAFETY: the sections hold pointers to functions of this type, which the loader calls (with
@@ -63,6 +83,7 @@ pub(super) fn ready() {
         // no memory for it, a child is still kept from the destructor's work by its process id.
         unsafe { libc::pthread_atfork(None, None, Some(in_child)) };
         guard::install_hook();
+        plugin::set_host(qblk_plugin_set_error_text as *const c_void, before_plugins_go);
     });
 }
 
@@ -72,8 +93,9 @@ unsafe extern "C" fn in_child() {
 
 /// Make a handle and remember it.
 pub(super) fn adopt(image: Image, broken: Arc<AtomicBool>) -> *mut qblk {
-    let handle = Box::into_raw(Box::new(qblk { image, broken }));
-    OPEN.lock().insert(handle as usize);
+    let (inner, on_plugin) = (plugin::is_inside(), image.is_on_plugin());
+    let handle = Box::into_raw(Box::new(qblk { image, broken, inner, on_plugin }));
+    OPEN.lock().insert(handle as usize, State::Open);
     handle
 }
 
@@ -109,12 +131,7 @@ impl Closing {
     /// # Safety
     /// `dev` came from [`adopt`], and this is the last call on it.
     pub(super) unsafe fn begin(dev: *mut qblk) -> Option<Self> {
-        let ours = !guard::forked() && {
-            let mut open = OPEN.lock();
-            let found = open.remove(&(dev as usize)) && !ENDED.load(SeqCst);
-            CLOSING.fetch_add(u32::from(found), SeqCst);
-            found
-        };
+        let ours = !guard::forked() && take(dev as usize);
         // SAFETY: the caller's word; the destructor can not find it any more.
         let dev = unsafe { Box::from_raw(dev) };
         ours.then_some(Self(dev))
@@ -135,8 +152,23 @@ impl Closing {
     }
 }
 
-/// Flush and close what is still open.
-fn close_all() {
+/// Strike a handle off the list; whether there is something to flush in it.
+fn take(handle: usize) -> bool {
+    loop {
+        let mut open = OPEN.lock();
+        if open.get(&handle) != Some(&State::Shutting) {
+            let found = open.remove(&handle) == Some(State::Open);
+            CLOSING.fetch_add(u32::from(found), SeqCst);
+            return found;
+        }
+        // The end of the process uses it, which will not take long.
+        drop(open);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Flush and close what is still open and of the kind.
+fn close_all(which: impl Fn(&qblk) -> bool) {
     // SAFETY: getpid has no conditions.
     if guard::forked() || PROCESS.load(Relaxed) != unsafe { libc::getpid() } {
         // A child owes its parent's devices nothing.
@@ -152,28 +184,48 @@ fn close_all() {
             }
         }
     }
-    // Threads may go on calling while the process ends. Held to the end: qblk_close of a handle that
-    // is being shut waits here, so that it is not freed meanwhile.
-    let Some(open) = OPEN.try_lock_for(PATIENCE) else {
-        return;
-    };
-    for &address in open.iter() {
-        // SAFETY: in the registry, so not closed; closing it waits for the lock that is held.
-        let dev = unsafe { &*(address as *const qblk) };
-        // What is broken must not write: its metadata may be half changed.
-        if dev.broken.load(Relaxed) {
-            continue;
-        }
-        if let Err(e) = dev.image.shut() {
-            log(Level::Error, format_args!("closing at the program's end: {e}"));
+    for inner in [false, true] {
+        let Some(open) = OPEN.try_lock_for(PATIENCE) else { return };
+        let all: Vec<usize> = open.keys().copied().collect();
+        drop(open);
+        // Now they may be closed by whoever stands on them, or be new: each is looked at again.
+        for &address in &all {
+            shut(address, |dev| dev.inner == inner && which(dev));
         }
     }
-    // Whoever closes one of them now has nothing left to do but free it. They stay listed: a tool
-    // that looks for leaks at the end must not take them for some.
-    ENDED.store(true, SeqCst);
-    drop(open);
     let begun = Instant::now();
     while CLOSING.load(SeqCst) > 0 && begun.elapsed() < PATIENCE {
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Flush and close one that is still open, if it is of the kind. Threads may go on calling meanwhile.
+fn shut(address: usize, which: impl FnOnce(&qblk) -> bool) {
+    {
+        let Some(mut open) = OPEN.try_lock_for(PATIENCE) else { return };
+        let Some(state @ State::Open) = open.get_mut(&address) else { return };
+        // SAFETY: in the registry, so not closed; closing it waits for the lock that is held.
+        if !which(unsafe { &*(address as *const qblk) }) {
+            return;
+        }
+        *state = State::Shutting;
+    }
+    /// Whatever happens: who closes it must not wait for ever.
+    struct Mark(usize);
+    impl Drop for Mark {
+        fn drop(&mut self) {
+            if let Some(state) = OPEN.lock().get_mut(&self.0) {
+                *state = State::Shut;
+            }
+        }
+    }
+    let _mark = Mark(address);
+    // SAFETY: closing it waits until it is marked as shut.
+    let dev = unsafe { &*(address as *const qblk) };
+    // What is broken must not write: its metadata may be half changed.
+    if !dev.broken.load(Relaxed)
+        && let Err(e) = dev.image.shut()
+    {
+        log(Level::Error, format_args!("closing at the program's end: {e}"));
     }
 }

@@ -36,6 +36,8 @@ mod bitmap;
 pub use bitmap::*;
 mod images;
 pub use images::*;
+mod layers;
+pub use layers::*;
 mod check;
 pub use check::*;
 mod copy;
@@ -48,6 +50,8 @@ mod server;
 pub use server::*;
 mod lockmgr;
 pub use lockmgr::*;
+mod plugin;
+pub use plugin::*;
 mod have;
 pub use have::*;
 
@@ -207,6 +211,10 @@ pub struct qblk {
     image: Image,
     /// Shared by all contexts of the device: a call on one of them ended in a panic.
     broken: Arc<AtomicBool>,
+    /// Opened by a plugin from within a call of it.
+    inner: bool,
+    /// It stands on a plugin.
+    on_plugin: bool,
 }
 
 /// key=value settings for a call. docs/options.md lists the keys.

@@ -27,8 +27,9 @@ pub unsafe extern "C" fn qblk_open(name: *const c_char, flags: u32, out: *mut *m
 ///
 /// `name` is a path, "file:PATH" (needed when a path begins like a URI), "mem:SIZE" (memory that
 /// begins as zeroes and goes when it is closed), an NBD URI ("nbd://HOST:PORT/EXPORT",
-/// "nbd+unix:///EXPORT?socket=PATH", "nbd+vsock://CID:PORT/EXPORT"; "nbds..." with TLS), or
-/// "nbd+exec:///EXPORT" (a server that is started: option "argv"). It need not be UTF-8. Without the
+/// "nbd+unix:///EXPORT?socket=PATH", "nbd+vsock://CID:PORT/EXPORT"; "nbds..." with TLS),
+/// "nbd+exec:///EXPORT" (a server that is started: option "argv"), or a plugin ("plugin:PATH?KEY=VALUE&...",
+/// "plugin:NAME" of one that was registered; see qblk-plugin.h). It need not be UTF-8. Without the
 /// option "format" the format is found by probing; a raw image found so refuses a write that would make
 /// its first sector look like another format.
 ///
@@ -111,6 +112,10 @@ pub unsafe extern "C" fn qblk_close(dev: *mut qblk) -> c_int {
     guard::guarded("qblk_close", None, || {
         if dev.is_null() {
             return Ok(());
+        }
+        if crate::plugin::is_inside() {
+            // SAFETY: a handle, as the manual asks.
+            unsafe { &*dev }.image.refuse_reentry()?;
         }
         // SAFETY: a handle, and the last call on it, as the manual asks.
         unsafe { life::Closing::begin(dev) }.map_or(Ok(()), life::Closing::finish)

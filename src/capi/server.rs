@@ -317,10 +317,11 @@ pub type qblk_nbd_list_fn = Option<
     ) -> c_int,
 >;
 
-/// Ask the NBD server at `uri` for its exports, and call `fn` with `opaque` for each.
+/// Ask the NBD server at `uri` for its exports, and call `fn` with `opaque` for each. `uri` may also be
+/// that of a plugin ("plugin:PATH?KEY=VALUE"): what it offers are values of its setting "export".
 ///
-/// `options` are those of qblk_open2() for NBD ("tls-ca", "nbd.timeout"...); NULL: none. The name in
-/// the URI does not matter.
+/// `options` are those of qblk_open2() for NBD ("tls-ca", "nbd.timeout"...) or for the plugin; NULL: none.
+/// The export's name in the URI does not matter.
 ///
 /// Returns how many there are; -EACCES or -EPERM when the server does not tell; else as qblk_open2().
 /// Any thread. Since 0.1.

@@ -3,11 +3,11 @@
 //! Linux keeps a file that was read or written in large pieces in large folios (up to 2 MiB), and an
 //! `fdatasync` after 4 KiB were written looks through all of the folio's blocks: half of the time of a
 //! synced write, and more of sixteen at once. Where syncs follow one another closely, the region that
-//! such a write fell into is dropped from the cache once it is on disk; what is read or written there
+//! such writes fall into again and again is dropped from the cache once it is on disk; what is read or written there
 //! afterwards, piece by piece, comes in small folios. It is a hint: no byte depends on it.
 
 use std::fs::File;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -22,14 +22,14 @@ const REGIONS: usize = 1 << 16;
 const CLOSE: Duration = Duration::from_millis(2);
 /// Larger writes gain nothing, bytes.
 const SMALL: u64 = 64 << 10;
-/// Regions between two syncs; where there are more, syncs are not what takes the time.
-const MOST: usize = 64;
+/// Synced writes into a region that make it worth dropping: dropping one takes as long as a sync or two.
+const OFTEN: u8 = 8;
 
 #[derive(Default)]
 struct Seen {
     last_sync: Option<Instant>,
-    /// Regions that were dropped, a bit each.
-    dropped: Vec<u64>,
+    /// Writes into each region, up to [`OFTEN`].
+    hits: Vec<u8>,
     /// To be dropped after the next sync.
     next: Vec<u64>,
 }
@@ -39,8 +39,6 @@ struct Seen {
 pub struct Folios {
     /// Syncs follow one another closely.
     close: AtomicBool,
-    /// The region of the last write that was noted, plus 1: most writes need look no further.
-    latest: AtomicU64,
     seen: Mutex<Seen>,
 }
 
@@ -54,14 +52,16 @@ impl Folios {
     }
 
     fn note(&self, region: u64) {
-        if self.latest.swap(region + 1, Relaxed) == region + 1 {
-            return;
-        }
         let mut seen = self.seen.lock();
-        let (word, bit) = place(region);
-        let dropped = seen.dropped.get(word).is_some_and(|w| w & bit != 0);
-        if !dropped && seen.next.len() < MOST {
-            seen.next.push(region);
+        if seen.hits.is_empty() {
+            seen.hits = vec![0; REGIONS];
+        }
+        let hits = &mut seen.hits[region as usize % REGIONS];
+        if *hits < OFTEN {
+            *hits += 1;
+            if *hits == OFTEN {
+                seen.next.push(region);
+            }
         }
     }
 
@@ -77,25 +77,8 @@ impl Folios {
         let close = seen.last_sync.is_some_and(|last| now.duration_since(last) < CLOSE);
         seen.last_sync = Some(now);
         self.close.store(close, Relaxed);
-        if seen.next.is_empty() {
-            return Vec::new();
-        }
-        let mut next = std::mem::take(&mut seen.next);
-        if seen.dropped.is_empty() {
-            seen.dropped = vec![0; REGIONS / 64];
-        }
-        next.sort_unstable();
-        next.dedup();
-        for region in &next {
-            let (word, bit) = place(*region);
-            seen.dropped[word] |= bit;
-        }
-        next
+        std::mem::take(&mut seen.next)
     }
-}
-
-fn place(region: u64) -> (usize, u64) {
-    ((region as usize % REGIONS) / 64, 1 << (region % 64))
 }
 
 #[cfg(test)]
@@ -107,21 +90,23 @@ mod tests {
         let (f, start) = (Folios::default(), Instant::now());
         let at = |ms| start + Duration::from_millis(ms);
         let none: [u64; 0] = [];
-        f.wrote(0, 4096);
+        let often = |region: u64, times: u8| {
+            (0..times).for_each(|i| f.wrote((region << REGION_BITS) + u64::from(i) * 4096, 4096));
+        };
+        often(0, OFTEN);
         assert_eq!(f.to_drop(at(0)), none, "the first sync");
-        f.wrote(0, 4096);
+        often(0, OFTEN);
         assert_eq!(f.to_drop(at(100)), none, "a sync long after the last");
         assert_eq!(f.to_drop(at(101)), none, "close, but nothing was written since it is");
-        f.wrote(5 << REGION_BITS, 4096);
-        f.wrote((5 << REGION_BITS) + 8192, 4096);
-        f.wrote(3 << REGION_BITS, 512);
-        f.wrote(9 << REGION_BITS, SMALL + 1);
-        assert_eq!(f.to_drop(at(102)), [3, 5]);
-        f.wrote(5 << REGION_BITS, 4096);
-        f.wrote(7 << REGION_BITS, 4096);
-        assert_eq!(f.to_drop(at(103)), [7], "what was dropped is not dropped again");
+        often(5, OFTEN - 1);
+        often(3, OFTEN + 3);
+        (0..OFTEN).for_each(|_| f.wrote(9 << REGION_BITS, SMALL + 1));
+        assert_eq!(f.to_drop(at(102)), [3]);
+        often(3, OFTEN);
+        often(5, 1);
+        assert_eq!(f.to_drop(at(103)), [5], "what was dropped is not dropped again");
         assert_eq!(f.to_drop(at(200)), none);
-        f.wrote(8 << REGION_BITS, 4096);
+        often(8, OFTEN);
         assert_eq!(f.to_drop(at(201)), none, "syncs had not been close when it was written");
     }
 }

@@ -72,7 +72,8 @@ impl Driver for Raw {
     }
     fn caps(&self) -> Caps {
         // The file's own emulation stands below: any request can be passed to it.
-        let fua = self.file.can_fua() != Can::Not;
+        // Where the file would flush behind a write, it is better done once for all of a request.
+        let fua = self.file.can_fua() == Can::Native;
         Caps {
             align: 1,
             mem_align: 1,

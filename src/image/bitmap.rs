@@ -3,8 +3,6 @@
 use super::Image;
 use crate::block::*;
 
-/// What an NBD server calls the context of a bitmap, before its name. Drivers know their own by it.
-const CONTEXT: &[u8] = b"qemu:dirty-bitmap:";
 /// Runs of a bitmap that are looked at in one go.
 const MOST: usize = 4096;
 
@@ -46,7 +44,7 @@ impl Image {
         // One more shows that the last one is whole.
         let most = out.len().saturating_add(1).min(MOST);
         let (end, mut list) = (offset + count, ExtentList::for_c(out));
-        let context = [CONTEXT, name].concat();
+        let context = [BITMAP_CONTEXT, name].concat();
         let mut runs = Vec::new();
         loop {
             // Asked once at least, so that a bitmap that is not there is known to be not.

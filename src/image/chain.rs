@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::how::{Implicit, check, implicit};
+use super::how::{Carrier, Implicit, check, implicit};
 use super::managed;
 pub(super) use super::named::beside;
 use super::named::{Role, allowed, may_name, named_error, none_of_its_kind};
@@ -20,6 +20,7 @@ use crate::file::{self, Locking, Locks};
 pub use crate::format::Probe;
 use crate::format::{self, Params};
 use crate::lockmgr::Resource;
+use crate::plugin::{self, PluginName};
 
 /// Images in a chain, at most.
 const MAX_DEPTH: usize = 200;
@@ -29,6 +30,18 @@ pub(super) enum Source<'a> {
     Path(&'a OsStr),
     Memory(u64),
     Remote(Remote),
+    Plugin(PluginName),
+}
+
+impl Source<'_> {
+    /// What options have a use for it.
+    fn kind(&self) -> Carrier {
+        match self {
+            Self::Path(_) | Self::Memory(_) => Carrier::Local,
+            Self::Remote(_) => Carrier::Remote,
+            Self::Plugin(_) => Carrier::Plugin,
+        }
+    }
 }
 
 /// One image on its way to being opened, and those above it.
@@ -87,6 +100,9 @@ pub(super) fn parse_name(name: &OsStr) -> Result<Source<'_>> {
     if let Some(remote) = Remote::parse(bytes)? {
         return Ok(Source::Remote(remote));
     }
+    if let Some(plugin) = PluginName::parse(bytes)? {
+        return Ok(Source::Plugin(plugin));
+    }
     if let Some(scheme) = foreign_scheme(bytes) {
         return Err(Error::unsupported(
             &name.to_owned().into(),
@@ -100,7 +116,7 @@ pub(super) fn parse_name(name: &OsStr) -> Result<Source<'_>> {
 
 /// A scheme that is not a path's, and that no path should be mistaken for.
 fn foreign_scheme(name: &[u8]) -> Option<&'static str> {
-    ["plugin", "json"]
+    ["json"]
         .into_iter()
         .find(|s| name.strip_prefix(s.as_bytes()).is_some_and(|rest| rest.starts_with(b":")))
 }
@@ -113,9 +129,10 @@ pub(super) fn open(
     calls: &Arc<InFlight>,
 ) -> Result<Tree> {
     let source = parse_name(name)?;
-    check(options, flags, matches!(source, Source::Remote(_)), Locking::default())?;
+    check(options, flags, source.kind(), Locking::default())?;
     let again = match source {
         Source::Remote(remote) => Again::Remote(remote),
+        Source::Plugin(plugin) => Again::Plugin(plugin.settled()),
         Source::Memory(size) => Again::Memory(file::memory(size)?),
         Source::Path(path) => Again::Path(
             std::path::absolute(Path::new(path)).unwrap_or_else(|_| PathBuf::from(path)),
@@ -138,7 +155,8 @@ pub(super) fn open_fd(
     })?)
     .metadata()
     .is_ok_and(|m| m.file_type().is_socket());
-    check(options, flags, is_socket, Locking::default())?;
+    let carrier = if is_socket { Carrier::Remote } else { Carrier::Local };
+    check(options, flags, carrier, Locking::default())?;
     // The file's real name: what its backing file is relative to, and what messages show.
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
     let name = match std::fs::read_link(&link) {
@@ -177,6 +195,7 @@ pub(super) fn reopen(
         Again::Descriptor(fd) => Again::Descriptor(duplicate(fd, &old.name)?),
         Again::Memory(fd) => Again::Memory(duplicate(fd, &old.name)?),
         Again::Remote(remote) => Again::Remote(remote.clone()),
+        Again::Plugin(plugin) => Again::Plugin(plugin.clone()),
         Again::Never | Again::Layer => {
             return Err(Error::Internal("opened again by nothing".into()));
         }
@@ -202,7 +221,7 @@ pub(super) fn open_now(
     calls: &Arc<InFlight>,
     locks: Locks,
 ) -> Result<Tree> {
-    let how = check(options, flags, matches!(again, Again::Remote(_)), Locking::default())?;
+    let how = check(options, flags, again.carrier(), Locking::default())?;
     let mut opening = Opening::new(calls, implicit(options)?, locks);
     opening.locking = how.lock;
     let locks = &mut opening.locks;
@@ -212,6 +231,7 @@ pub(super) fn open_now(
             file::from_fd_locked(duplicate(fd, &name)?, &name, how.file, how.lock, locks)?
         }
         Again::Remote(remote) => remote.open(&name, options, flags)?,
+        Again::Plugin(name) => open_plugin(name, options, flags, calls)?,
         Again::Never | Again::Layer => {
             return Err(Error::Internal("opened again by nothing".into()));
         }
@@ -227,6 +247,19 @@ pub(super) fn open_now(
         }
     };
     opening.tree(driver, name, Again::Never, options, flags)
+}
+
+/// An instance of a plugin, with the settings that the options have for it.
+fn open_plugin(
+    name: &PluginName,
+    options: &Options,
+    flags: OpenFlags,
+    calls: &Arc<InFlight>,
+) -> Result<Box<dyn Driver>> {
+    let write = flags.has(OpenFlags::RDWR) && !flags.has(OpenFlags::INFO_ONLY);
+    let told = OpenFlags::INFO_ONLY | OpenFlags::SHARED | OpenFlags::DIRECT;
+    let told = flags.0 & told.0 | if write { OpenFlags::RDWR.0 } else { 0 };
+    plugin::open(name, &super::plugin_settings(options), told, write, calls.id())
 }
 
 /// The file that a name stands for.
@@ -494,6 +527,7 @@ impl<'a> Opening<'a> {
         let driver = match source {
             Source::Memory(size) => file::from_memory(file::memory(size)?)?,
             Source::Remote(remote) => remote.open(&remote.name(), &Options::new(), flags)?,
+            Source::Plugin(name) => open_plugin(&name, &Options::new(), flags, self.calls)?,
             Source::Path(path) => {
                 let how = file::How {
                     write: flags.has(OpenFlags::RDWR),
@@ -535,7 +569,7 @@ impl<'a> Opening<'a> {
         if options.get("format").is_none() {
             flags.0 &= !OpenFlags::UNTRUSTED.0;
         }
-        let mut how = check(options, flags, matches!(source, Source::Remote(_)), self.locking)?;
+        let mut how = check(options, flags, source.kind(), self.locking)?;
         // Others may read it too, and nobody may write what an overlay relies on.
         how.lock.wanted = how.lock.wanted.below();
         self.locking = how.lock;
@@ -545,6 +579,7 @@ impl<'a> Opening<'a> {
         let driver = match source {
             Source::Memory(size) => file::from_memory(file::memory(size)?)?,
             Source::Remote(remote) => remote.open(&remote.name(), options, flags)?,
+            Source::Plugin(name) => open_plugin(&name, options, flags, self.calls)?,
             Source::Path(path) => {
                 let path = Name::from(path.to_owned());
                 file::open_locked(&path, how.file, how.lock, &mut self.locks)

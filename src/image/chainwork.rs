@@ -66,10 +66,26 @@ impl NewBelow {
     /// How deep it lies in the chain that is open: what is found there, or deeper, stays the same.
     fn depth_in(&self, tree: &Tree) -> Result<Option<u32>> {
         let Some(image) = &self.0 else { return Ok(None) };
-        let id = image.call()?.files.first().and_then(|file| file.driver().identity());
-        let at = tree.files.iter().position(|f| id.is_some() && f.driver().identity() == id);
-        Ok(at.filter(|depth| *depth > 0).map(|depth| depth as u32))
+        let (old, new) = (images_of(&tree.top), images_of(&image.call()?.top));
+        // All the way down: an option may have put something else below one of them.
+        let same = |depth: &usize| old.get(*depth..).is_some_and(|rest| rest == new);
+        let known = new.iter().all(Option::is_some);
+        Ok((1..old.len()).find(|depth| known && same(depth)).map(|depth| depth as u32))
     }
+}
+
+/// The format and the file of each image of a chain, `top` first; `None` of one that they do not tell
+/// what it holds.
+fn images_of(top: &Device) -> Vec<Option<(&'static str, (u64, u64))>> {
+    std::iter::successors(Some(top), |dev| dev.driver().backing())
+        .map(|dev| {
+            let driver = dev.driver();
+            // What lies in a data file is of any image that names it.
+            let whole = driver.describe().state & state::HAS_DATA_FILE == 0;
+            let id = driver.files().first().and_then(|file| file.driver().identity());
+            id.filter(|_| whole).map(|id| (driver.kind(), id))
+        })
+        .collect()
 }
 
 impl Disk for NewBelow {

@@ -23,6 +23,11 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
     let path = match chain::parse_name(name)? {
         Source::Path(path) => Name::from(path.to_owned()),
         Source::Memory(_) => return Err(Error::invalid("mem: is made by opening it")),
+        Source::Plugin(_) => {
+            return Err(Error::NotSupported(
+                "creating images in plugins (open it and write to it)",
+            ));
+        }
         Source::Remote(_) => {
             let text = "an NBD export is made by its server; write to it as it is";
             return Err(Error::unsupported(&name.to_owned().into(), text));

@@ -12,6 +12,14 @@ pub(super) enum Implicit {
     Any,
 }
 
+/// What kind of thing carries the bytes, as options see it.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Carrier {
+    Local,
+    Remote,
+    Plugin,
+}
+
 /// How a file is opened.
 pub(super) struct How {
     pub file: file::How,
@@ -24,7 +32,7 @@ pub(super) struct How {
 pub(super) fn check(
     options: &Options,
     flags: OpenFlags,
-    remote: bool,
+    carrier: Carrier,
     above: Locking,
 ) -> Result<How> {
     options.check(Use::Open)?;
@@ -43,9 +51,15 @@ pub(super) fn check(
         return Err(Error::invalid("QBLK_OPEN_UNTRUSTED needs the option 'format'"));
     }
     for key in remote::KEYS {
-        if !remote && options.get(key).is_some() {
+        if carrier != Carrier::Remote && options.get(key).is_some() {
             return Err(Error::invalid(format!("option '{key}' has no use here (not an NBD URI)")));
         }
+    }
+    if carrier != Carrier::Plugin
+        && let Some((key, _)) = options.with_prefix("plugin.").next()
+    {
+        let text = format!("option 'plugin.{key}' has no use here (not plugin:PATH)");
+        return Err(Error::invalid(text));
     }
     let mmap = options.one_of("io", &["auto", "mmap"])? == Some(1);
     // A description is read through a plain read-only descriptor, whatever else is asked.

@@ -87,7 +87,8 @@ impl Stack {
                 return Err(e);
             }
         }
-        image.write.store(flags.has(OpenFlags::RDWR), Relaxed);
+        let write = flags.has(OpenFlags::RDWR) && image.call()?.flags.has(OpenFlags::RDWR);
+        image.write.store(write, Relaxed);
         Ok(image)
     }
 }
@@ -169,6 +170,8 @@ impl Image {
         let taken = Taken::new(&self.shared);
         // What counts its calls goes with it.
         let below = Arc::new(Shared {
+            // Plugins that it stands on know the one that the program has.
+            device: InFlight::fresh_id(),
             calls: Calls::new(self.shared.calls.shared()),
             tree: AtomicPtr::new(tree),
             admin: Mutex::new(()),

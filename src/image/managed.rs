@@ -131,7 +131,7 @@ pub(super) fn open(
 ) -> Result<Tree> {
     let locks = || old.map_or_else(Locks::default, |old| Locks::replacing(&old.locks));
     let local = matches!(again, Again::Path(_) | Again::Descriptor(_));
-    check(options, flags, matches!(again, Again::Remote(_)), Locking::default())?;
+    check(options, flags, again.carrier(), Locking::default())?;
     let asked = if local { request(options, flags)? } else { None };
     let Some(request) = asked else {
         return chain::open_now(name, &again, options, flags, calls, locks()).map(|t| t.by(again));

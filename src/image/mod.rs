@@ -35,6 +35,7 @@ use parking_lot::Mutex;
 use crate::block::*;
 use crate::file::FileLock;
 use crate::lockmgr::Lease;
+use crate::plugin::{self, PluginName};
 pub use chain::Probe;
 pub use copy::copy;
 pub use create::create;
@@ -196,16 +197,36 @@ enum Again {
     Memory(OwnedFd),
     /// By connecting anew.
     Remote(remote::Remote),
+    /// By another instance.
+    Plugin(PluginName),
     /// Not at all: a connected socket is good for one connection.
     Never,
     /// It is a layer: what it stands on is.
     Layer,
 }
 
+impl Again {
+    /// What options have a use for it.
+    fn carrier(&self) -> how::Carrier {
+        match self {
+            Self::Remote(_) => how::Carrier::Remote,
+            Self::Plugin(_) => how::Carrier::Plugin,
+            _ => how::Carrier::Local,
+        }
+    }
+}
+
+/// What the options have for a plugin.
+fn plugin_settings(options: &Options) -> Vec<plugin::Setting> {
+    options.with_prefix("plugin.").map(|(k, v)| (k.to_owned(), v.to_vec())).collect()
+}
+
 /// What all contexts of a source share.
 struct Shared {
     /// Calls under way; they use `tree`.
     calls: Calls,
+    /// The number of the device, by which plugins that it stands on know it.
+    device: usize,
     /// The open chain, owned; null while it is being replaced and after close.
     tree: AtomicPtr<Tree>,
     /// Held by what changes `tree` or the size.
@@ -308,6 +329,7 @@ impl Image {
 
     fn from_tree(tree: Tree, calls: Arc<InFlight>, flags: OpenFlags) -> Self {
         let shared = Shared {
+            device: calls.id(),
             calls: Calls::new(calls),
             tree: AtomicPtr::new(Box::into_raw(Box::new(tree))),
             admin: Mutex::new(()),
@@ -332,6 +354,21 @@ impl Image {
         }
         drop(call);
         Ok(Self { shared: self.shared.clone(), write: AtomicBool::new(write) })
+    }
+
+    /// Refuse a call that comes from within a callback of a plugin that the device itself stands on.
+    pub(crate) fn refuse_reentry(&self) -> Result<()> {
+        plugin::refuse_reentry(self.shared.device)
+    }
+
+    /// Whether the device stands on plugins.
+    pub(crate) fn is_on_plugin(&self) -> bool {
+        self.call().is_ok_and(|call| {
+            let files = || call.files.iter().any(|f| f.driver().kind() == "plugin");
+            call.driver == "plugin"
+                || files()
+                || call.below.as_ref().is_some_and(Self::is_on_plugin)
+        })
     }
 
     /// Another context with the flags of this one.

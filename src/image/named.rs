@@ -102,6 +102,16 @@ pub(super) fn allowed(
     if implicit == Implicit::Deny {
         return Err(denied("which implicit-open=deny does not open"));
     }
+    if recorded.starts_with(b"plugin:") {
+        return Err(Error::policy(
+            name,
+            format!(
+                "names the {what} {}: no image has code loaded, whatever implicit-open says; {}",
+                quoted(recorded),
+                role.settles()
+            ),
+        ));
+    }
     let bytes = recorded.strip_prefix(b"file:").unwrap_or(recorded);
     if bytes.is_empty() || bytes.contains(&0) {
         return Err(denied("which is no file name"));

@@ -184,6 +184,10 @@ impl Options {
             if bit & (OPEN | CREATE) != 0 && full.starts_with("lock-manager.") {
                 continue;
             }
+            // And the plugin's.
+            if what == Use::Open && key.strip_prefix("plugin.").is_some_and(|key| !key.is_empty()) {
+                continue;
+            }
             match KEYS.iter().find(|(k, _)| *k == key) {
                 Some((_, uses)) if uses & bit != 0 => {}
                 Some(_) => {

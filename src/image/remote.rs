@@ -11,6 +11,7 @@ use crate::block::*;
 use crate::nbd::client::{self, Listed, Settings, Target};
 use crate::nbd::tls::{ClientTls, Pem, TlsOptions};
 use crate::nbd::uri::{Address, Uri};
+use crate::plugin::{self, PluginName};
 
 /// How long a request may take unless the option `nbd.timeout` says otherwise.
 const TIMEOUT: Duration = Duration::from_secs(60);
@@ -127,11 +128,18 @@ pub(super) fn open_socket(
     client::open(Target::Socket(fd), &export, name, settings(options, flags, tls)?)
 }
 
-/// Ask the server at `uri` what it exports.
+/// Ask the server at `uri`, or the plugin of that name, what it exports.
 pub fn list_exports(uri: &[u8], options: &Options) -> Result<Vec<Listed>> {
     options.check(Use::Open)?;
+    if let Some(name) = PluginName::parse(uri)? {
+        let found = plugin::list_exports(&name, &super::plugin_settings(options))?;
+        return Ok(found
+            .into_iter()
+            .map(|(name, description)| Listed { name, description })
+            .collect());
+    }
     let Some(remote) = Remote::parse(uri)? else {
-        return Err(Error::invalid(format!("{}: expected an NBD URI", quoted(uri))));
+        return Err(Error::invalid(format!("{}: expected an NBD URI or a plugin", quoted(uri))));
     };
     let (target, _, tls) = remote.target(options)?;
     let name = Name::from(OsString::from_vec(uri.to_vec()));

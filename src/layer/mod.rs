@@ -8,15 +8,19 @@
 //!
 //! One file a layer; [`KINDS`] lists them all.
 
+mod blocksize;
 mod cache;
 mod copy_on_read;
 mod cow;
 mod offset;
+mod partition;
 mod readahead;
 mod readonly;
 mod runs;
 mod settings;
 mod spec;
+mod swab;
+mod truncate;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -26,8 +30,18 @@ pub use settings::Settings;
 pub use spec::{Spec, parse_list};
 
 /// All layers that are built in, by name.
-pub const KINDS: &[Kind] =
-    &[cache::KIND, copy_on_read::KIND, cow::KIND, offset::KIND, readahead::KIND, readonly::KIND];
+pub const KINDS: &[Kind] = &[
+    blocksize::KIND,
+    cache::KIND,
+    copy_on_read::KIND,
+    cow::KIND,
+    offset::KIND,
+    partition::KIND,
+    readahead::KIND,
+    readonly::KIND,
+    swab::KIND,
+    truncate::KIND,
+];
 
 /// A kind of layer.
 #[derive(Clone, Copy)]

@@ -21,12 +21,25 @@ pub(super) struct Window {
     kind: &'static str,
     start: u64,
     size: u64,
+    /// Properties.
+    about: Vec<(&'static str, Vec<u8>)>,
 }
 
 impl Window {
     /// `size` bytes of `next` from `start` on, which it has.
     pub(super) fn new(next: Device, kind: &'static str, start: u64, size: u64) -> Self {
-        Self { next, kind, start, size }
+        Self { next, kind, start, size, about: Vec::new() }
+    }
+
+    /// The same, with something to tell of it.
+    pub(super) fn of_partition(
+        next: Device,
+        kind: &'static str,
+        start: u64,
+        size: u64,
+        about: Vec<(&'static str, Vec<u8>)>,
+    ) -> Self {
+        Self { about, ..Self::new(next, kind, start, size) }
     }
 
     /// Where a range lies below. A driver may be asked for what is past its end, the neighbour must not.
@@ -62,6 +75,10 @@ impl Layer for Window {
     fn next(&self) -> &Device {
         &self.next
     }
+    fn caps(&self) -> Caps {
+        // Else all bytes would be said to lie in a file where they do on this device.
+        Caps { extents: true, ..self.next.caps().clone() }
+    }
     fn size(&self) -> u64 {
         self.size
     }
@@ -92,5 +109,8 @@ impl Layer for Window {
     }
     fn allocated(&self) -> Option<u64> {
         None
+    }
+    fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
+        self.about.clone()
     }
 }

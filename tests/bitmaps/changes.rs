@@ -83,6 +83,31 @@ fn merging_keeps_what_either_has_whatever_their_granularities() {
     assert_eq!(qemu_dirty(&path, "none"), coarse);
 }
 
+/// It used to end all writing, and to leak what had been written for it.
+#[test]
+fn a_bitmap_for_which_the_header_has_no_room_is_refused_and_all_goes_on() {
+    let dir = Tmp::in_memory("bitmaps");
+    let path = dir.join("image.qcow2");
+    let long = format!("{}/{}", "x".repeat(200), "y".repeat(170));
+    std::fs::create_dir(dir.join("x".repeat(200))).unwrap();
+    std::fs::write(dir.join(&long), [0; 512]).unwrap();
+    let how = [("cluster-size", "512"), ("backing-file", &long), ("backing-fmt", "raw")];
+    create(&path, "qcow2", K * K, &how);
+    let image = open(&path, RW);
+    let name = b"a";
+    let add = BitmapChange::Add { name, granularity: 0, disabled: false };
+    let e = image.change_bitmap(&add).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Errno(libc::EFBIG), "{e}");
+    image.write_at(&[7; 1000], 0, NONE).unwrap();
+    image.flush().unwrap();
+    let copy = dir.join("copy.qcow2");
+    std::fs::copy(&path, &copy).unwrap();
+    check_clean(&copy);
+    assert!(image.bitmaps().unwrap().is_empty());
+    image.close().unwrap();
+    check_clean(&path);
+}
+
 #[test]
 fn what_can_not_be_done_is_refused_with_a_reason() {
     let dir = Tmp::in_memory("bitmaps");

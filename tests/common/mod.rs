@@ -139,6 +139,8 @@ pub fn run(program: &str, args: &[&dyn AsRef<OsStr>]) -> Output {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => match program {
             "qemu-img" | "qemu-io" => panic!("install qemu-utils (apt-get install qemu-utils)"),
             "mkfs.ext4" => panic!("install e2fsprogs (apt-get install e2fsprogs)"),
+            "sfdisk" => panic!("install fdisk (apt-get install fdisk)"),
+            "sgdisk" => panic!("install gdisk (apt-get install gdisk)"),
             "mount" | "umount" => panic!("install mount (apt-get install mount)"),
             _ => panic!("{program} is missing"),
         },

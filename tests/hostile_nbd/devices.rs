@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 use qblk::Image;
@@ -15,23 +15,24 @@ use super::hangups::add_packed;
 use super::scene::{AT_ONCE, Scene, alone, counts, until};
 use super::wire::*;
 
-/// A server of zeroes that answers no request before it is told to.
-struct Silent(Arc<AtomicBool>);
+/// A server of zeroes that answers no request before it is told to, and counts writes.
+struct Silent(Arc<AtomicBool>, Arc<AtomicU64>);
 
 impl Silent {
     fn listen(path: &Path) -> Self {
         let listener = UnixListener::bind(path).unwrap();
         let told = Arc::new(AtomicBool::new(false));
-        let answer = told.clone();
+        let writes = Arc::new(AtomicU64::new(0));
+        let (answer, count) = (told.clone(), writes.clone());
         std::thread::spawn(move || {
             let (stream, _) = listener.accept().unwrap();
             // The end of the connection ends it.
-            let _ = Self::serve(stream, &answer);
+            let _ = Self::serve(stream, &answer, &count);
         });
-        Self(told)
+        Self(told, writes)
     }
 
-    fn serve(mut s: UnixStream, answer: &AtomicBool) -> std::io::Result<()> {
+    fn serve(mut s: UnixStream, answer: &AtomicBool, writes: &AtomicU64) -> std::io::Result<()> {
         s.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
         s.read_exact(&mut [0; 4])?;
         loop {
@@ -62,6 +63,7 @@ impl Silent {
             let (kind, length) = (u16::from_be_bytes([head[6], head[7]]), be32(&head[24..]));
             if kind == cmd::WRITE {
                 s.read_exact(&mut vec![0; length as usize])?;
+                writes.fetch_add(1, SeqCst);
             }
             while !answer.load(SeqCst) {
                 std::thread::sleep(Duration::from_millis(5));
@@ -78,6 +80,10 @@ impl Silent {
 
     fn answer(&self) {
         self.0.store(true, SeqCst);
+    }
+
+    fn writes(&self) -> u64 {
+        self.1.load(SeqCst)
     }
 }
 
@@ -158,5 +164,30 @@ fn stopping_with_a_device_that_hangs() {
         silent.answer();
         drop(c);
         scene.calm("a device that hung");
+    });
+}
+
+/// "The server MUST handle all outstanding requests" (NBD_CMD_DISC): those that had not begun when the
+/// client, having said goodbye, hung up were thrown away.
+#[test]
+fn who_says_goodbye_and_is_gone_has_everything_done() {
+    alone(|| {
+        let (scene, silent) = scene();
+        let mut c = scene.client("hung", Mode::Structured);
+        let mut all = Vec::new();
+        for i in 0..48 {
+            all.extend_from_slice(&c.request(cmd::WRITE, 0, i << 12, 512).0);
+            all.extend_from_slice(&[1; 512]);
+        }
+        all.extend_from_slice(&c.request(cmd::DISC, 0, 0, 0).0);
+        c.say(&all);
+        drop(c);
+        // Time to see that it is gone, for a server that looks; the outcome is not for time to tell.
+        let _ = until(Duration::from_millis(300), counts, |c| c.conns == 0);
+        silent.answer();
+        if let Err(n) = until(Duration::from_secs(8), || silent.writes(), |n| *n == 48) {
+            panic!("{n} of 48 writes have reached the device");
+        }
+        scene.end();
     });
 }

@@ -346,3 +346,42 @@ fn readers_of_blocks_that_are_written_see_one_write_or_the_other() {
         assert!(e.contains(what), "{layers}: {e}");
     }
 }
+
+#[test]
+fn a_block_that_is_written_back_can_be_read_and_is_not_changed_meanwhile() {
+    let r = Recorder::new(64 << 10, able());
+    let dev = &small(&r, "write-back");
+    dev.write_slice(&[1; 4096], 0, NONE).unwrap();
+    r.hold("write");
+    std::thread::scope(|s| {
+        s.spawn(|| dev.flush().unwrap());
+        r.wait_held(1);
+        assert_eq!(read(dev, 0, 100), [1; 100]);
+        assert!(!dev.read_now(qblk::OneIov::dst(&mut [0; 10]).iov(), 4096).unwrap());
+        let write = s.spawn(|| dev.write_slice(&[2; 10], 0, NONE).unwrap());
+        assert_eq!(read(dev, 8192, 1), [r.bytes()[8192]], "others go on");
+        assert!(!write.is_finished());
+        r.release();
+    });
+    assert_eq!(r.bytes()[..12], [1; 12], "what came later is not below by an earlier flush");
+    dev.flush().unwrap();
+    assert_eq!(r.bytes()[..12], [2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1]);
+}
+
+#[test]
+fn of_two_readers_of_a_block_that_is_not_here_one_reads_it() {
+    let r = Recorder::new(64 << 10, able());
+    let dev = &small(&r, "write-back");
+    r.log();
+    r.hold("read 0+4096");
+    std::thread::scope(|s| {
+        s.spawn(|| read(dev, 0, 10));
+        r.wait_held(1);
+        s.spawn(|| read(dev, 100, 10));
+        assert_eq!(read(dev, 4096, 1), [r.bytes()[4096]], "others go on");
+        r.release();
+    });
+    let mut log = r.log();
+    log.sort();
+    assert_eq!(log, ["1 read 0+4096", "1 read 4096+4096"]);
+}

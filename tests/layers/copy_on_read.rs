@@ -208,3 +208,26 @@ fn above_an_overlay_it_keeps_a_local_copy() {
     assert_eq!((kept("cow.allocated"), kept("cow.zeroed")), ("0".into(), "65536".into()));
     image.close().unwrap();
 }
+
+#[test]
+fn a_write_waits_for_a_copy_of_its_range_and_for_no_other() {
+    let r = Recorder::new(64 << 10, able());
+    r.lower(0, 64 << 10, Extent::DATA | Extent::OWNED);
+    let dev = &on(&r, "copy-on-read", &BLOCK, true).unwrap();
+    r.hold("read 0+4096");
+    std::thread::scope(|s| {
+        let mut found = [0; 10];
+        s.spawn(move || dev.read_slice(&mut found, 0).unwrap());
+        r.wait_held(1);
+        let write = s.spawn(move || dev.write_slice(&[1; 10], 100, NONE).unwrap());
+        dev.write_slice(&[1; 10], 5000, NONE).unwrap();
+        dev.read_slice(&mut [0; 10], 9000).unwrap();
+        assert!(!write.is_finished());
+        r.release();
+    });
+    let log = r.log();
+    let at = |call: &str| log.iter().position(|c| c == call).unwrap_or_else(|| panic!("{call}"));
+    assert!(at("1 write 0+4096") < at("1 write 100+10"), "{log:?}");
+    assert!(at("1 write 5000+10") < at("1 write 0+4096"), "{log:?}");
+    assert_eq!(r.bytes()[99..111], [99, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 110]);
+}

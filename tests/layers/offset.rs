@@ -1,5 +1,6 @@
 //! `offset`.
 
+use qblk::block::{Caps, Extent, ExtentList};
 use qblk::{Image, Options, ReqFlags};
 
 use crate::common::*;
@@ -41,4 +42,14 @@ fn a_window_is_a_device() {
             .unwrap();
     let mut model = vec![0; 3000001];
     model::run(&image, &mut model, 2000, &mut Rng::new(seed("offset")), Default::default());
+}
+
+#[test]
+fn bytes_are_not_said_to_lie_where_the_window_has_them() {
+    let r = Recorder::new(8192, Caps { extents: false, ..able() });
+    let dev = on(&r, "offset", &[("offset", "4096")], false).unwrap();
+    let mut some = [Extent::default(); 2];
+    let mut list = ExtentList::new(&mut some);
+    qblk::format::extents(&dev, 0, 4096, &mut list).unwrap();
+    assert!(list.len() == 1 && !some[0].has(Extent::HOST), "{some:?}");
 }

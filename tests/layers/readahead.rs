@@ -199,3 +199,28 @@ fn a_device_is_read_in_order_by_the_background() {
     assert!(number(&image, "readahead.used") >= 65536);
     image.close().unwrap();
 }
+
+#[test]
+fn what_was_being_read_ahead_while_it_was_changed_is_not_used() {
+    let r = Recorder::new(1 << 20, able());
+    let dev = on(&r, "readahead", &SMALL, true).unwrap();
+    r.hold("read 8192+16384");
+    read(&r, &dev, 0, 4096);
+    read(&r, &dev, 4096, 4096);
+    r.wait_held(1);
+    std::thread::scope(|s| {
+        // Somebody waits for it, and is let go by the change.
+        let waits = s.spawn(|| read(&r, &dev, 8192, 100));
+        dev.write_slice(&[9; 100], 20000, NONE).unwrap();
+        waits.join().unwrap();
+    });
+    let mut found = [0; 100];
+    dev.read_slice(&mut found, 20000).unwrap();
+    assert_eq!(found, [9; 100]);
+    r.release();
+    // Nor once it has come.
+    for _ in 0..3 {
+        read(&r, &dev, 20000, 100);
+    }
+    drop(dev);
+}

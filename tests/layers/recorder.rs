@@ -5,7 +5,7 @@
 #![allow(dead_code)]
 
 use std::any::Any;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use qblk::block::*;
 use qblk::layer::{Settings, Source, find};
@@ -15,6 +15,7 @@ pub struct Recorder {
     name: Name,
     caps: Caps,
     state: Mutex<State>,
+    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -28,6 +29,9 @@ struct State {
     /// Calls that fail: what they begin with (without the number of the context), the error number, and
     /// how often.
     fail: Vec<(String, i32, usize)>,
+    /// Calls that wait, by what they begin with, and how many do.
+    hold: Option<String>,
+    held: usize,
 }
 
 /// Everything natively.
@@ -60,6 +64,7 @@ impl Recorder {
             name: "below".into(),
             caps,
             state: Mutex::new(State { bytes, ..State::default() }),
+            changed: Condvar::new(),
         })
     }
 
@@ -85,6 +90,11 @@ impl Recorder {
         state.lower[from..to].fill(flags | 1 << 16);
     }
 
+    /// Let the first bytes be these.
+    pub fn set_bytes(&self, bytes: &[u8]) {
+        self.state().bytes[..bytes.len()].copy_from_slice(bytes);
+    }
+
     /// Let the next `times` calls that begin with `what` ("write", "read 512+") fail.
     pub fn fail(&self, what: &str, errno: i32, times: usize) {
         self.state().fail.push((what.to_owned(), errno, times));
@@ -95,9 +105,36 @@ impl Recorder {
         self.state().fail.clear();
     }
 
+    /// Let calls that begin with `what` wait, once they are written down, until [`Recorder::release`].
+    pub fn hold(&self, what: &str) {
+        self.state().hold = Some(what.to_owned());
+    }
+
+    /// Wait until so many calls wait.
+    pub fn wait_held(&self, calls: usize) {
+        let mut state = self.state();
+        while state.held < calls {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// No call waits any more.
+    pub fn release(&self) {
+        self.state().hold = None;
+        self.changed.notify_all();
+    }
+
     fn note(&self, context: usize, what: String) -> Result<MutexGuard<'_, State>> {
         let mut state = self.state();
         state.log.push(format!("{context} {what}"));
+        if state.hold.as_ref().is_some_and(|h| what.starts_with(h)) {
+            state.held += 1;
+            self.changed.notify_all();
+            while state.hold.as_ref().is_some_and(|h| what.starts_with(h)) {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            state.held -= 1;
+        }
         if let Some(f) = state.fail.iter_mut().find(|f| f.2 > 0 && what.starts_with(&f.0)) {
             f.2 -= 1;
             return Err(Error::Os {

@@ -16,6 +16,7 @@ use super::header::{
 };
 use super::rebuild::{Plan, Rebuild};
 use super::*;
+use crate::log::{Level, log};
 
 /// Bytes of the fixed fields in versions 2 and 3.
 const FIELDS_V2: usize = 72;
@@ -34,19 +35,16 @@ impl Qcow2 {
         let new_order = to.refcount_order.unwrap_or(order);
         self.check_amend(to, v3, new_order)?;
         if let Some(keys) = &to.keys {
-            self.change_keys(keys)?;
-        }
-        if to.is_keys_only() {
+            self.change_keys(writer, keys)?;
             return Ok(false);
         }
         let change = |head: &mut Edit| self.amend_header(head, to, v3);
         if v3 == self.v3 && new_order == order {
             self.flush_all()?;
-            let changed = self.edit_header(|head| {
+            self.edit_header(|head| {
                 change(head);
                 Ok(())
-            });
-            self.or_fail(writer, changed)?;
+            })?;
         } else {
             self.rebuild(new_order, progress, |new, plan| {
                 if self.v3 && !v3 {
@@ -56,12 +54,16 @@ impl Qcow2 {
                 Ok(())
             })?;
         }
-        let end = writer.meta.lock().refs.used_end();
-        if let Some(end) = end.filter(|end| *end < self.file.size()) {
-            self.file.driver().resize(end, Prealloc::Off, true)?;
-        }
-        // What is in memory is of the image as it was.
+        // What is in memory is of the image as it was: nothing may be written by it any more, whatever
+        // becomes of the rest.
         writer.failed.store(libc::ESTALE, Release);
+        let end = writer.meta.lock().refs.used_end();
+        if let Some(end) = end.filter(|end| *end < self.file.size())
+            && let Err(e) = self.file.driver().resize(end, Prealloc::Off, true)
+        {
+            // The image is what it is to be; its file is longer than it need be.
+            log(Level::Warn, format_args!("{e}; the end of the file stays"));
+        }
         Ok(true)
     }
 
@@ -105,6 +107,12 @@ impl Qcow2 {
         }
         if to.keys.is_some() && self.header.crypt != 2 {
             return Err(Error::invalid(format!("{name}: has no key slots (it is not LUKS)")));
+        }
+        if to.keys.is_some() && !to.is_keys_only() {
+            return Err(Error::invalid(format!(
+                "{name}: key slots and other options change one after the other, not all or nothing: \
+                 amend them in two calls"
+            )));
         }
         if self.v3 && !v3 { self.check_downgrade() } else { Ok(()) }
     }
@@ -178,10 +186,14 @@ impl Qcow2 {
         }
     }
 
-    fn change_keys(&self, keys: &AmendKeys) -> Result<()> {
+    fn change_keys(&self, writer: &Writer, keys: &AmendKeys) -> Result<()> {
         let area = self.header.luks_area(&self.file)?;
-        let header = luks::change_keys(&self.file, area, keys)?;
-        *self.luks.lock() = Some(header);
+        match luks::change_keys(&self.file, area, keys) {
+            Ok(header) => *self.luks.lock() = Some(header),
+            // What is on disk is not known.
+            Err(e @ (Error::Io { .. } | Error::Os { .. })) => return self.or_fail(writer, Err(e)),
+            Err(e) => return Err(e),
+        }
         Ok(())
     }
 }
@@ -242,6 +254,16 @@ impl Rebuild<'_> {
         let mut bytes = self.read_table(table)?;
         // So many L1 tables lead here, and so to all that it points to.
         let refs = self.shadow.get(table >> bits)?;
+        let most = u64::from(self.image.snapshot_count.load(Acquire)) + 1;
+        if refs > most {
+            return Err(Error::corrupt(
+                self.image.file.name(),
+                format!(
+                    "the L2 table at {table:#x}: found a refcount of {refs}, expected at most {most}: one \
+                     for the active image and for each snapshot"
+                ),
+            ));
+        }
         let mut changed = false;
         for (i, word) in bytes.chunks_exact_mut(8).enumerate() {
             let (raw, cluster) = (first_word(word), first + i as u64);
@@ -256,9 +278,9 @@ impl Rebuild<'_> {
             return Ok(table);
         }
         let new = self.move_table(table, &bytes)?;
-        for _ in 1..refs {
-            self.shadow.change(new >> bits, true)?;
-            self.shadow.change(table >> bits, false)?;
+        if refs > 1 {
+            self.shadow.change_by(new >> bits, refs as i64 - 1)?;
+            self.shadow.change_by(table >> bits, 1 - refs as i64)?;
         }
         Ok(new)
     }
@@ -270,9 +292,7 @@ impl Rebuild<'_> {
         let mut host = host;
         if host != 0 && self.shadow.get(host >> bits)? != refs {
             // What others see there is not zeroes.
-            for _ in 0..refs {
-                self.shadow.change(host >> bits, false)?;
-            }
+            self.shadow.change_by(host >> bits, -(refs as i64))?;
             host = 0;
         }
         if host == 0 {
@@ -280,8 +300,8 @@ impl Rebuild<'_> {
                 return Ok(0);
             }
             host = self.shadow.take(1)?.first << bits;
-            for _ in 1..refs {
-                self.shadow.change(host >> bits, true)?;
+            if refs > 1 {
+                self.shadow.change_by(host >> bits, refs as i64 - 1)?;
             }
         }
         // Nobody can see yet what is written here.

@@ -327,13 +327,17 @@ impl Qcow2 {
         let writer = packed.writer;
         let (slice, mut meta) = (packed.first >> self.slice_bits, writer.meta.lock());
         let held = self.hold_to_change(&mut meta, slice)?;
-        // Before the entries: who sees one must also see that it is not on disk yet.
-        self.dirtied(writer, &mut meta, &held);
+        // All of them are looked at before one is changed: a place that an entry names is not given back.
+        let mut changes = Vec::with_capacity(packed.places.len());
         for (cluster, &(host, len)) in (packed.first..).zip(&packed.places) {
             let Some(word) = entry::compressed(host, len as u64, self.cluster_bits) else {
                 return Err(Error::Internal("a place that no entry can name".into()));
             };
-            let old = self.entry_of(&held, cluster)?;
+            changes.push((cluster, word, self.entry_of(&held, cluster)?));
+        }
+        // Before the entries: who sees one must also see that it is not on disk yet.
+        self.dirtied(writer, &mut meta, &held);
+        for (cluster, word, old) in changes {
             self.set_raw(&held, cluster, Raw { word, bits: 0 });
             self.unmap(&mut meta, old);
         }

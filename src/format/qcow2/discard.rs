@@ -99,7 +99,7 @@ impl Qcow2 {
             let whole = len - len % self.unit();
             // Zeroes that are only the lack of a backing image that is named but not open do not last.
             // Where something else is about to be below, only this image's own do.
-            let hold = self.hold_zeroes.load(Acquire);
+            let hold = self.holds_zeroes();
             let lasts = |allocated| match hold {
                 true => allocated && run.depth == 0,
                 false => allocated || self.backing_is_named || !self.may_show_below(from),

@@ -9,6 +9,7 @@
 //!
 //! Source: "Header" and "Header extensions" of the QCOW2 specification.
 
+use super::entry::be32;
 use super::header::{EXT_END, EXT_FEATURE_NAMES, Header, MAX_BACKING_NAME, at};
 use super::*;
 
@@ -40,9 +41,7 @@ impl Edit {
         // Another program may have written to it since: look again before believing it.
         Header::read(file)?;
         let bad = || Error::corrupt(file.name(), "the header has changed since it was opened");
-        let word = |at: usize| {
-            head.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
-        };
+        let word = |at: usize| be32(&head, at);
         let length = if word(4) == 2 { 72 } else { word(100) as usize };
         let name_at = ((word(8) as usize) << 32) | word(12) as usize;
         let name_len = word(16) as usize;
@@ -263,13 +262,15 @@ impl Qcow2 {
         self.features.change(&self.file, at::AUTOCLEAR, bits, on)
     }
 
-    /// Change the header as a whole: `change` is given it as it is on disk. Under no lock of the image
-    /// but, if any, `Writer::turn` and `Writer::meta`.
+    /// Change the header as a whole: `change` is given it as it is on disk. What fails before anything
+    /// is written leaves the image good to go on with; what fails then is remembered for good. Under no
+    /// lock of the image but, if any, `Writer::turn` and `Writer::meta`.
     pub(super) fn edit_header(&self, change: impl FnOnce(&mut Edit) -> Result<()>) -> Result<()> {
         let _turn = self.features.turn.lock();
         let mut edit = Edit::load(&self.file, self.cluster_bits)?;
         change(&mut edit)?;
-        edit.store(&self.file)
+        edit.check(self.file.name())?;
+        self.or_fail(self.writer_parts()?, edit.store(&self.file))
     }
 }
 

@@ -120,9 +120,24 @@ pub fn below_zero() -> u64 {
     BELOW_ZERO << BELOW_SHIFT
 }
 
+/// The big-endian number of 8 bytes at `at`; one that is not there whole is 0.
+pub fn be64(bytes: &[u8], at: usize) -> u64 {
+    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+}
+
+/// [`be64`], of 4 bytes.
+pub fn be32(bytes: &[u8], at: usize) -> u32 {
+    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
+}
+
+/// [`be64`], of 2 bytes.
+pub fn be16(bytes: &[u8], at: usize) -> u16 {
+    bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_be_bytes)
+}
+
 /// The first 8 bytes of an L2 entry as it is on disk.
 pub fn first_word(entry: &[u8]) -> u64 {
-    entry.get(..8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+    be64(entry, 0)
 }
 
 /// The host clusters that an L2 entry refers to, whatever it says of them: the first and how many, none

@@ -10,6 +10,7 @@
 //! Source: "Extended L2 Entries" of the QCOW2 specification.
 
 use super::cluster::{Cluster, Plain, Raw, SUB_BITS};
+use super::entry::be64;
 use super::l2cache::Hit;
 use super::*;
 
@@ -108,10 +109,7 @@ impl Qcow2 {
             }
             self.file.read_slice(&mut raw[..1 << bits], at)?;
         }
-        let half = |at: usize| {
-            raw.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
-        };
-        let raw = Raw { word: half(0), bits: half(8) };
+        let raw = Raw { word: be64(&raw, 0), bits: be64(&raw, 8) };
         let decoded = self.shape.decode(raw, cluster);
         let decoded = decoded.map_err(|what| self.bad_entry_of(cluster, raw, what))?;
         let (entry, end) = self.run_of(decoded, offset);

@@ -8,6 +8,7 @@ use crate::format::BackingRef;
 use crate::format::luks::Area;
 
 use super::cluster::Shape;
+use super::entry::{be32, be64};
 
 /// The first bytes of an image.
 pub const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -117,10 +118,10 @@ struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {
     fn u32(&self, at: usize) -> u32 {
-        self.0.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
+        be32(self.0, at)
     }
     fn u64(&self, at: usize) -> u64 {
-        self.0.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
+        be64(self.0, at)
     }
 }
 

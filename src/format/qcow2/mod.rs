@@ -138,6 +138,8 @@ pub struct Qcow2 {
     backing_is_named: bool,
     /// What is below is about to change: zeroes must not depend on it.
     hold_zeroes: AtomicBool,
+    /// The header names another image below than it did when this was opened.
+    renamed: AtomicBool,
     /// Files of the images below, the one right below first, as far down as is known.
     files_below: Vec<Arc<Device>>,
     cluster_bits: u32,
@@ -272,6 +274,7 @@ impl Qcow2 {
             backing: None,
             backing_is_named: false,
             hold_zeroes: AtomicBool::new(false),
+            renamed: AtomicBool::new(false),
             files_below: Vec::new(),
             writer,
             areas,
@@ -590,7 +593,7 @@ impl Qcow2 {
     /// names counts, not what is open now.
     fn may_show_below(&self, offset: u64) -> bool {
         match &self.backing {
-            _ if self.hold_zeroes.load(Acquire) => true,
+            _ if self.holds_zeroes() => true,
             Some(b) if self.backing_is_named => offset < b.size(),
             open => open.is_some() || self.header.backing.is_some(),
         }

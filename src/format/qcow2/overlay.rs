@@ -41,6 +41,11 @@ impl Qcow2 {
         self.flush_all()
     }
 
+    /// Whether something else is to be below than what is open there: only zeroes of this image's own last.
+    pub(super) fn holds_zeroes(&self) -> bool {
+        self.hold_zeroes.load(Acquire) || self.renamed.load(Acquire)
+    }
+
     /// See [`Driver::set_backing`].
     pub(super) fn rename_backing(&self, backing: Option<(&[u8], Option<&[u8]>)>) -> Result<()> {
         self.writer_parts()?;
@@ -54,6 +59,9 @@ impl Qcow2 {
             let format = backing.and_then(|b| b.1).map(<[u8]>::to_vec);
             edit.set_extension(EXT_BACKING_FORMAT, format);
             Ok(())
-        })
+        })?;
+        // What is open below tells no more what will show where this image has nothing itself.
+        self.renamed.store(true, Release);
+        Ok(())
     }
 }

@@ -34,7 +34,7 @@ impl Qcow2 {
         self.drop_vm_state()?;
         self.bitmaps_resizing(new)?;
         let resized = match new < old {
-            true => self.shrink(old, new),
+            true => self.shrink(writer, old, new),
             false => self.grow(writer, old, new, prealloc),
         };
         self.bitmaps_resized();
@@ -51,7 +51,7 @@ impl Qcow2 {
         }
     }
 
-    fn shrink(&self, old: u64, new: u64) -> Result<()> {
+    fn shrink(&self, writer: &Writer, old: u64, new: u64) -> Result<()> {
         // New calls see the new end at once; those that saw the old one are waited for.
         self.size.store(new, Release);
         self.calls.wait();
@@ -59,8 +59,9 @@ impl Qcow2 {
         let result = self
             .drop_clusters(whole(new), whole(old), Fate::Forget)
             .and_then(|()| self.flush_all())
-            .and_then(|()| self.record_size(new));
+            .and_then(|()| self.or_fail(writer, self.record_size(new)));
         if result.is_err() {
+            // Reads find what was there. Where the disk may say otherwise already nothing is written.
             self.size.store(old, Release);
             return result;
         }
@@ -95,14 +96,14 @@ impl Qcow2 {
             self.preallocate(old_end, new, prealloc)?;
         }
         self.flush_all()?;
-        self.record_size(new)?;
+        self.or_fail(writer, self.record_size(new))?;
         self.size.store(new, Release);
         Ok(())
     }
 
     /// Make whole clusters read as zeroes, whatever is there or shows from below.
     fn cover(&self, from: u64, to: u64) -> Result<()> {
-        if self.v3 || self.backing.is_none() {
+        if self.v3 || !self.may_show_below(from) {
             return self.drop_clusters(from, to, Fate::ZeroFree);
         }
         // Version 2 has no zero flag: clusters full of zeroes hide what is below.
@@ -126,7 +127,7 @@ impl Qcow2 {
             let written = self.write_l1(writer, meta, run, roomy, old);
             if written.is_err() {
                 for cluster in run.first..run.first + run.count {
-                    meta.refs.release(&self.file, cluster)?;
+                    self.release_or_leak(meta, cluster);
                 }
             }
             let new = written?;

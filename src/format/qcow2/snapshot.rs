@@ -7,6 +7,7 @@
 //!
 //! Source: "Snapshots" of the QCOW2 specification; limits are those that QEMU enforces.
 
+use super::entry::{be16, be32, be64};
 use super::header::MAX_L1_BYTES;
 use super::rebuild::{Plan, Rebuild};
 use super::*;
@@ -88,18 +89,6 @@ impl Cursor<'_> {
     }
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> usize {
-    bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_be_bytes).into()
-}
-
 impl Table {
     /// Read the table of the image in `file`.
     pub(super) fn load(file: &Device, header: &Header, untrusted: bool) -> Result<Self> {
@@ -124,7 +113,7 @@ impl Table {
     fn entry(cursor: &mut Cursor<'_>, header: &Header, i: u32) -> Result<Snapshot> {
         let place = cursor.offset();
         let fixed: [u8; FIXED] = cursor.take(FIXED, "an entry")?.try_into().unwrap_or([0; FIXED]);
-        let extra_len = u32_at(&fixed, 36);
+        let extra_len = be32(&fixed, 36);
         if extra_len > MAX_EXTRA {
             return Err(Error::corrupt(
                 cursor.file.name(),
@@ -136,23 +125,23 @@ impl Table {
             ));
         }
         let extra = cursor.take(extra_len as usize, "extra data")?.to_vec();
-        let id = cursor.take(u16_at(&fixed, 12), "an ID")?.to_vec();
-        let name = cursor.take(u16_at(&fixed, 14), "a name")?.to_vec();
+        let id = cursor.take(be16(&fixed, 12).into(), "an ID")?.to_vec();
+        let name = cursor.take(be16(&fixed, 14).into(), "a name")?.to_vec();
         // What an older program has not written.
-        let short = u32_at(&fixed, 32).into();
-        let vm_state_size = if extra.len() >= 8 { u64_at(&extra, 0) } else { short };
-        let disk_size = if extra.len() >= 16 { u64_at(&extra, 8) } else { header.size };
-        let icount = if extra.len() >= 24 { u64_at(&extra, 16) } else { u64::MAX };
+        let short = be32(&fixed, 32).into();
+        let vm_state_size = if extra.len() >= 8 { be64(&extra, 0) } else { short };
+        let disk_size = if extra.len() >= 16 { be64(&extra, 8) } else { header.size };
+        let icount = if extra.len() >= 24 { be64(&extra, 16) } else { u64::MAX };
         Ok(Snapshot {
-            l1_offset: u64_at(&fixed, 0),
-            l1_entries: u32_at(&fixed, 8),
+            l1_offset: be64(&fixed, 0),
+            l1_entries: be32(&fixed, 8),
             info: SnapshotInfo {
                 id,
                 name,
                 vm_state_size,
                 disk_size,
-                date: (u32_at(&fixed, 16).into(), u32_at(&fixed, 20)),
-                vm_clock: u64_at(&fixed, 24),
+                date: (be32(&fixed, 16).into(), be32(&fixed, 20)),
+                vm_clock: be64(&fixed, 24),
                 icount: (icount != u64::MAX).then_some(icount),
             },
             rest: extra.get(KNOWN_EXTRA..).unwrap_or_default().to_vec(),
@@ -215,7 +204,7 @@ pub(super) fn load_l1(
     check_l1(file, header, s, l2_bits)?;
     let mut raw = vec![0; s.l1_entries as usize * 8];
     file.read_slice(&mut raw, s.l1_offset)?;
-    Ok(raw.chunks_exact(8).map(|e| u64_at(e, 0)).collect())
+    Ok(raw.chunks_exact(8).map(|e| be64(e, 0)).collect())
 }
 
 /// See that a snapshot's L1 table is where it can be, and covers the disk as it was.
@@ -341,7 +330,9 @@ impl Qcow2 {
         let Some(id) = asked else {
             let number = |s: &Snapshot| std::str::from_utf8(&s.info.id).ok()?.parse::<u64>().ok();
             let last = list.iter().filter_map(number).max().unwrap_or(0);
-            return Ok(last.saturating_add(1).to_string().into_bytes());
+            let next =
+                last.checked_add(1).ok_or_else(|| taken("ID", last.to_string().as_bytes()))?;
+            return Ok(next.to_string().into_bytes());
         };
         match list.iter().any(|s| s.info.id == id) {
             true => Err(taken("ID", id)),

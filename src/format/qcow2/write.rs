@@ -173,7 +173,7 @@ impl Qcow2 {
             self.copy_cluster(table, new)
         };
         if let Err(e) = written {
-            meta.refs.release(&self.file, run.first)?;
+            self.release_or_leak(meta, run.first);
             return Err(e.into());
         }
         self.writer_parts()?.changed.store(true, Release);
@@ -203,7 +203,7 @@ impl Qcow2 {
             Ok(()) => Ok((run, blank)),
             Err(e) => {
                 for cluster in run.first..run.first + run.count {
-                    meta.refs.release(&self.file, cluster)?;
+                    self.release_or_leak(meta, cluster);
                 }
                 Err(e.into())
             }

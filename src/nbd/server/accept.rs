@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::*;
 use std::time::{Duration, Instant};
 
@@ -76,7 +77,11 @@ pub fn begin(inner: &Arc<Inner>, fd: OwnedFd, peer: Peer) -> io::Result<()> {
         }
         state.last_link += 1;
         let id = state.last_link;
-        let link = Arc::new(Link { peer, socket: Mutex::new((Some(fd.as_raw_fd()), None)) });
+        let link = Arc::new(Link {
+            peer,
+            socket: Mutex::new((Some(fd.as_raw_fd()), None)),
+            given_up: AtomicBool::new(false),
+        });
         state.links.insert(id, link.clone());
         (id, link)
     };
@@ -120,7 +125,7 @@ impl Drop for Known<'_> {
     }
 }
 
-fn serve(inner: &Arc<Inner>, fd: OwnedFd, link: &Link, name: String) {
+fn serve(inner: &Arc<Inner>, fd: OwnedFd, link: &Arc<Link>, name: String) {
     let settings = inner.settings();
     let deadline = Instant::now() + settings.handshake_timeout;
     let mut stream = Stream::new(fd, format!("NBD client {name}").into(), Some(deadline));
@@ -137,7 +142,7 @@ fn serve(inner: &Arc<Inner>, fd: OwnedFd, link: &Link, name: String) {
     }
     let socket = stream.into_parts();
     socket::set_idle(&socket.0, settings.idle_timeout);
-    let conn = Conn::new(inner.clone(), agreed, socket, name);
+    let conn = Conn::new(inner.clone(), link.clone(), agreed, socket, name);
     log(Level::Debug, format_args!("NBD client {}: connected", conn.peer));
     conn.serve();
     drop(known);

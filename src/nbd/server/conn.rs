@@ -18,7 +18,7 @@ use super::input::Input;
 use super::job::{Buffer, Job, Reply};
 use super::memory::Pages;
 use super::send::Sending;
-use super::{Inner, reply};
+use super::{Inner, Link, reply};
 use crate::block::{Error, quoted};
 use crate::log::{Level, log};
 use crate::nbd::net::Waker;
@@ -104,6 +104,7 @@ impl Cut {
 /// A connection in transmission, as its own thread and those of the pool see it.
 pub struct Conn {
     pub(super) server: Arc<Inner>,
+    link: Arc<Link>,
     pub(super) export: Arc<Export>,
     pub(super) fd: OwnedFd,
     pub(super) tls: Option<Arc<Session>>,
@@ -124,6 +125,8 @@ pub struct Conn {
     /// Threads of the pool that work for it.
     pub(super) running: AtomicUsize,
     cut: AtomicBool,
+    /// The client has said goodbye: what it asked for is done whether it waits for the replies or not.
+    leaving: AtomicBool,
 }
 
 /// What the connection's own thread has.
@@ -143,6 +146,7 @@ impl Conn {
     /// A connection that was just negotiated.
     pub fn new(
         server: Arc<Inner>,
+        link: Arc<Link>,
         agreed: Agreed,
         (fd, tls): (OwnedFd, Option<Arc<Session>>),
         peer: String,
@@ -150,6 +154,7 @@ impl Conn {
         let Agreed { export, mode, contexts } = agreed;
         Arc::new(Self {
             server,
+            link,
             export,
             fd,
             tls,
@@ -164,6 +169,7 @@ impl Conn {
             waker: OnceLock::new(),
             running: AtomicUsize::new(0),
             cut: AtomicBool::new(false),
+            leaving: AtomicBool::new(false),
         })
     }
 
@@ -203,6 +209,12 @@ impl Conn {
         self.cut.load(Relaxed)
     }
 
+    /// Whether what was asked for, and has not begun, is not to be done any more.
+    pub(super) fn is_given_up(&self) -> bool {
+        let left = self.is_cut() && !self.leaving.load(SeqCst);
+        left || self.link.given_up.load(SeqCst)
+    }
+
     /// Let the client have what was sent: closing a TCP connection on which something was received that
     /// nobody read would take back replies that are on their way.
     fn linger(&self) {
@@ -230,8 +242,9 @@ impl Conn {
                 }
                 continue;
             }
-            // A client that is gone for good wants nothing any more.
-            let socket = (!self.is_cut()).then_some(&self.fd);
+            // A client that is gone for good wants nothing any more, unless it said goodbye.
+            let looks = !self.is_cut() && !self.leaving.load(SeqCst);
+            let socket = looks.then_some(&self.fd);
             if super::input::hangs_up(socket, waker) {
                 self.cut();
             }
@@ -283,6 +296,7 @@ impl Own {
             })?;
             self.input.consume(header);
             if r.kind == cmd::DISC {
+                self.conn.leaving.store(true, SeqCst);
                 return self.goodbye();
             }
             self.request(&r)?;

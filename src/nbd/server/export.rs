@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::super::proto::flag;
 use super::conn::Context;
-use crate::block::{Can, Error, Result};
+use crate::block::{BITMAP_CONTEXT, Can, Error, Result};
 use crate::image::{Image, Info, state};
 use crate::log::{Level, log};
 
@@ -40,8 +40,6 @@ enum Shown {
     None,
 }
 
-/// What the context of a bitmap is called, before its name.
-const BITMAP: &[u8] = b"qemu:dirty-bitmap:";
 /// The first id of the context of a bitmap.
 const FIRST_ID: u32 = 3;
 
@@ -96,7 +94,7 @@ impl Export {
         all.iter()
             .filter(|b| !b.inconsistent && shown(&b.name))
             .zip(FIRST_ID..)
-            .map(|(b, id)| Context::Bitmap([BITMAP, &b.name].concat(), id))
+            .map(|(b, id)| Context::Bitmap([BITMAP_CONTEXT, &b.name].concat(), id))
             .collect()
     }
 

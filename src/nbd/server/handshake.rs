@@ -11,7 +11,7 @@ use super::Inner;
 use super::conn::Context;
 use super::export::Export;
 use super::settings::Encryption;
-use crate::block::{Error, Result, quoted};
+use crate::block::{BITMAP_CONTEXT, Error, Result, quoted};
 use crate::log::{Level, log};
 use crate::nbd::net::Stream;
 use crate::nbd::proto::*;
@@ -310,7 +310,7 @@ impl Talk<'_> {
         for c in all {
             let asked = |q: &&[u8]| match *q {
                 // The name of a namespace alone asks for what is in it, when listing.
-                b"base:" | b"qemu:" | b"qemu:dirty-bitmap:" => !set && c.name().starts_with(q),
+                b"base:" | b"qemu:" | BITMAP_CONTEXT => !set && c.name().starts_with(q),
                 q => q == c.name(),
             };
             let wanted = queries.iter().any(asked) || (!set && queries.is_empty());

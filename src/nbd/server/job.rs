@@ -143,8 +143,9 @@ impl Conn {
     fn work(&self, job: Job) -> std::result::Result<Buffer, (Request, Error)> {
         let r = job.request;
         // Nobody was told that it is done, and nobody will be: the client may have sent it again by
-        // another connection, and this one must not come after what that client did since.
-        if self.is_cut() {
+        // another connection, and this one must not come after what that client did since. (One that
+        // said goodbye sends nothing again.)
+        if self.is_given_up() {
             return Err((r, Error::invalid("the client is gone")));
         }
         if r.kind == cmd::READ {
@@ -191,7 +192,7 @@ impl Conn {
     fn zero(&self, r: &Request, flags: ReqFlags) -> Result<()> {
         let (mut offset, mut left) = (r.offset, r.length);
         while left > 0 {
-            if self.is_cut() {
+            if self.is_given_up() {
                 return Err(Error::invalid("the client is gone"));
             }
             let n = left.min(ZERO_STEP);

@@ -120,11 +120,16 @@ struct Link {
     peer: Peer,
     /// The socket while it is open, and what it is used for.
     socket: Mutex<(Option<RawFd>, Option<Arc<Export>>)>,
+    /// There is no more time for what was asked for on it.
+    given_up: AtomicBool,
 }
 
 impl Link {
     /// Shut the socket down, if it is open still. `how`: as for shutdown(2).
     fn shut(&self, how: i32) {
+        if how == libc::SHUT_RDWR {
+            self.given_up.store(true, SeqCst);
+        }
         if let Some(fd) = self.socket.lock().0 {
             // SAFETY: open as long as it is there.
             unsafe { libc::shutdown(fd, how) };

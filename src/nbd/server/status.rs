@@ -18,8 +18,8 @@ const EXTENTS: usize = 64;
 const SPAN: u64 = 64 << 30;
 
 /// Descriptors of one context: lengths and flags, neighbours that are alike merged.
-struct List {
-    context: Context,
+struct List<'a> {
+    context: &'a Context,
     runs: Vec<(u64, u32)>,
     /// Most of them.
     room: usize,
@@ -27,7 +27,7 @@ struct List {
     full: bool,
 }
 
-impl List {
+impl List<'_> {
     /// Add a run; `false` if there was no room.
     fn push(&mut self, len: u64, flags: u32) -> bool {
         let room = self.runs.len() < self.room;
@@ -91,19 +91,19 @@ impl Conn {
         let share = REPLY / 16 / self.contexts.iter().filter(asked).count().max(1);
         let one = r.flags & cmd_flag::REQ_ONE != 0;
         let room = if one { 1 } else { share.clamp(1, DESCRIPTORS) };
-        let mut lists: Vec<List> = self
+        let mut lists: Vec<List<'_>> = self
             .contexts
             .iter()
             .filter(asked)
-            .map(|c| List { context: c.clone(), runs: Vec::new(), room, full: false })
+            .map(|context| List { context, runs: Vec::new(), room, full: false })
             .collect();
         self.export.with(|image| {
             let end = r.offset.saturating_add(r.length).min(image.size()?);
             let bitmap = |c: &Context| matches!(c, Context::Bitmap(..));
-            for list in lists.iter_mut().filter(|l| bitmap(&l.context)) {
+            for list in lists.iter_mut().filter(|l| bitmap(l.context)) {
                 list.dirty(image, r.offset, end)?;
             }
-            let mut lists: Vec<_> = lists.iter_mut().filter(|l| !bitmap(&l.context)).collect();
+            let mut lists: Vec<_> = lists.iter_mut().filter(|l| !bitmap(l.context)).collect();
             let mut offset = if lists.is_empty() { end } else { r.offset };
             let mut some = [Extent::default(); EXTENTS];
             while offset < end && offset - r.offset < SPAN {
@@ -134,7 +134,7 @@ impl Conn {
         Ok(self.encode(r, lists))
     }
 
-    fn encode(&self, r: &Request, mut lists: Vec<List>) -> Vec<u8> {
+    fn encode(&self, r: &Request, mut lists: Vec<List<'_>>) -> Vec<u8> {
         let extended = self.mode == Mode::Extended;
         let mut out = Vec::new();
         let last = lists.len().saturating_sub(1);

@@ -5,6 +5,7 @@
 
 use super::marks::granules;
 use crate::block::*;
+use crate::format::qcow2::entry::{be16, be32, be64};
 
 /// Most bitmaps of an image.
 pub const MAX_BITMAPS: u32 = 65535;
@@ -58,14 +59,6 @@ pub struct Entry {
 pub struct Table {
     pub offset: u64,
     pub entries: u32,
-}
-
-fn be32(b: &[u8], at: usize) -> u32 {
-    b.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
-}
-
-fn be64(b: &[u8], at: usize) -> u64 {
-    b.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
 }
 
 impl Extension {
@@ -155,7 +148,7 @@ fn decode(bytes: &[u8]) -> std::result::Result<(Entry, usize), String> {
         return Err(format!("found {} bytes, expected at least {FIXED}", bytes.len()));
     }
     let (kind, granularity_bits) = (bytes[16], u32::from(bytes[17]));
-    let name_size = usize::from(u16::from_be_bytes([bytes[18], bytes[19]]));
+    let name_size = usize::from(be16(bytes, 18));
     let extra_size = be32(bytes, 20) as usize;
     if !(1..=MAX_NAME).contains(&name_size) {
         return Err(format!("name size: found {name_size}, expected 1 to {MAX_NAME}"));

@@ -30,8 +30,6 @@ use directory::{AUTO, EXTRA_COMPATIBLE, Entry, Extension, IN_USE, Table};
 use marks::{Marks, granules};
 use view::View;
 
-/// What NBD calls the context of a bitmap, before its name.
-const CONTEXT: &[u8] = b"qemu:dirty-bitmap:";
 /// Bytes of bitmaps that are read to count what is dirty in them.
 const MAX_COUNTING: u64 = 64 << 20;
 /// What marking bitmaps may need of memory, bytes; and for a hostile image, with its directory.
@@ -369,7 +367,7 @@ impl Qcow2 {
         most: usize,
         out: &mut Vec<(u64, u64)>,
     ) -> Result<()> {
-        let Some(name) = context.strip_prefix(CONTEXT) else {
+        let Some(name) = context.strip_prefix(BITMAP_CONTEXT) else {
             return Err(Error::NotSupported("meta contexts other than qemu:dirty-bitmap:NAME"));
         };
         let state = self.bitmap_state()?;

@@ -320,10 +320,21 @@ impl Qcow2 {
         }
         let size = bytes.len() as u64;
         let clusters = size.div_ceil(self.cluster_size());
+        if state.extension.is_none() {
+            self.check_extension()?;
+        }
         let offset = self.take_clusters(clusters, moved)?;
         bytes.resize((clusters << self.cluster_bits) as usize, 0);
         self.file.write_slice(&bytes, offset, ReqFlags::NONE)?;
         Ok(Some(Extension { bitmaps: plans.len() as u32, size, offset }))
+    }
+
+    /// See that the header has room for the extension, before anything depends on it.
+    fn check_extension(&self) -> Result<()> {
+        let _turn = self.features.turn.lock();
+        let mut edit = edit::Edit::load(&self.file, self.cluster_bits)?;
+        edit.set_extension(header::EXT_BITMAPS, Some(vec![0; EXTENSION_BYTES]));
+        edit.check(self.file.name())
     }
 
     /// Make the header lead to another directory, or to none.

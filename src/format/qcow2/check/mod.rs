@@ -37,6 +37,7 @@ use cover::{Plan, Segment, Times, segments};
 use disk::Disk;
 use snapshots::Snapshots;
 
+use super::entry::{be16, be32, be64};
 use super::header::{Header, at, incompat};
 use crate::block::*;
 use crate::log::{Level, log};
@@ -339,16 +340,4 @@ fn read_there(file: &Device, size: u64, buf: &mut [u8], offset: u64) -> Result<(
     let (first, rest) = buf.split_at_mut(there);
     rest.fill(0);
     if first.is_empty() { Ok(()) } else { file.read_slice(first, offset) }
-}
-
-fn be64(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes)
-}
-
-fn be32(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
-}
-
-fn be16(bytes: &[u8], at: usize) -> u16 {
-    bytes.get(at..at + 2).and_then(|b| b.try_into().ok()).map_or(0, u16::from_be_bytes)
 }

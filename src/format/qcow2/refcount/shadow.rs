@@ -43,8 +43,8 @@ pub struct Shadow<'a> {
     hint: u64,
     /// Clusters that are being taken.
     reserved: Range<u64>,
-    /// Counts that are still to go up or down by one.
-    todo: VecDeque<(u64, bool)>,
+    /// Counts that are still to go up or down, and by how much.
+    todo: VecDeque<(u64, i64)>,
     freed: Vec<Run>,
 }
 
@@ -103,7 +103,7 @@ impl<'a> Shadow<'a> {
                     self.spill()?;
                 }
             }
-            self.todo.push_back((block >> self.old.cluster_bits, false));
+            self.todo.push_back((block >> self.old.cluster_bits, -1));
             self.work()?;
         }
         Ok(())
@@ -152,7 +152,12 @@ impl<'a> Shadow<'a> {
 
     /// One reference more, or one fewer.
     pub fn change(&mut self, cluster: u64, up: bool) -> Result<()> {
-        self.todo.push_back((cluster, up));
+        self.change_by(cluster, if up { 1 } else { -1 })
+    }
+
+    /// So many references more (or fewer) for `cluster`.
+    pub fn change_by(&mut self, cluster: u64, count: i64) -> Result<()> {
+        self.todo.push_back((cluster, count));
         self.work()?;
         self.spill()
     }
@@ -174,7 +179,7 @@ impl<'a> Shadow<'a> {
     /// Do what is to be done. Making a block changes counts as well: that of its cluster and of the old
     /// one's. Each block is made once, so there is an end to it.
     fn work(&mut self) -> Result<()> {
-        while let Some((cluster, up)) = self.todo.pop_front() {
+        while let Some((cluster, change)) = self.todo.pop_front() {
             let (bits, order) = (self.block_bits(), self.order);
             let index = cluster >> bits;
             if !self.new.contains(&index) {
@@ -185,10 +190,10 @@ impl<'a> Shadow<'a> {
             let at = cluster << self.old.cluster_bits;
             let block = self.block(index)?;
             let count = read_count(&block.data, i, order);
-            let count = match up {
-                true if count == max_count(order) => return Err(too_many(name, at, order)),
-                true => count + 1,
-                false => count.checked_sub(1).ok_or_else(|| unused(name, at))?,
+            let count = match count.checked_add_signed(change) {
+                Some(count) if count <= max_count(order) => count,
+                None if change < 0 => return Err(unused(name, at)),
+                _ => return Err(too_many(name, at, order)),
             };
             write_count(&mut block.data, i, order, count);
             block.dirty = true;
@@ -226,9 +231,9 @@ impl<'a> Shadow<'a> {
         let before = std::mem::replace(&mut self.table[at], place << self.old.cluster_bits);
         self.new.insert(index);
         self.blocks.insert(index, Block { data, dirty: true });
-        self.todo.push_back((place, true));
+        self.todo.push_back((place, 1));
         if before != 0 {
-            self.todo.push_back((before >> self.old.cluster_bits, false));
+            self.todo.push_back((before >> self.old.cluster_bits, -1));
         }
         Ok(())
     }
@@ -357,7 +362,7 @@ impl<'a> Shadow<'a> {
         let run = Run { first, count };
         self.claim(run)?;
         self.reserved = first..first + count;
-        self.todo.extend((first..first + count).map(|c| (c, true)));
+        self.todo.extend((first..first + count).map(|c| (c, 1)));
         let done = self.work();
         self.reserved = 0..0;
         done.map(|()| run)

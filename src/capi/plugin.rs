@@ -1,0 +1,258 @@
+//! Plugins: registering the program's own, and what plugins call. What a plugin is, is told in
+//! include/qblk-plugin.h.
+
+use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
+
+use super::guard::Fail;
+use super::options::{out_arg, text_arg};
+use super::*;
+use crate::block::quoted;
+use crate::log::{Level, log};
+use crate::plugin::{self, ExportsList, ExtentsList};
+
+/// What a plugin fills: see qblk-plugin.h.
+pub struct qblk_plugin(());
+/// Where a plugin puts what it describes: see qblk_plugin_add_extent().
+pub struct qblk_extent_list(());
+/// Where a plugin puts what it exports: see qblk_plugin_add_export().
+pub struct qblk_export_list(());
+
+/// Register a plugin of the program's own, so that "plugin:NAME" opens instances of it.
+///
+/// `plugin` is a struct as qblk-plugin.h has it (its macro QBLK_REGISTER_PLUGIN sets its size and
+/// version and calls this); it is copied. `opaque` is what its function open is given. Names have none of
+/// '/', '?' and '%', and come before files of the same name.
+///
+/// Returns 0; -EEXIST if the name is taken; -EINVAL for a NULL, and for a struct that lacks something or
+/// is of another version: qblk_get_error() says what. Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_register_plugin(
+    plugin: *const qblk_plugin,
+    opaque: *mut c_void,
+) -> c_int {
+    guard::call("qblk_register_plugin", || {
+        if plugin.is_null() {
+            return Err(Fail::Argument("the plugin is NULL"));
+        }
+        guard::alive()?;
+        // SAFETY: a struct of as many bytes as it says, as the manual asks.
+        Ok(unsafe { plugin::register(plugin.cast(), opaque) }?)
+    })
+}
+
+/// Forget a plugin that was registered. Its functions are not called any more.
+///
+/// Returns 0; -EBUSY while devices on it are open, and then it stays; -ENOENT if none of that name is
+/// registered; -EINVAL for a NULL. Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_unregister_plugin(name: *const c_char) -> c_int {
+    guard::call("qblk_unregister_plugin", || {
+        // SAFETY: as the manual asks.
+        let name = unsafe { text_arg(name, "the name is NULL") }?;
+        guard::alive()?;
+        Ok(plugin::unregister(name.to_bytes())?)
+    })
+}
+
+/// Called by a plugin's function before it returns -1: the code that the call is to fail with, an errno
+/// (of either sign) or QBLK_E... The last of several counts. Outside of such a function it does nothing.
+///
+/// Cannot fail. Any thread that is in a function of a plugin. Since 0.1.
+#[unsafe(no_mangle)]
+pub extern "C" fn qblk_plugin_set_error(code: c_int) {
+    plugin::set_error(code);
+}
+
+/// Called by a plugin's function before it fails: why, in words (at most 1024 bytes are kept). It becomes
+/// part of what qblk_get_error() says. qblk-plugin.h has qblk_plugin_error(), which formats as printf()
+/// does. NULL takes it back.
+///
+/// Cannot fail. Any thread that is in a function of a plugin. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_plugin_set_error_text(text: *const c_char) {
+    // SAFETY: NULL or a string, as the manual asks.
+    let text = if text.is_null() { c"" } else { unsafe { CStr::from_ptr(text) } };
+    plugin::set_error_text(text.to_bytes());
+}
+
+/// Send a line to the log at the level QBLK_LOG_DEBUG: see qblk_set_log(). qblk-plugin.h has
+/// qblk_plugin_debug(), which formats as printf() does.
+///
+/// Cannot fail; NULL does nothing. Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_plugin_debug_text(text: *const c_char) {
+    let _ = guard::guarded("qblk_plugin_debug_text", None, || {
+        if !text.is_null() {
+            // SAFETY: a string, as the manual asks.
+            let text = unsafe { CStr::from_ptr(text) }.to_bytes();
+            log(Level::Debug, format_args!("plugin: {}", quoted(text)));
+        }
+        Ok(())
+    });
+}
+
+fn setting(key: *const c_char) -> String {
+    // SAFETY: NULL or a string, as the manuals of the callers ask.
+    let key = if key.is_null() { c"" } else { unsafe { CStr::from_ptr(key) } };
+    quoted(key.to_bytes())
+}
+
+fn parsed<T>(
+    key: *const c_char,
+    value: *const c_char,
+    expected: &str,
+    parse: impl FnOnce(&str) -> Option<T>,
+) -> Result<T, Fail> {
+    // SAFETY: NULL or a string, as the manuals of the callers ask.
+    let value = unsafe { text_arg(value, "the value is NULL") }?;
+    value.to_str().ok().and_then(parse).ok_or_else(|| {
+        let found = quoted(value.to_bytes());
+        Fail::Code(-libc::EINVAL, format!("{}: found {found}, expected {expected}", setting(key)))
+    })
+}
+
+/// Read a size in bytes: a whole number, and k, M, G, T, P or E (times 1024 each) behind it.
+///
+/// `key` is named in the error's text; NULL is "".
+///
+/// Returns 0 and the bytes in `*out`; -EINVAL for anything else, and for a NULL. Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_plugin_parse_size(
+    key: *const c_char,
+    value: *const c_char,
+    out: *mut u64,
+) -> c_int {
+    guard::call("qblk_plugin_parse_size", || {
+        // SAFETY: as the manual asks.
+        let out = unsafe { out.as_mut() }.ok_or(Fail::Argument("out is NULL"))?;
+        let expected = "a size such as 512, 64k, 2M, 1G";
+        *out = parsed(key, value, expected, crate::image::parse_size)?;
+        Ok(())
+    })
+}
+
+/// Read a whole number, decimal or with 0x before it.
+///
+/// Returns as qblk_plugin_parse_size(). Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_plugin_parse_uint64(
+    key: *const c_char,
+    value: *const c_char,
+    out: *mut u64,
+) -> c_int {
+    guard::call("qblk_plugin_parse_uint64", || {
+        // SAFETY: as the manual asks.
+        let out = unsafe { out.as_mut() }.ok_or(Fail::Argument("out is NULL"))?;
+        *out = parsed(key, value, "a whole number such as 10 or 0x1f", |text| {
+            let plain = |digits: &str| digits.bytes().all(|b| b.is_ascii_hexdigit());
+            match text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+                Some(digits) => u64::from_str_radix(digits, 16).ok().filter(|_| plain(digits)),
+                None => text.parse().ok().filter(|_| plain(text)),
+            }
+        })?;
+        Ok(())
+    })
+}
+
+/// Read a switch: on, true, yes, 1 or off, false, no, 0, in letters of either case.
+///
+/// Returns as qblk_plugin_parse_size(), with 1 or 0 in `*out`. Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_plugin_parse_bool(
+    key: *const c_char,
+    value: *const c_char,
+    out: *mut c_int,
+) -> c_int {
+    guard::call("qblk_plugin_parse_bool", || {
+        // SAFETY: as the manual asks.
+        let out = unsafe { out.as_mut() }.ok_or(Fail::Argument("out is NULL"))?;
+        *out = parsed(key, value, "on or off", |text| match text.to_ascii_lowercase().as_str() {
+            "on" | "true" | "yes" | "1" => Some(1),
+            "off" | "false" | "no" | "0" => Some(0),
+            _ => None,
+        })?;
+        Ok(())
+    })
+}
+
+/// Make a path independent of the working directory, which need not be the same later. The file need not
+/// be there, and links are left as they are.
+///
+/// Returns 0 and the path in `*out`, to be freed with free(); -EINVAL for a NULL or an empty path;
+/// -ENOMEM; on failure `*out` is NULL. Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_plugin_absolute_path(
+    path: *const c_char,
+    out: *mut *mut c_char,
+) -> c_int {
+    guard::call("qblk_plugin_absolute_path", || {
+        // SAFETY: as the manual asks.
+        let (out, path) = unsafe { (out_arg(out)?, text_arg(path, "the path is NULL")?) };
+        let path = Path::new(OsStr::from_bytes(path.to_bytes()));
+        let whole = std::path::absolute(path).map_err(|e| {
+            let errno = e.raw_os_error().unwrap_or(libc::EINVAL);
+            Fail::Code(-errno, format!("{}: {e}", quoted(path.as_os_str().as_bytes())))
+        })?;
+        let whole = CString::new(whole.into_os_string().into_vec());
+        let whole = whole.map_err(|_| Fail::Argument("the path has a NUL byte in it"))?;
+        // SAFETY: a C string; what it answers is the caller's to free.
+        *out = unsafe { libc::strdup(whole.as_ptr()) };
+        match out.is_null() {
+            true => Err(Fail::Code(-libc::ENOMEM, "no memory for a path".into())),
+            false => Ok(()),
+        }
+    })
+}
+
+/// Called by a plugin's function extents: the next extent of what it was asked to describe.
+///
+/// Extents follow one another; the first begins at the offset that was asked for, or before it, and the
+/// last ends where the range does, or behind it (if it ends before, the rest is asked for again). `offset`
+/// and `length` are bytes. `flags`: QBLK_EXTENT_DATA, or QBLK_EXTENT_ZERO for a hole, or both for zeroes
+/// that take space.
+///
+/// Returns 0; -EINVAL for a NULL, and for an extent that does not follow the one before: the whole call
+/// fails then. In the function extents only, on its thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_plugin_add_extent(
+    list: *mut qblk_extent_list,
+    offset: u64,
+    length: u64,
+    flags: u32,
+) -> c_int {
+    guard::call("qblk_plugin_add_extent", || {
+        // SAFETY: NULL, or the list that the function was given, as the manual asks.
+        let list = unsafe { list.cast::<ExtentsList>().as_mut() };
+        let list = list.ok_or(Fail::Argument("the list is NULL"))?;
+        list.add(offset, length, flags).map_err(|why| Fail::Code(-libc::EINVAL, why))
+    })
+}
+
+/// Called by a plugin's function list_exports: another export, by its name, and in words (NULL: none).
+///
+/// Returns 0; -EINVAL for a NULL; -E2BIG for the 65537th. In the function list_exports only, on its
+/// thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_plugin_add_export(
+    list: *mut qblk_export_list,
+    name: *const c_char,
+    description: *const c_char,
+) -> c_int {
+    guard::call("qblk_plugin_add_export", || {
+        // SAFETY: NULL, or the list that the function was given, as the manual asks.
+        let list = unsafe { list.cast::<ExportsList>().as_mut() };
+        let list = list.ok_or(Fail::Argument("the list is NULL"))?;
+        // SAFETY: NULL or strings, as the manual asks.
+        let (name, description) = unsafe {
+            let text = if description.is_null() { c"" } else { CStr::from_ptr(description) };
+            (text_arg(name, "the name is NULL")?, text)
+        };
+        if list.len() >= 65536 {
+            return Err(Fail::Code(-libc::E2BIG, "more than 65536 exports".into()));
+        }
+        list.push((name.to_bytes().to_vec(), description.to_bytes().to_vec()));
+        Ok(())
+    })
+}

@@ -1,0 +1,546 @@
+//! A plugin's instance as a driver. What the instance can do is asked once; what it cannot is
+//! `block::Device`'s to emulate.
+
+use std::ffi::c_int;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
+
+use super::abi::*;
+use super::instance::{About, Instance, opaque};
+use super::list::ExtentsList;
+use super::load::Plugin;
+use super::name::PluginName;
+use crate::block::*;
+
+/// Most bytes of one request of version 1, whose counts have 32 bits: a multiple of every block size.
+const MOST_V1: u64 = 0xffff_0000;
+/// The largest block that a plugin may ask for.
+const LARGEST_BLOCK: u32 = 64 << 10;
+
+/// How bytes are read.
+#[derive(Clone, Copy)]
+enum Reading {
+    V1(Read1),
+    V2(Read2),
+}
+
+/// How bytes are written.
+#[derive(Clone, Copy)]
+enum Writing {
+    Not,
+    V1(Write1),
+    V2(Write2),
+}
+
+/// How bytes are flushed.
+#[derive(Clone, Copy)]
+enum Flushing {
+    Not,
+    V1(Ask),
+    V2(Flush2),
+}
+
+/// How a range is trimmed.
+#[derive(Clone, Copy)]
+enum Trimming {
+    V1(Trim1),
+    V2(Range2),
+}
+
+/// How a range is zeroed.
+#[derive(Clone, Copy)]
+enum Zeroing {
+    V1(Zero1),
+    V2(Range2),
+}
+
+/// An open instance, as a driver.
+pub struct PluginDriver {
+    instance: Instance,
+    size: u64,
+    caps: Caps,
+    read: Reading,
+    write: Writing,
+    flush: Flushing,
+    trim: Option<Trimming>,
+    zero: Option<Zeroing>,
+    multi_conn: Option<Can>,
+    /// With what a flush failed, once one has; else 0.
+    failed: AtomicI32,
+}
+
+impl PluginDriver {
+    /// Open an instance of the plugin that `name` leads to, with what the name and the options (which
+    /// win) set. `flags` are `QBLK_OPEN_...`, `write` whether it is to be written; `device` tells the
+    /// device that will stand on it from others.
+    pub fn open(
+        name: &PluginName,
+        options: &[(String, Vec<u8>)],
+        flags: u32,
+        write: bool,
+        device: usize,
+    ) -> Result<Self> {
+        let plugin = super::load::find(&name.which, &name.path())?;
+        let shown = super::shown(name);
+        let Some(open) = plugin.slots.open else {
+            let what = "is a layer, which stands on something: name it in the option 'layers'";
+            return Err(Error::Refused { file: shown, what: what.into(), errno: libc::EINVAL });
+        };
+        let settings = merged(name, options);
+        // SAFETY: the plugin's function, with what it registered.
+        let begin = |p: &Plugin| unsafe { open(p.opaque(), flags) };
+        let instance = Instance::open(&plugin, &shown, device, &settings, begin)?;
+        if !settings.iter().any(|(k, _)| k == "export")
+            && let Some(export) = default_export(&instance)?
+        {
+            instance.set("export", &export)?;
+        }
+        instance.complete()?;
+        Self::new(instance, write)
+    }
+
+    fn new(instance: Instance, write: bool) -> Result<Self> {
+        let (slots, handle) = (instance.plugin.slots, instance.handle);
+        let lacks = |what: &str| instance.error(format!("it lacks the function {what}"));
+        let size = slots.get_size.ok_or_else(|| lacks("get_size"))?;
+        // SAFETY: the plugin's function and handle.
+        let size = instance.number(About("get_size", None), || unsafe { size(handle) })?;
+        let read = match (slots.pread, slots.pread_v1) {
+            (Some(f), _) => Reading::V2(f),
+            (None, Some(f)) => Reading::V1(f),
+            (None, None) => return Err(lacks("pread")),
+        };
+        let write_fn = match (slots.pwrite, slots.pwrite_v1) {
+            (Some(f), _) => Writing::V2(f),
+            (None, Some(f)) => Writing::V1(f),
+            (None, None) => Writing::Not,
+        };
+        let flush_fn = match (slots.flush, slots.flush_v1) {
+            (Some(f), _) => Flushing::V2(f),
+            (None, Some(f)) => Flushing::V1(f),
+            (None, None) => Flushing::Not,
+        };
+        let trim_fn = slots.trim.map(Trimming::V2).or(slots.trim_v1.map(Trimming::V1));
+        let zero_fn = slots.zero.map(Zeroing::V2).or(slots.zero_v1.map(Zeroing::V1));
+
+        // An ability that is claimed needs the function; one that is there need not be claimed.
+        let says = |what: &'static str, slot: Option<Ask>, there: bool, function: &str| {
+            let said = instance.can(what, slot)?;
+            match said {
+                None => Ok(there),
+                Some(Can::Not) => Ok(false),
+                // Emulation is the library's.
+                Some(Can::Emulate) if !there => Ok(false),
+                Some(_) if there => Ok(true),
+                Some(_) => Err(instance.error(format!(
+                    "{what} says that it can, but it lacks the function {function}"
+                ))),
+            }
+        };
+        let can_write =
+            says("can_write", slots.can_write, !matches!(write_fn, Writing::Not), "pwrite")?;
+        if write && !can_write {
+            return Err(Error::ReadOnly(instance.name.clone()));
+        }
+        let flush =
+            says("can_flush", slots.can_flush, !matches!(flush_fn, Flushing::Not), "flush")?;
+        let mut caps = Caps {
+            read_only: !write,
+            flush,
+            extents: says("can_extents", slots.can_extents, slots.extents.is_some(), "extents")?,
+            rotational: instance.can("is_rotational", slots.is_rotational)?.unwrap_or(Can::Not)
+                != Can::Not,
+            ..Caps::default()
+        };
+        if write {
+            caps.trim = says("can_trim", slots.can_trim, trim_fn.is_some(), "trim")?;
+            caps.zero = says("can_zero", slots.can_zero, zero_fn.is_some(), "zero")?;
+            fua(&instance, &mut caps, &write_fn, &zero_fn, &trim_fn)?;
+            caps.fast_zero = match instance.can("can_fast_zero", slots.can_fast_zero)? {
+                Some(Can::Native) if matches!(zero_fn, Some(Zeroing::V2(_))) => true,
+                Some(Can::Native) => {
+                    return Err(instance.error(
+                        "can_fast_zero says that it can, but it lacks a function zero with flags"
+                            .into(),
+                    ));
+                }
+                _ => false,
+            };
+        }
+        match instance.can("can_cache", slots.can_cache)? {
+            Some(Can::Native) if slots.cache.is_none() => {
+                return Err(instance
+                    .error("can_cache says that it can, but it lacks the function cache".into()));
+            }
+            Some(Can::Native) => caps.cache = true,
+            Some(Can::Emulate) => {}
+            Some(Can::Not) => caps.cache_by_read = false,
+            None => caps.cache = slots.cache.is_some(),
+        }
+        let multi_conn = instance.can("can_multi_conn", slots.can_multi_conn)?;
+        limits(&instance, &mut caps, size)?;
+        let old = matches!(read, Reading::V1(_)) || matches!(write_fn, Writing::V1(_));
+        let most = |limit: u64| if limit == 0 { MOST_V1 } else { limit.min(MOST_V1) };
+        if old {
+            caps.max_transfer = most(caps.max_transfer);
+        }
+        if matches!(zero_fn, Some(Zeroing::V1(_))) || matches!(trim_fn, Some(Trimming::V1(_))) {
+            caps.max_range = most(0);
+        }
+        Ok(Self {
+            size,
+            caps,
+            read,
+            write: write_fn,
+            flush: flush_fn,
+            trim: trim_fn,
+            zero: zero_fn,
+            multi_conn,
+            failed: AtomicI32::new(0),
+            instance,
+        })
+    }
+
+    /// The part of a range that lies on the device.
+    fn inside(&self, offset: u64, count: u64) -> u64 {
+        count.min(self.size.saturating_sub(offset))
+    }
+
+    #[inline(always)]
+    fn read_piece(&self, (base, count): (*mut u8, usize), offset: u64) -> Result<()> {
+        let handle = self.instance.handle;
+        let about = About("pread", Some((offset, count as u64)));
+        self.instance.done(about, || {
+            // SAFETY: the plugin's function and handle, and memory of `count` bytes; those of version 1
+            // are no more than 32 bits (max_transfer).
+            unsafe {
+                match self.read {
+                    Reading::V2(f) => f(handle, base.cast(), count as u64, offset, 0),
+                    Reading::V1(f) => f(handle, base.cast(), count as u32, offset),
+                }
+            }
+        })
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn read_pieces(&self, buf: Dst<'_>, mut offset: u64) -> Result<()> {
+        let there = self.inside(offset, buf.len() as u64);
+        // What was never there reads as zeroes.
+        let (buf, beyond) = buf.split_at(there as usize);
+        beyond.zero_fill();
+        for piece in buf.pieces() {
+            self.read_piece(piece, offset)?;
+            offset += piece.1 as u64;
+        }
+        Ok(())
+    }
+
+    fn writable(&self, offset: u64, count: u64) -> Result<()> {
+        match self.failed.load(Relaxed) {
+            0 => {}
+            errno => return Err(Error::Failed { file: self.instance.name.clone(), errno }),
+        }
+        if self.inside(offset, count) < count {
+            let what = format!(
+                "{count} bytes at offset {offset}: a plugin's {} bytes do not grow",
+                self.size
+            );
+            return Err(Error::Refused {
+                file: self.instance.name.clone(),
+                what,
+                errno: libc::ENOSPC,
+            });
+        }
+        Ok(())
+    }
+
+    fn property(&self, key: &str) -> Vec<u8> {
+        let plugin = &self.instance.plugin;
+        match key {
+            "name" => plugin.name.clone().into(),
+            "version" => plugin.version.clone().unwrap_or_default().into(),
+            "model" => plugin.model.name().into(),
+            _ => match plugin.flat {
+                true => "functions".into(),
+                false => plugin.slots.api_version.to_string().into(),
+            },
+        }
+    }
+}
+
+/// The name's settings in their order, but what the options say too; then the options.
+pub fn merged(name: &PluginName, options: &[(String, Vec<u8>)]) -> Vec<(String, Vec<u8>)> {
+    let own = name.settings.iter().filter(|(key, _)| !options.iter().any(|(k, _)| k == key));
+    own.chain(options).cloned().collect()
+}
+
+fn default_export(instance: &Instance) -> Result<Option<Vec<u8>>> {
+    let Some(f) = instance.plugin.slots.default_export else { return Ok(None) };
+    // SAFETY: the plugin's function and handle.
+    let text = instance.pointer(About("default_export", None), || unsafe { f(instance.handle) })?;
+    // SAFETY: NULL or a C string, by contract.
+    Ok(unsafe { super::load::text(text) }.map(String::into_bytes))
+}
+
+/// How FUA is done.
+fn fua(
+    instance: &Instance,
+    caps: &mut Caps,
+    write: &Writing,
+    zero: &Option<Zeroing>,
+    trim: &Option<Trimming>,
+) -> Result<()> {
+    let carries = matches!(write, Writing::V2(_));
+    let how = match instance.can("can_fua", instance.plugin.slots.can_fua)? {
+        None if carries => Can::Native,
+        None if caps.flush => Can::Emulate,
+        None => Can::Not,
+        Some(Can::Native) if !carries => {
+            let text = "can_fua says native, but it lacks a function pwrite with flags";
+            return Err(instance.error(text.into()));
+        }
+        Some(Can::Emulate) if !caps.flush => {
+            let text = "can_fua says emulate, but it can not be flushed";
+            return Err(instance.error(text.into()));
+        }
+        Some(how) => how,
+    };
+    caps.fua = how == Can::Native;
+    caps.zero_fua = caps.fua && matches!(zero, Some(Zeroing::V2(_)));
+    caps.trim_fua = caps.fua && matches!(trim, Some(Trimming::V2(_)));
+    caps.fua_by_flush = how != Can::Not;
+    Ok(())
+}
+
+/// What it asks of requests.
+fn limits(instance: &Instance, caps: &mut Caps, size: u64) -> Result<()> {
+    let Some(f) = instance.plugin.slots.block_size else { return Ok(()) };
+    let (mut least, mut preferred, mut most) = (1u32, caps.optimal_io, 0u64);
+    instance.done(About("block_size", None), || {
+        // SAFETY: the plugin's function and handle, and places for three numbers.
+        unsafe { f(instance.handle, &mut least, &mut preferred, &mut most) }
+    })?;
+    let least = least.max(1);
+    let why = if !least.is_power_of_two() || least > LARGEST_BLOCK {
+        "the minimum is to be a power of two, 64 KiB at most"
+    } else if !preferred.is_power_of_two() || preferred < least {
+        "what is preferred is to be a power of two, and not below the minimum"
+    } else if most != 0 && (most < u64::from(least) || most % u64::from(least) != 0) {
+        "the maximum is to be a multiple of the minimum, or 0 for none"
+    } else if !size.is_multiple_of(u64::from(least)) {
+        "the size of the device is no multiple of the minimum"
+    } else {
+        (caps.align, caps.optimal_io, caps.max_transfer) = (least, preferred, most);
+        return Ok(());
+    };
+    Err(instance.error(format!(
+        "block_size gave {least} (minimum), {preferred} (preferred), {most} (maximum) for a device of \
+         {size} bytes: {why}"
+    )))
+}
+
+impl Driver for PluginDriver {
+    fn name(&self) -> &Name {
+        &self.instance.name
+    }
+
+    fn kind(&self) -> &'static str {
+        "plugin"
+    }
+
+    fn caps(&self) -> Caps {
+        self.caps.clone()
+    }
+
+    #[inline]
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    #[inline]
+    fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
+        match buf.as_single() {
+            Some(piece) if self.inside(offset, piece.1 as u64) == piece.1 as u64 => {
+                self.read_piece(piece, offset)
+            }
+            _ => self.read_pieces(buf, offset),
+        }
+    }
+
+    fn write(&self, buf: Src<'_>, mut offset: u64, flags: ReqFlags) -> Result<()> {
+        self.writable(offset, buf.len() as u64)?;
+        let handle = self.instance.handle;
+        for (base, count) in buf.pieces() {
+            let about = About("pwrite", Some((offset, count as u64)));
+            self.instance.done(about, || {
+                // SAFETY: as in `read_piece`.
+                unsafe {
+                    match self.write {
+                        Writing::V2(f) => f(handle, base.cast(), count as u64, offset, flags.0),
+                        Writing::V1(f) => f(handle, base.cast(), count as u32, offset),
+                        Writing::Not => -libc::EROFS,
+                    }
+                }
+            })?;
+            offset += count as u64;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<()> {
+        let failed = self.failed.load(Relaxed);
+        if failed != 0 {
+            return Err(Error::Failed { file: self.instance.name.clone(), errno: failed });
+        }
+        let handle = self.instance.handle;
+        let result = self.instance.done(About("flush", None), || {
+            // SAFETY: the plugin's function and handle.
+            unsafe {
+                match self.flush {
+                    Flushing::V2(f) => f(handle, 0),
+                    Flushing::V1(f) => f(handle),
+                    Flushing::Not => 0,
+                }
+            }
+        });
+        if let Err(e) = &result {
+            let errno = match e.kind() {
+                ErrorKind::Errno(errno) => errno,
+                _ => libc::EIO,
+            };
+            // What was written before may be lost, whatever a later flush says. Not so when the call was
+            // never made.
+            if matches!(e, Error::Plugin { .. }) {
+                self.failed.store(errno, Relaxed);
+            }
+        }
+        result
+    }
+
+    fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        const CANNOT: Error = Error::NotSupported("zeroing by the plugin");
+        self.writable(offset, count)?;
+        let (handle, may_trim) = (self.instance.handle, flags.has(ReqFlags::MAY_TRIM));
+        let Some(zero) = self.zero else { return Err(CANNOT) };
+        let result = self.instance.done(About("zero", Some((offset, count))), || {
+            // SAFETY: the plugin's function and handle; a count of version 1 has 32 bits (max_range).
+            unsafe {
+                match zero {
+                    Zeroing::V2(f) => f(handle, count, offset, flags.0),
+                    Zeroing::V1(f) => f(handle, count as u32, offset, c_int::from(may_trim)),
+                }
+            }
+        });
+        match result {
+            Err(e) if e.kind() == ErrorKind::Errno(libc::ENOTSUP) => Err(CANNOT),
+            result => result,
+        }
+    }
+
+    fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
+        let count = self.inside(offset, count);
+        let Some(trim) = self.trim.filter(|_| count > 0) else { return Ok(()) };
+        self.writable(offset, count)?;
+        let handle = self.instance.handle;
+        self.instance.done(About("trim", Some((offset, count))), || {
+            // SAFETY: as in `zero`.
+            unsafe {
+                match trim {
+                    Trimming::V2(f) => f(handle, count, offset, flags.0),
+                    Trimming::V1(f) => f(handle, count as u32, offset),
+                }
+            }
+        })
+    }
+
+    fn cache(&self, offset: u64, count: u64) -> Result<()> {
+        let align = u64::from(self.caps.align);
+        let before = offset % align;
+        let offset = offset - before;
+        let count = self.inside(offset, (before + count).next_multiple_of(align));
+        let Some(cache) = self.instance.plugin.slots.cache.filter(|_| count > 0) else {
+            return Ok(());
+        };
+        self.instance.done(About("cache", Some((offset, count))), || {
+            // SAFETY: the plugin's function and handle.
+            unsafe { cache(self.instance.handle, count, offset, 0) }
+        })
+    }
+
+    fn extents(&self, offset: u64, count: u64, out: &mut ExtentList<'_>) -> Result<()> {
+        let there = self.inside(offset, count);
+        let Some(f) = self.instance.plugin.slots.extents.filter(|_| there > 0) else {
+            out.push(Extent::hole(offset, count));
+            return Ok(());
+        };
+        let align = u64::from(self.caps.align);
+        // Whole blocks are asked for; what surrounds the range is cut off again.
+        let from = offset - offset % align;
+        let to = (offset + there).next_multiple_of(align).min(self.size);
+        let mut list = ExtentsList::new(from, offset, offset + there);
+        let about = About("extents", Some((from, to - from)));
+        self.instance.done(about, || {
+            // SAFETY: the plugin's function and handle, and a list that lives as long as the call.
+            unsafe { f(self.instance.handle, to - from, from, 0, opaque(&mut list)) }
+        })?;
+        let found = list.finish().map_err(|why| {
+            self.instance.error(format!("extents of {there} bytes at offset {offset}: {why}"))
+        })?;
+        for e in found {
+            out.push(e);
+        }
+        Ok(())
+    }
+
+    fn describe(&self) -> Description {
+        let mut properties = vec![
+            ("plugin.name", self.property("name")),
+            ("plugin.version", self.property("version")),
+            ("plugin.api-version", self.property("api")),
+            ("plugin.thread-model", self.property("model")),
+        ];
+        if let Some(can) = self.multi_conn {
+            properties
+                .push(("plugin.multi-conn", if can == Can::Not { "off" } else { "on" }.into()));
+        }
+        if let Ok(Some(text)) = dump(&self.instance) {
+            properties.push(("plugin.dump", text));
+        }
+        Description { properties, ..Description::default() }
+    }
+}
+
+/// What an instance tells of itself, if it does.
+pub fn dump(instance: &Instance) -> Result<Option<Vec<u8>>> {
+    let Some(f) = instance.plugin.slots.dump else { return Ok(None) };
+    let mut text = vec![0u8; 64 << 10];
+    let len = instance.number(About("dump", None), || {
+        // SAFETY: the plugin's function and handle, and memory of so many bytes.
+        unsafe { f(instance.handle, text.as_mut_ptr().cast(), text.len()) }
+    })?;
+    text.truncate(usize::try_from(len).unwrap_or(usize::MAX).min(text.len() - 1));
+    Ok(Some(text))
+}
+
+/// The plugin behind a driver's name, for whoever wants to look into it.
+pub fn exports(
+    name: &PluginName,
+    options: &[(String, Vec<u8>)],
+    flags: u32,
+) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
+    let plugin: Arc<Plugin> = super::load::find(&name.which, &name.path())?;
+    let (Some(open), Some(list)) = (plugin.slots.open, plugin.slots.list_exports) else {
+        return Err(Error::NotSupported("a list of exports (the plugin has none)"));
+    };
+    // SAFETY: the plugin's function, with what it registered.
+    let begin = |p: &Plugin| unsafe { open(p.opaque(), flags) };
+    let settings = merged(name, options);
+    let instance = Instance::open(&plugin, &super::shown(name), 0, &settings, begin)?;
+    let mut found: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+    instance.done(About("list_exports", None), || {
+        // SAFETY: the plugin's function and handle, and a list that lives as long as the call.
+        unsafe { list(instance.handle, opaque(&mut found)) }
+    })?;
+    Ok(found)
+}
