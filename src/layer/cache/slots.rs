@@ -64,19 +64,18 @@ impl Slots {
         // After one round all that nobody uses have been marked as not used.
         for _ in 0..2 * self.all.len() {
             let state = &mut self.all[self.hand];
-            if state.filled && state.pins == 0 && !state.stuck {
-                if !std::mem::take(&mut state.used) {
-                    let block = state.block;
-                    if self.dirty.contains(&block) {
-                        // The hand stays: it is the next to go.
-                        return Take::Dirty(block);
-                    }
-                    state.filled = false;
-                    self.at.remove(&block);
-                    let slot = self.hand as u32;
-                    self.advance();
-                    return Take::Slot(slot);
+            let idle = state.filled && state.pins == 0 && !state.stuck;
+            if idle && !std::mem::take(&mut state.used) {
+                let block = state.block;
+                if self.dirty.contains(&block) {
+                    // The hand stays: it is the next to go.
+                    return Take::Dirty(block);
                 }
+                state.filled = false;
+                self.at.remove(&block);
+                let slot = self.hand as u32;
+                self.advance();
+                return Take::Slot(slot);
             }
             self.advance();
         }
