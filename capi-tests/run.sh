@@ -8,7 +8,7 @@
 #   asan-static  C++, clang++, ASan and UBSan, static archive
 #   static-exe   C, gcc -static (programs that say "RUN: static-exe" in their first line)
 #
-# "RUN: plugin" programs load what is built from plugins/ and examples/ (QBLK_TEST_PLUGINS is where).
+# "RUN: plugin" programs load what is built from plugins/, frozen/ and examples/ (QBLK_TEST_PLUGINS is where).
 # "RUN: dlopen" programs are not linked with the library; "RUN: panic" programs are linked with one
 # that was built for them, with a function more, which the product must not have. In "RUN: fork"
 # programs nobody looks for leaks: a child has the memory of threads that it does not have. In "RUN: tls"
@@ -44,7 +44,7 @@ plugins() {
     local kind source flags
     for kind in gcc clang g++ clang++; do
         mkdir -p "$out/plugins/$kind"
-        for source in "$here"/plugins/*.c "$here"/../examples/plugin-*.c; do
+        for source in "$here"/plugins/*.c "$here"/frozen/*.c "$here"/../examples/plugin-*.c; do
             case $kind in
                 *++) flags="-std=c++11 -x c++" ;;
                 *) flags=-std=c99 ;;
@@ -80,7 +80,7 @@ one() {
     local run=("$bin") leaks=1
     case $(head -n 4 "$source") in *"RUN: fork"*) leaks=0 ;; esac
     unset QBLK_TEST_QUICK
-    export QBLK_TEST_PLUGINS=$out/plugins/gcc
+    export QBLK_TEST_PLUGINS=$out/plugins/gcc QBLK_TEST_FROZEN=$here/frozen
     case $variant in
         c-static) QBLK_TEST_PLUGINS=$out/plugins/clang ;;
         cxx-shared) QBLK_TEST_PLUGINS=$out/plugins/g++ ;;

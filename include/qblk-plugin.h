@@ -37,6 +37,15 @@
  *             instance answers -EDEADLK.
  *   never     throw an exception out of a function, longjmp() out of it, end the thread or the process.
  *
+ * Layers stand on another device and change what passes through. A plugin is one by its function
+ * open_layer, instead of open or besides. It is named in the option "layers", by its path or the name that
+ * it was registered under. It is given a source, opens contexts on it with qblk_source_open() (one, one for
+ * each of its threads, at any time), calls qblk_pread() and all other functions of qblk.h on them, and
+ * closes them with qblk_close(), in its function close at the latest. What a layer does not have is
+ * emulated by what it has, or refused, as if it were a device of its own: no method is ever passed around
+ * it, whatever later libraries can do, but those that it names in `passes`, which go to the context that it
+ * gave to qblk_layer_set_next(). One that is written must have flush, or pass it on.
+ *
  * How the struct grows: new functions are appended; what is there keeps its place, its type and its
  * meaning for ever. A library copies as much as both it and the plugin have, so a plugin that was
  * compiled once works with every later library, and what it does not have is emulated or refused. A
@@ -81,8 +90,6 @@ extern "C" {
 #define QBLK_PLUGIN_NO_HANDLE ((void *)(uintptr_t)1)
 #endif
 
-struct qblk_source;
-
 #if QBLK_API_VERSION == 1
 #define QBLK_V1_(name) name
 #define QBLK_V2_(name) _##name##_v2
@@ -98,7 +105,7 @@ struct qblk_plugin {
     int32_t thread_model;  /* QBLK_THREAD_... */
     int32_t errno_is_preserved; /* not 0: when a function returns -1, errno says why */
     int32_t _reserved;          /* 0 */
-    uint64_t _passes;           /* 0 */
+    uint64_t passes;            /* of a layer: QBLK_METHOD_..., see the beginning */
 
     const char *name;        /* needed */
     const char *version;     /* of the plugin itself, for people */
@@ -108,7 +115,8 @@ struct qblk_plugin {
      * `flags` are QBLK_OPEN_RDWR if it will be written, and perhaps others of qblk.h: ignore those that
      * you do not know. What is opened may still be configured: open files in config_complete. Needed. */
     void *(*open)(void *opaque, uint32_t flags);
-    void *(*_open_layer)(void *opaque, struct qblk_source *source, uint32_t flags);
+    /* Instead of open, in a layer: begin an instance that stands on `source`. See the beginning. */
+    void *(*open_layer)(void *opaque, qblk_source *source, uint32_t flags);
     /* A setting. Keys have hyphens where the user gave underscores. Refuse what you do not know.
      * Without this function every setting is refused. */
     int (*config)(void *handle, const char *key, const char *value);
@@ -187,7 +195,7 @@ struct qblk_plugin {
 QBLK_STATIC_ASSERT(offsetof(qblk_plugin, _api_version) == 8, "slots do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_plugin, thread_model) == 12, "slots do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_plugin, errno_is_preserved) == 16, "slots do not move");
-QBLK_STATIC_ASSERT(offsetof(qblk_plugin, _passes) == 24, "slots do not move");
+QBLK_STATIC_ASSERT(offsetof(qblk_plugin, passes) == 24, "slots do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_plugin, name) == QBLK_PLUGIN_AT_(0), "slots do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_plugin, open) == QBLK_PLUGIN_AT_(3), "slots do not move");
 QBLK_STATIC_ASSERT(offsetof(qblk_plugin, config) == QBLK_PLUGIN_AT_(5), "slots do not move");
@@ -282,6 +290,8 @@ QBLK_PLUGIN_EXPORT_ const char *qblk_plugin_description(void);
 QBLK_PLUGIN_EXPORT_ int qblk_plugin_thread_model(void); /* else QBLK_THREAD_PROCESS */
 QBLK_PLUGIN_EXPORT_ int qblk_plugin_errno_is_preserved(void);
 QBLK_PLUGIN_EXPORT_ void *qblk_plugin_open(void *opaque, uint32_t flags);
+QBLK_PLUGIN_EXPORT_ void *qblk_plugin_open_layer(void *opaque, qblk_source *source, uint32_t flags);
+QBLK_PLUGIN_EXPORT_ uint64_t qblk_plugin_passes(void);
 QBLK_PLUGIN_EXPORT_ int qblk_plugin_config(void *handle, const char *key, const char *value);
 QBLK_PLUGIN_EXPORT_ int qblk_plugin_config_complete(void *handle);
 QBLK_PLUGIN_EXPORT_ const char *qblk_plugin_config_help(void *opaque);

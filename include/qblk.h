@@ -351,6 +351,41 @@ extern "C" {
  */
 #define QBLK_EXPORT_RDONLY 1
 
+/**
+ * qblk_plugin.passes: reading goes to what qblk_layer_set_next() was given.
+ */
+#define QBLK_METHOD_READ 1
+
+/**
+ * qblk_plugin.passes: so does writing.
+ */
+#define QBLK_METHOD_WRITE 2
+
+/**
+ * qblk_plugin.passes: so does flushing.
+ */
+#define QBLK_METHOD_FLUSH 4
+
+/**
+ * qblk_plugin.passes: so does trimming.
+ */
+#define QBLK_METHOD_TRIM 8
+
+/**
+ * qblk_plugin.passes: so does zeroing.
+ */
+#define QBLK_METHOD_ZERO 16
+
+/**
+ * qblk_plugin.passes: so does bringing near.
+ */
+#define QBLK_METHOD_CACHE 32
+
+/**
+ * qblk_plugin.passes: so do descriptions of ranges.
+ */
+#define QBLK_METHOD_EXTENTS 64
+
 #define QBLK_HAVE_VERSION 1
 
 #define QBLK_HAVE_VERSION_STRING 1
@@ -515,6 +550,10 @@ extern "C" {
 
 #define QBLK_HAVE_PLUGIN_ADD_EXPORT 1
 
+#define QBLK_HAVE_SOURCE_OPEN 1
+
+#define QBLK_HAVE_LAYER_SET_NEXT 1
+
 /**
  * An open block device: a context, an independent way into a source of bytes.
  *
@@ -558,6 +597,12 @@ typedef struct qblk_plugin qblk_plugin;
  * has threads of its own, which no signal of the program reaches.
  */
 typedef struct qblk_server qblk_server;
+
+/**
+ * What a layer stands on: contexts are opened on it by qblk_source_open(). It is the library's, and there
+ * from the call of the layer's function open_layer until its function close has returned.
+ */
+typedef struct qblk_source qblk_source;
 
 /**
  * Receives messages; see qblk_set_log().
@@ -1809,6 +1854,33 @@ int qblk_register_plugin(const struct qblk_plugin *plugin,
  * registered; -EINVAL for a NULL. Any thread. Since 0.1.
  */
 int qblk_unregister_plugin(const char *name);
+
+/**
+ * Called by a layer: open a context on what it stands on. Any number of them, at any time from its
+ * function open_layer until its function close has returned, from any thread, its own too.
+ *
+ * The one flag is QBLK_OPEN_RDWR. What one context writes, the others read. The layer closes it with
+ * qblk_close().
+ *
+ * Returns 0 and the context in `*out`; on failure `*out` is NULL: -EROFS where what is below is not open
+ * for writing, -EINVAL for a NULL and for another flag. Any thread. Since 0.1.
+ */
+int qblk_source_open(struct qblk_source *source,
+                     uint32_t flags,
+                     struct qblk **out);
+
+/**
+ * Called by a layer: the methods that its struct passes on (`passes`) go to the context `next` from now
+ * on, and its size is that of `next` if it has no function get_size. NULL: to none.
+ *
+ * The library opens a context of its own beside `next`, which stays the layer's to close. To be called
+ * before config_complete returns (or open_layer, where there is none); called again it swaps them, while
+ * requests run.
+ *
+ * Returns 0; -EINVAL for a NULL source. Any thread. Since 0.1.
+ */
+int qblk_layer_set_next(struct qblk_source *source,
+                        struct qblk *next);
 
 /**
  * Called by a plugin's function before it returns -1: the code that the call is to fail with, an errno

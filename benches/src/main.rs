@@ -15,6 +15,7 @@ mod locking;
 mod machine;
 mod nbd;
 mod oracle;
+mod plugins;
 mod process;
 mod qemu;
 mod report;

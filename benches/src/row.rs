@@ -83,6 +83,8 @@ pub enum Unit {
     Micros,
     /// Microseconds of processor time; less is better.
     CpuMicros,
+    /// Nanoseconds; less is better.
+    Nanos,
     /// Milliseconds; less is better.
     Millis,
     /// MiB; less is better.
@@ -125,6 +127,7 @@ impl Unit {
             Self::PerSecond | Self::PerCpuSecond if v >= 1e3 => format!("{:.1}k/s", v / 1e3),
             Self::PerSecond | Self::PerCpuSecond => format!("{v:.0}/s"),
             Self::Micros | Self::CpuMicros => format!("{v:.1} µs"),
+            Self::Nanos => format!("{v:.0} ns"),
             Self::Millis => format!("{v:.2} ms"),
             Self::MiB => format!("{v:.2} MiB"),
             Self::BytesPerSecond => format!("{:.2} GB/s", v / 1e9),
@@ -139,6 +142,7 @@ impl Unit {
             Self::PerCpuSecond => "requests/cpu-s",
             Self::Micros => "us",
             Self::CpuMicros => "cpu-us",
+            Self::Nanos => "ns",
             Self::Millis => "ms",
             Self::MiB => "MiB",
             Self::BytesPerSecond => "bytes/s",
@@ -357,6 +361,7 @@ fn verdict(figures: &[Figures], unit: Unit, target: &Target) -> Option<Verdict> 
 fn short_number(v: f64, unit: Unit) -> String {
     match unit {
         Unit::Micros | Unit::CpuMicros => format!("{v:.0} µs"),
+        Unit::Nanos => format!("{v} ns"),
         Unit::Millis => format!("{v} ms"),
         Unit::Calls => v.to_string(),
         _ => format!("{v} MiB"),

@@ -8,6 +8,7 @@ use crate::contenders::*;
 use crate::durable;
 use crate::images::{CLUSTER, Images, Kind, On, PIECE, create, overlay};
 use crate::oracle::{CopyOnWrite, Oracle, Plain, TwoReads, Zeroes, at};
+use crate::plugins;
 use crate::process;
 use crate::rivals::{Imago, Ours, OursByC};
 use crate::row::{Against::*, Contender, Row, Target, Unit, Who};
@@ -226,6 +227,18 @@ pub const ROWS: &[Spec] = &[
         title: "4 KiB random write, new image, each flushed, on a disk",
         needs: &[],
         build: durable::allocate,
+    },
+    Spec {
+        id: "plugin-4k",
+        title: "what an empty C plugin adds to a call",
+        needs: &[],
+        build: plugins::one,
+    },
+    Spec {
+        id: "layers-3",
+        title: "what three layers add to a 4 KiB read",
+        needs: &[],
+        build: plugins::three,
     },
     Spec {
         id: "luks-4k",

@@ -242,6 +242,10 @@ pub trait Driver: Send + Sync {
     fn name(&self) -> &Name;
     /// The kind of driver: "file", "mem", "qcow2", …
     fn kind(&self) -> &'static str;
+    /// Whether code that is not the library's own is behind it.
+    fn is_foreign(&self) -> bool {
+        false
+    }
     /// What it can do. Asked once, when the device is made.
     fn caps(&self) -> Caps;
     /// What tells the source from others on this host (for a file, its device and inode numbers).
@@ -330,8 +334,8 @@ pub trait Driver: Send + Sync {
     fn resize(&self, _size: u64, _prealloc: Prealloc, _shrink: bool) -> Result<()> {
         Err(Error::NotSupported("resize"))
     }
-    /// Check the image, and mend what `repair` says. Before, everything that was written is made to be
-    /// in the file; no other call is under way. When the report says `changed`, what the driver knows of
+    /// Check the image, and mend what `repair` says. The caller has closed it before, so that everything
+    /// that was written is in the file; no other call is under way. When the report says `changed`, what the driver knows of
     /// the image may be out of date: it must be opened anew before it is used for anything else.
     fn check(&self, _repair: Repair, _progress: Progress<'_>) -> Result<CheckReport> {
         Err(Error::NotSupported("checking images of this format"))

@@ -93,7 +93,16 @@ unsafe extern "C" fn in_child() {
 
 /// Make a handle and remember it.
 pub(super) fn adopt(image: Image, broken: Arc<AtomicBool>) -> *mut qblk {
-    let (inner, on_plugin) = (plugin::is_inside(), image.is_on_plugin());
+    adopt_as(image, broken, plugin::is_inside())
+}
+
+/// Make a handle that a layer has opened on what it stands on.
+pub(super) fn adopt_inner(image: Image) -> *mut qblk {
+    adopt_as(image, Arc::default(), true)
+}
+
+fn adopt_as(image: Image, broken: Arc<AtomicBool>, inner: bool) -> *mut qblk {
+    let on_plugin = image.is_on_plugin();
     let handle = Box::into_raw(Box::new(qblk { image, broken, inner, on_plugin }));
     OPEN.lock().insert(handle as usize, State::Open);
     handle

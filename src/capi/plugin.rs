@@ -10,10 +10,13 @@ use super::options::{out_arg, text_arg};
 use super::*;
 use crate::block::quoted;
 use crate::log::{Level, log};
-use crate::plugin::{self, ExportsList, ExtentsList};
+use crate::plugin::{self, ExportsList, ExtentsList, LayerSource, method};
 
 /// What a plugin fills: see qblk-plugin.h.
 pub struct qblk_plugin(());
+/// What a layer stands on: contexts are opened on it by qblk_source_open(). It is the library's, and there
+/// from the call of the layer's function open_layer until its function close has returned.
+pub struct qblk_source(());
 /// Where a plugin puts what it describes: see qblk_plugin_add_extent().
 pub struct qblk_extent_list(());
 /// Where a plugin puts what it exports: see qblk_plugin_add_export().
@@ -53,6 +56,87 @@ pub unsafe extern "C" fn qblk_unregister_plugin(name: *const c_char) -> c_int {
         let name = unsafe { text_arg(name, "the name is NULL") }?;
         guard::alive()?;
         Ok(plugin::unregister(name.to_bytes())?)
+    })
+}
+
+/// qblk_plugin.passes: reading goes to what qblk_layer_set_next() was given.
+pub const QBLK_METHOD_READ: u64 = 1;
+/// qblk_plugin.passes: so does writing.
+pub const QBLK_METHOD_WRITE: u64 = 2;
+/// qblk_plugin.passes: so does flushing.
+pub const QBLK_METHOD_FLUSH: u64 = 4;
+/// qblk_plugin.passes: so does trimming.
+pub const QBLK_METHOD_TRIM: u64 = 8;
+/// qblk_plugin.passes: so does zeroing.
+pub const QBLK_METHOD_ZERO: u64 = 16;
+/// qblk_plugin.passes: so does bringing near.
+pub const QBLK_METHOD_CACHE: u64 = 32;
+/// qblk_plugin.passes: so do descriptions of ranges.
+pub const QBLK_METHOD_EXTENTS: u64 = 64;
+
+const _: () = {
+    assert!(QBLK_METHOD_READ == method::READ && QBLK_METHOD_WRITE == method::WRITE);
+    assert!(QBLK_METHOD_FLUSH == method::FLUSH && QBLK_METHOD_TRIM == method::TRIM);
+    assert!(QBLK_METHOD_ZERO == method::ZERO && QBLK_METHOD_CACHE == method::CACHE);
+    assert!(QBLK_METHOD_EXTENTS == method::EXTENTS);
+};
+
+/// Called by a layer: open a context on what it stands on. Any number of them, at any time from its
+/// function open_layer until its function close has returned, from any thread, its own too.
+///
+/// The one flag is QBLK_OPEN_RDWR. What one context writes, the others read. The layer closes it with
+/// qblk_close().
+///
+/// Returns 0 and the context in `*out`; on failure `*out` is NULL: -EROFS where what is below is not open
+/// for writing, -EINVAL for a NULL and for another flag. Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_source_open(
+    source: *mut qblk_source,
+    flags: u32,
+    out: *mut *mut qblk,
+) -> c_int {
+    guard::call("qblk_source_open", || {
+        // SAFETY: as the manual asks.
+        let out = unsafe { out_arg(out) }?;
+        guard::alive()?;
+        // SAFETY: NULL, or a source that is still there, as the manual asks.
+        let source = unsafe { source.cast::<LayerSource>().as_ref() };
+        let source = source.ok_or(Fail::Argument("the source is NULL"))?;
+        if flags & !QBLK_OPEN_RDWR != 0 {
+            return Err(Fail::Argument("a context of a source takes QBLK_OPEN_RDWR only"));
+        }
+        let handle = source.handle(flags & QBLK_OPEN_RDWR != 0)?.downcast::<Image>();
+        let image = handle.map_err(|_| crate::block::Error::Internal("no image".into()))?;
+        *out = life::adopt_inner(*image);
+        Ok(())
+    })
+}
+
+/// Called by a layer: the methods that its struct passes on (`passes`) go to the context `next` from now
+/// on, and its size is that of `next` if it has no function get_size. NULL: to none.
+///
+/// The library opens a context of its own beside `next`, which stays the layer's to close. To be called
+/// before config_complete returns (or open_layer, where there is none); called again it swaps them, while
+/// requests run.
+///
+/// Returns 0; -EINVAL for a NULL source. Any thread. Since 0.1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qblk_layer_set_next(source: *mut qblk_source, next: *mut qblk) -> c_int {
+    guard::call("qblk_layer_set_next", || {
+        guard::alive()?;
+        // SAFETY: NULL, or a source that is still there, as the manual asks.
+        let source = unsafe { source.cast::<LayerSource>().as_ref() };
+        let source = source.ok_or(Fail::Argument("the source is NULL"))?;
+        // SAFETY: NULL or a handle, as the manual asks.
+        let next = match unsafe { next.as_ref() } {
+            None => None,
+            Some(next) => {
+                let context = crate::image::context_of(guard::image(next)?.own_context()?)?;
+                Some(crate::block::Device::new(context))
+            }
+        };
+        source.set_next(next);
+        Ok(())
     })
 }
 

@@ -13,6 +13,7 @@ use std::ptr;
 use super::whole::Taken;
 use super::*;
 use crate::layer::{self, Settings, Spec};
+use crate::plugin::LayerPlugin;
 
 /// Layers on a device, at most: each is a call deeper.
 const MOST: usize = 32;
@@ -96,13 +97,18 @@ impl Stack {
 /// What makes a layer.
 enum Made {
     Kind(&'static layer::Kind),
+    Plugin(LayerPlugin),
 }
 
 fn made_of(spec: &Spec) -> Result<Made> {
-    layer::find(&spec.name).map(Made::Kind).ok_or_else(|| {
+    if let Some(kind) = layer::find(&spec.name) {
+        return Ok(Made::Kind(kind));
+    }
+    LayerPlugin::find(&spec.name)?.map(Made::Plugin).ok_or_else(|| {
         let names: Vec<&str> = layer::KINDS.iter().map(|k| k.name).collect();
         Error::invalid(format!(
-            "there is no layer {}: there are {}",
+            "there is no layer {}: there are {}, those that were registered, and shared objects by \
+             their paths (with a slash)",
             quoted(spec.name.as_bytes()),
             names.join(", ")
         ))
@@ -113,6 +119,7 @@ impl Made {
     fn writes_below(&self, settings: &Settings) -> Result<bool> {
         match self {
             Self::Kind(kind) => (kind.writes_below)(settings),
+            Self::Plugin(_) => Ok(true),
         }
     }
 
@@ -121,8 +128,10 @@ impl Made {
         settings: &Settings,
         source: Arc<dyn layer::Source>,
         write: bool,
+        device: usize,
     ) -> Result<Box<dyn Driver>> {
         match self {
+            Self::Plugin(plugin) => plugin.open(settings, source, write, device),
             Self::Kind(kind) => {
                 settings.check(kind.keys)?;
                 (kind.open)(settings, source, write)
@@ -179,7 +188,7 @@ impl Image {
         });
         let own = Image { shared: below.clone(), write: flags.has(OpenFlags::RDWR).into() };
         let source = Arc::new(Below { shared: below.clone(), name: name.clone() });
-        let opened = made.open(&spec.settings, source, write);
+        let opened = made.open(&spec.settings, source, write, self.shared.device);
         let top = match opened {
             Ok(top) => Device::new(top),
             Err(e) => {

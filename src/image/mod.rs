@@ -364,8 +364,8 @@ impl Image {
     /// Whether the device stands on plugins.
     pub(crate) fn is_on_plugin(&self) -> bool {
         self.call().is_ok_and(|call| {
-            let files = || call.files.iter().any(|f| f.driver().kind() == "plugin");
-            call.driver == "plugin"
+            let files = || call.files.iter().any(|f| f.driver().is_foreign());
+            call.top.driver().is_foreign()
                 || files()
                 || call.below.as_ref().is_some_and(Self::is_on_plugin)
         })

@@ -203,6 +203,13 @@ impl Struct {
             _ if self.open.is_none() && self.open_layer.is_none() => {
                 Some("the function open (or open_layer)")
             }
+            _ if self.open_layer.is_some()
+                && self.pread.is_none()
+                && self.pread_v1.is_none()
+                && self.passes & super::layer::method::READ == 0 =>
+            {
+                Some("the function pread (or QBLK_METHOD_READ in passes)")
+            }
             _ if self.open.is_some() && self.get_size.is_none() => Some("the function get_size"),
             _ if self.open.is_some() && self.pread.is_none() && self.pread_v1.is_none() => {
                 Some("the function pread")

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 
 use super::abi::*;
 use super::instance::{About, Instance, opaque};
+use super::layer::method;
 use super::list::ExtentsList;
 use super::load::Plugin;
 use super::name::PluginName;
@@ -22,6 +23,8 @@ const LARGEST_BLOCK: u32 = 64 << 10;
 enum Reading {
     V1(Read1),
     V2(Read2),
+    /// By what a layer stands on.
+    Next,
 }
 
 /// How bytes are written.
@@ -30,6 +33,7 @@ enum Writing {
     Not,
     V1(Write1),
     V2(Write2),
+    Next,
 }
 
 /// How bytes are flushed.
@@ -38,6 +42,7 @@ enum Flushing {
     Not,
     V1(Ask),
     V2(Flush2),
+    Next,
 }
 
 /// How a range is trimmed.
@@ -45,6 +50,7 @@ enum Flushing {
 enum Trimming {
     V1(Trim1),
     V2(Range2),
+    Next,
 }
 
 /// How a range is zeroed.
@@ -52,6 +58,7 @@ enum Trimming {
 enum Zeroing {
     V1(Zero1),
     V2(Range2),
+    Next,
 }
 
 /// An open instance, as a driver.
@@ -64,7 +71,11 @@ pub struct PluginDriver {
     flush: Flushing,
     trim: Option<Trimming>,
     zero: Option<Zeroing>,
+    cache_next: bool,
+    extents_next: bool,
     multi_conn: Option<Can>,
+    /// Of a layer.
+    kind: Option<&'static str>,
     /// With what a flush failed, once one has; else 0.
     failed: AtomicI32,
 }
@@ -89,39 +100,63 @@ impl PluginDriver {
         let settings = merged(name, options);
         // SAFETY: the plugin's function, with what it registered.
         let begin = |p: &Plugin| unsafe { open(p.opaque(), flags) };
-        let instance = Instance::open(&plugin, &shown, device, &settings, begin)?;
+        let instance = Instance::open(&plugin, &shown, device, &settings, begin, None)?;
         if !settings.iter().any(|(k, _)| k == "export")
             && let Some(export) = default_export(&instance)?
         {
             instance.set("export", &export)?;
         }
         instance.complete()?;
-        Self::new(instance, write)
+        Self::new(instance, write, None)
     }
 
-    fn new(instance: Instance, write: bool) -> Result<Self> {
+    /// Ask an instance what it can do. `layer`: it is one, of that name.
+    pub fn new(instance: Instance, write: bool, layer: Option<&'static str>) -> Result<Self> {
+        let next = instance.source.as_ref().and_then(|s| s.next());
+        let passes = |bit: u64| layer.is_some() && instance.plugin.slots.passes & bit != 0;
+        if layer.is_some() && next.is_none() && instance.plugin.slots.passes != 0 {
+            let text = "it passes methods on, but has not called qblk_layer_set_next";
+            return Err(instance.error(text.into()));
+        }
         let (slots, handle) = (instance.plugin.slots, instance.handle);
         let lacks = |what: &str| instance.error(format!("it lacks the function {what}"));
-        let size = slots.get_size.ok_or_else(|| lacks("get_size"))?;
-        // SAFETY: the plugin's function and handle.
-        let size = instance.number(About("get_size", None), || unsafe { size(handle) })?;
+        let size = match (slots.get_size, &next) {
+            // SAFETY: the plugin's function and handle.
+            (Some(f), _) => instance.number(About("get_size", None), || unsafe { f(handle) })?,
+            (None, Some(next)) => next.size(),
+            (None, None) => return Err(lacks("get_size")),
+        };
         let read = match (slots.pread, slots.pread_v1) {
             (Some(f), _) => Reading::V2(f),
             (None, Some(f)) => Reading::V1(f),
+            (None, None) if passes(method::READ) => Reading::Next,
             (None, None) => return Err(lacks("pread")),
         };
         let write_fn = match (slots.pwrite, slots.pwrite_v1) {
             (Some(f), _) => Writing::V2(f),
             (None, Some(f)) => Writing::V1(f),
+            (None, None) if passes(method::WRITE) => Writing::Next,
             (None, None) => Writing::Not,
         };
         let flush_fn = match (slots.flush, slots.flush_v1) {
             (Some(f), _) => Flushing::V2(f),
             (None, Some(f)) => Flushing::V1(f),
+            (None, None) if passes(method::FLUSH) => Flushing::Next,
+            // Nobody but the layer knows where its writes have gone.
+            (None, None) if layer.is_some() && write => {
+                return Err(lacks("flush, which a layer that is written must have"));
+            }
             (None, None) => Flushing::Not,
         };
         let trim_fn = slots.trim.map(Trimming::V2).or(slots.trim_v1.map(Trimming::V1));
+        let trim_fn = trim_fn.or(passes(method::TRIM).then_some(Trimming::Next));
         let zero_fn = slots.zero.map(Zeroing::V2).or(slots.zero_v1.map(Zeroing::V1));
+        let zero_fn = zero_fn.or(passes(method::ZERO).then_some(Zeroing::Next));
+        let cache_next = slots.cache.is_none() && passes(method::CACHE);
+        let extents_next = slots.extents.is_none() && passes(method::EXTENTS);
+        // What is passed on is as good as it is there.
+        let next_caps = next.as_ref().map(|n| n.caps().clone()).unwrap_or_default();
+        let next_fua = next.as_ref().is_some_and(|n| n.can_fua() == Can::Native);
 
         // An ability that is claimed needs the function; one that is there need not be claimed.
         let says = |what: &'static str, slot: Option<Ask>, there: bool, function: &str| {
@@ -147,17 +182,29 @@ impl PluginDriver {
         let mut caps = Caps {
             read_only: !write,
             flush,
-            extents: says("can_extents", slots.can_extents, slots.extents.is_some(), "extents")?,
-            rotational: instance.can("is_rotational", slots.is_rotational)?.unwrap_or(Can::Not)
-                != Can::Not,
+            extents: says(
+                "can_extents",
+                slots.can_extents,
+                slots.extents.is_some() || (extents_next && next_caps.extents),
+                "extents",
+            )?,
+            rotational: match instance.can("is_rotational", slots.is_rotational)? {
+                Some(can) => can != Can::Not,
+                None => next.is_some() && next_caps.rotational,
+            },
             ..Caps::default()
         };
         if write {
             caps.trim = says("can_trim", slots.can_trim, trim_fn.is_some(), "trim")?;
             caps.zero = says("can_zero", slots.can_zero, zero_fn.is_some(), "zero")?;
-            fua(&instance, &mut caps, &write_fn, &zero_fn, &trim_fn)?;
+            fua(&instance, &mut caps, (&write_fn, &zero_fn, &trim_fn), next_fua)?;
             caps.fast_zero = match instance.can("can_fast_zero", slots.can_fast_zero)? {
-                Some(Can::Native) if matches!(zero_fn, Some(Zeroing::V2(_))) => true,
+                Some(Can::Native) if matches!(zero_fn, Some(Zeroing::V2(_) | Zeroing::Next)) => {
+                    true
+                }
+                None if matches!(zero_fn, Some(Zeroing::Next)) => {
+                    next_caps.fast_zero && next_caps.zero
+                }
                 Some(Can::Native) => {
                     return Err(instance.error(
                         "can_fast_zero says that it can, but it lacks a function zero with flags"
@@ -168,14 +215,14 @@ impl PluginDriver {
             };
         }
         match instance.can("can_cache", slots.can_cache)? {
-            Some(Can::Native) if slots.cache.is_none() => {
+            Some(Can::Native) if slots.cache.is_none() && !cache_next => {
                 return Err(instance
                     .error("can_cache says that it can, but it lacks the function cache".into()));
             }
             Some(Can::Native) => caps.cache = true,
             Some(Can::Emulate) => {}
             Some(Can::Not) => caps.cache_by_read = false,
-            None => caps.cache = slots.cache.is_some(),
+            None => caps.cache = slots.cache.is_some() || cache_next,
         }
         let multi_conn = instance.can("can_multi_conn", slots.can_multi_conn)?;
         limits(&instance, &mut caps, size)?;
@@ -195,7 +242,10 @@ impl PluginDriver {
             flush: flush_fn,
             trim: trim_fn,
             zero: zero_fn,
+            cache_next,
+            extents_next,
             multi_conn,
+            kind: layer,
             failed: AtomicI32::new(0),
             instance,
         })
@@ -204,6 +254,14 @@ impl PluginDriver {
     /// The part of a range that lies on the device.
     fn inside(&self, offset: u64, count: u64) -> u64 {
         count.min(self.size.saturating_sub(offset))
+    }
+
+    /// What a method that is passed on is passed to.
+    fn next(&self) -> Result<Arc<Device>> {
+        self.instance.source.as_ref().and_then(|s| s.next()).ok_or_else(|| {
+            let text = "there is nothing to pass methods on to (qblk_layer_set_next)";
+            self.instance.error(text.into())
+        })
     }
 
     #[inline(always)]
@@ -217,6 +275,8 @@ impl PluginDriver {
                 match self.read {
                     Reading::V2(f) => f(handle, base.cast(), count as u64, offset, 0),
                     Reading::V1(f) => f(handle, base.cast(), count as u32, offset),
+                    // Not reached: it is not done by pieces.
+                    Reading::Next => -libc::EIO,
                 }
             }
         })
@@ -229,6 +289,9 @@ impl PluginDriver {
         // What was never there reads as zeroes.
         let (buf, beyond) = buf.split_at(there as usize);
         beyond.zero_fill();
+        if let Reading::Next = self.read {
+            return self.next()?.read(buf, offset);
+        }
         for piece in buf.pieces() {
             self.read_piece(piece, offset)?;
             offset += piece.1 as u64;
@@ -287,11 +350,14 @@ fn default_export(instance: &Instance) -> Result<Option<Vec<u8>>> {
 fn fua(
     instance: &Instance,
     caps: &mut Caps,
-    write: &Writing,
-    zero: &Option<Zeroing>,
-    trim: &Option<Trimming>,
+    (write, zero, trim): (&Writing, &Option<Zeroing>, &Option<Trimming>),
+    next: bool,
 ) -> Result<()> {
-    let carries = matches!(write, Writing::V2(_));
+    let carries = match write {
+        Writing::V2(_) => true,
+        Writing::Next => next,
+        _ => false,
+    };
     let how = match instance.can("can_fua", instance.plugin.slots.can_fua)? {
         None if carries => Can::Native,
         None if caps.flush => Can::Emulate,
@@ -307,8 +373,17 @@ fn fua(
         Some(how) => how,
     };
     caps.fua = how == Can::Native;
-    caps.zero_fua = caps.fua && matches!(zero, Some(Zeroing::V2(_)));
-    caps.trim_fua = caps.fua && matches!(trim, Some(Trimming::V2(_)));
+    let zero = match zero {
+        Some(Zeroing::V2(_)) => true,
+        Some(Zeroing::Next) => next,
+        _ => false,
+    };
+    let trim = match trim {
+        Some(Trimming::V2(_)) => true,
+        Some(Trimming::Next) => next,
+        _ => false,
+    };
+    (caps.zero_fua, caps.trim_fua) = (caps.fua && zero, caps.fua && trim);
     caps.fua_by_flush = how != Can::Not;
     Ok(())
 }
@@ -346,7 +421,11 @@ impl Driver for PluginDriver {
     }
 
     fn kind(&self) -> &'static str {
-        "plugin"
+        self.kind.unwrap_or("plugin")
+    }
+
+    fn is_foreign(&self) -> bool {
+        true
     }
 
     fn caps(&self) -> Caps {
@@ -361,7 +440,10 @@ impl Driver for PluginDriver {
     #[inline]
     fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
         match buf.as_single() {
-            Some(piece) if self.inside(offset, piece.1 as u64) == piece.1 as u64 => {
+            Some(piece)
+                if self.inside(offset, piece.1 as u64) == piece.1 as u64
+                    && !matches!(self.read, Reading::Next) =>
+            {
                 self.read_piece(piece, offset)
             }
             _ => self.read_pieces(buf, offset),
@@ -370,6 +452,9 @@ impl Driver for PluginDriver {
 
     fn write(&self, buf: Src<'_>, mut offset: u64, flags: ReqFlags) -> Result<()> {
         self.writable(offset, buf.len() as u64)?;
+        if let Writing::Next = self.write {
+            return self.next()?.write(buf, offset, flags);
+        }
         let handle = self.instance.handle;
         for (base, count) in buf.pieces() {
             let about = About("pwrite", Some((offset, count as u64)));
@@ -379,7 +464,7 @@ impl Driver for PluginDriver {
                     match self.write {
                         Writing::V2(f) => f(handle, base.cast(), count as u64, offset, flags.0),
                         Writing::V1(f) => f(handle, base.cast(), count as u32, offset),
-                        Writing::Not => -libc::EROFS,
+                        Writing::Not | Writing::Next => -libc::EROFS,
                     }
                 }
             })?;
@@ -393,6 +478,9 @@ impl Driver for PluginDriver {
         if failed != 0 {
             return Err(Error::Failed { file: self.instance.name.clone(), errno: failed });
         }
+        if let Flushing::Next = self.flush {
+            return self.next()?.flush();
+        }
         let handle = self.instance.handle;
         let result = self.instance.done(About("flush", None), || {
             // SAFETY: the plugin's function and handle.
@@ -400,7 +488,7 @@ impl Driver for PluginDriver {
                 match self.flush {
                     Flushing::V2(f) => f(handle, 0),
                     Flushing::V1(f) => f(handle),
-                    Flushing::Not => 0,
+                    Flushing::Not | Flushing::Next => 0,
                 }
             }
         });
@@ -423,12 +511,16 @@ impl Driver for PluginDriver {
         self.writable(offset, count)?;
         let (handle, may_trim) = (self.instance.handle, flags.has(ReqFlags::MAY_TRIM));
         let Some(zero) = self.zero else { return Err(CANNOT) };
+        if let Zeroing::Next = zero {
+            return self.next()?.zero(offset, count, flags);
+        }
         let result = self.instance.done(About("zero", Some((offset, count))), || {
             // SAFETY: the plugin's function and handle; a count of version 1 has 32 bits (max_range).
             unsafe {
                 match zero {
                     Zeroing::V2(f) => f(handle, count, offset, flags.0),
                     Zeroing::V1(f) => f(handle, count as u32, offset, c_int::from(may_trim)),
+                    Zeroing::Next => -libc::ENOTSUP,
                 }
             }
         });
@@ -442,6 +534,9 @@ impl Driver for PluginDriver {
         let count = self.inside(offset, count);
         let Some(trim) = self.trim.filter(|_| count > 0) else { return Ok(()) };
         self.writable(offset, count)?;
+        if let Trimming::Next = trim {
+            return self.next()?.trim(offset, count, flags);
+        }
         let handle = self.instance.handle;
         self.instance.done(About("trim", Some((offset, count))), || {
             // SAFETY: as in `zero`.
@@ -449,12 +544,16 @@ impl Driver for PluginDriver {
                 match trim {
                     Trimming::V2(f) => f(handle, count, offset, flags.0),
                     Trimming::V1(f) => f(handle, count as u32, offset),
+                    Trimming::Next => 0,
                 }
             }
         })
     }
 
     fn cache(&self, offset: u64, count: u64) -> Result<()> {
+        if self.cache_next {
+            return self.next()?.cache(offset, self.inside(offset, count));
+        }
         let align = u64::from(self.caps.align);
         let before = offset % align;
         let offset = offset - before;
@@ -470,6 +569,9 @@ impl Driver for PluginDriver {
 
     fn extents(&self, offset: u64, count: u64, out: &mut ExtentList<'_>) -> Result<()> {
         let there = self.inside(offset, count);
+        if self.extents_next && there > 0 {
+            return self.next()?.driver().extents(offset, there, out);
+        }
         let Some(f) = self.instance.plugin.slots.extents.filter(|_| there > 0) else {
             out.push(Extent::hole(offset, count));
             return Ok(());
@@ -494,6 +596,9 @@ impl Driver for PluginDriver {
     }
 
     fn describe(&self) -> Description {
+        // What a layer stands on tells more of it.
+        let below = self.instance.source.as_ref().and_then(|s| s.next());
+        let about = below.map(|next| next.driver().describe()).unwrap_or_default();
         let mut properties = vec![
             ("plugin.name", self.property("name")),
             ("plugin.version", self.property("version")),
@@ -507,7 +612,7 @@ impl Driver for PluginDriver {
         if let Ok(Some(text)) = dump(&self.instance) {
             properties.push(("plugin.dump", text));
         }
-        Description { properties, ..Description::default() }
+        Description { properties, ..about }
     }
 }
 
@@ -536,7 +641,7 @@ pub fn exports(
     // SAFETY: the plugin's function, with what it registered.
     let begin = |p: &Plugin| unsafe { open(p.opaque(), flags) };
     let settings = merged(name, options);
-    let instance = Instance::open(&plugin, &super::shown(name), 0, &settings, begin)?;
+    let instance = Instance::open(&plugin, &super::shown(name), 0, &settings, begin, None)?;
     let mut found: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
     instance.done(About("list_exports", None), || {
         // SAFETY: the plugin's function and handle, and a list that lives as long as the call.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::abi::Handle;
 use super::call::{Frame, Serial};
+use super::layer::LayerSource;
 use super::load::{Plugin, ThreadModel};
 use crate::block::*;
 use crate::log::{Level, log};
@@ -20,6 +21,8 @@ pub struct Instance {
     serial: Serial,
     /// The process that opened it.
     pid: u32,
+    /// What it stands on, if it is a layer: until it is closed.
+    pub source: Option<Arc<LayerSource>>,
 }
 
 // SAFETY: the handle is the plugin's, which says by its thread model how it may be called.
@@ -51,6 +54,7 @@ impl Instance {
         device: usize,
         settings: &[(String, Vec<u8>)],
         begin: impl FnOnce(&Plugin) -> Handle,
+        source: Option<Arc<LayerSource>>,
     ) -> Result<Self> {
         let mut this = Self {
             plugin: plugin.clone(),
@@ -59,6 +63,7 @@ impl Instance {
             device,
             serial: Serial::new(),
             pid: std::process::id(),
+            source,
         };
         let about = About("open", None);
         this.handle = this.call(
@@ -263,6 +268,7 @@ pub fn texts(plugin: &Arc<Plugin>, name: &Name) -> Result<(Option<String>, Optio
         device: 0,
         serial: Serial::new(),
         pid: std::process::id(),
+        source: None,
     };
     let help = match plugin.slots.config_help {
         // SAFETY: the plugin's function, with what it registered.

@@ -360,7 +360,10 @@ impl Object {
         };
         s.thread_model = number(c"qblk_plugin_thread_model").unwrap_or(0);
         s.errno_is_preserved = number(c"qblk_plugin_errno_is_preserved").unwrap_or(0);
-        s.passes = 0;
+        type Bits = unsafe extern "C" fn() -> u64;
+        // SAFETY: as above.
+        let bits = |f| unsafe { std::mem::transmute::<*mut c_void, Bits>(f)() };
+        s.passes = self.own(c"qblk_plugin_passes").map_or(0, bits);
         s.name = words(c"qblk_plugin_name");
         s.version = words(c"qblk_plugin_version");
         s.description = words(c"qblk_plugin_description");

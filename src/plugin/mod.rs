@@ -6,12 +6,15 @@
 //! time than it says; a thread that is inside of it is never made to wait for itself. What is not promised
 //! is that code which breaks the process's memory does not.
 //!
-//! Relies on `block` alone.
+//! A plugin may be a layer, too (`layer`).
+//!
+//! Relies on `block`, and for layers on what `layer` calls a source.
 
 mod abi;
 mod call;
 mod driver;
 mod instance;
+mod layer;
 mod list;
 mod load;
 mod name;
@@ -21,6 +24,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use crate::block::{Driver, Name, Result};
 pub(crate) use call::{is_inside, note_inner, refuse_reentry, set_error, set_error_text};
+pub use layer::{LayerPlugin, LayerSource, method};
 pub(crate) use list::ExtentsList;
 pub use load::ThreadModel;
 pub(crate) use load::{set_host, unregister};

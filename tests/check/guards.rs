@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::common::*;
 use qblk::block::ErrorKind;
-use qblk::{Image, ReqFlags};
+use qblk::{Image, Options, ReqFlags};
 
 const CLUSTER: u64 = 65536;
 const COPIED: u64 = 1 << 63;
@@ -162,4 +162,101 @@ fn a_cluster_that_is_in_use_is_not_handed_out_whatever_its_refcount_says() {
             assert_same(&after[part.clone()], &before[part], at, what);
         }
     }
+}
+
+/// Only what was found while a single cluster was taken marked the image.
+#[test]
+fn what_is_found_while_tables_grow_or_are_rebuilt_marks_the_image_too() {
+    let dir = Tmp::in_memory("guards-grow");
+    let (made, parts) = image(&dir);
+    let path = dir.join("copy");
+    type Touch = fn(&Image) -> qblk::Result<()>;
+    let touches: [(&str, Touch); 2] = [
+        ("resize", |i| i.resize(16 << 40, &Options::new(), false)),
+        ("snapshot", |i| i.snapshot_create(b"more", &Options::new())),
+    ];
+    for (how, touch) in touches {
+        for &(what, at) in parts.iter().filter(|p| p.1 != 0) {
+            fs::copy(&made, &path).unwrap();
+            let block = peek_u64(&path, peek_u64(&path, 48));
+            poke(&path, block + 2 * (at / CLUSTER), &[0, 0]);
+            let before = fs::read(&path).unwrap();
+            let image = open(&path, RW);
+            let e = touch(&image).expect_err(what);
+            assert_eq!(e.kind(), ErrorKind::Corrupt, "{how}, {what}: {e}");
+            let e = image.write_at(&[1; 1], 128 << 10, NONE).unwrap_err();
+            assert!(e.to_string().contains("refuses writes"), "{how}, {what}: {e}");
+            assert!(image.close().is_err());
+            let after = fs::read(&path).unwrap();
+            assert_eq!(after[79] & 2, 2, "{how}, {what}: the mark");
+            let part = at as usize..(at + CLUSTER) as usize;
+            assert_same(&after[part.clone()], &before[part], at, what);
+        }
+    }
+}
+
+/// Clusters beside the one that was found to be a table were given back to the host.
+#[test]
+fn nothing_is_given_back_once_the_image_is_found_to_be_corrupt() {
+    let dir = Tmp::in_memory("guards-give-back");
+    let (path, _) = image(&dir);
+    let l2 = peek_u64(&path, peek_u64(&path, 40)) & OFFSET;
+    let next = peek_u64(&path, l2 + 8) & OFFSET;
+    poke(&path, l2, &(peek_u64(&path, 48) | COPIED).to_be_bytes());
+    let image = open(&path, RW);
+    image.trim(0, 2 * CLUSTER, NONE).unwrap();
+    let _ = image.flush();
+    assert!(image.close().is_err());
+    assert_eq!(peek(&path, next, CLUSTER as usize), vec![3; CLUSTER as usize]);
+}
+
+/// Flags were mended wherever the header said that the L1 table was.
+#[test]
+fn a_repair_mends_no_flags_where_other_metadata_is() {
+    let dir = Tmp::in_memory("guards-l1");
+    let path = dir.join("image");
+    qemu_img!("create", "-q", "-f", "qcow2", path, "1M");
+    // A name that looks like L1 entries with a flag.
+    qemu_img!("snapshot", "-c", "\u{e9}".repeat(40), path);
+    let table = peek_u64(&path, 64);
+    let before = peek(&path, table, 144);
+    assert!(before[72..].iter().step_by(8).any(|b| b & 0x80 != 0), "{before:02x?}");
+    poke(&path, 40, &table.to_be_bytes());
+    poke(&path, 36, &18u32.to_be_bytes());
+    let found = super::judge::ours(&path, qblk::block::Repair::All).unwrap();
+    assert!(found.corruptions > 0 && found.check_errors > 0, "{found:?}");
+    assert_same(&peek(&path, table, 144), &before, table, "the snapshot table");
+}
+
+/// What a buffer had from before was taken for the rest of an entry that the file has in part.
+#[test]
+fn a_repair_makes_up_no_entry_where_the_file_ends() {
+    let dir = Tmp::in_memory("guards-end");
+    let path = dir.join("image");
+    qemu_img!("create", "-q", "-f", "qcow2", path, format!("{}", 8193u64 << 29));
+    let (l1, entries) = (peek_u64(&path, 40), peek_u32(&path, 36));
+    assert!(entries == 8193, "{entries} entries");
+    // They all name the table itself, and say that nothing else does.
+    let bytes: Vec<u8> = (0..8193).flat_map(|_| (l1 | COPIED).to_be_bytes()).collect();
+    poke(&path, l1, &bytes);
+    let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(l1 + 8 * 8192 + 4).unwrap();
+    let found = super::judge::ours(&path, qblk::block::Repair::All).unwrap();
+    assert!(found.corruptions_fixed > 8192, "{found:?}");
+    assert_eq!(file.metadata().unwrap().len(), l1 + 8 * 8192 + 4);
+}
+
+/// An entry of the snapshot table claimed 16 MiB of extra data: that was not counted, since it reaches past
+/// the end, and then was to be freed.
+#[test]
+fn a_snapshot_table_that_reaches_past_the_end_is_mended_without_freeing_what_is_there() {
+    let dir = Tmp::in_memory("guards-long-table");
+    let (path, _) = image(&dir);
+    let active = read_range(&open(&path, RO), 0, 2 << 20);
+    poke(&path, peek_u64(&path, 64) + 36, &[1]);
+    let found = super::judge::ours(&path, qblk::block::Repair::All).unwrap();
+    assert!(found.changed && found.check_errors == 0, "{found:?}");
+    let again = super::judge::ours(&path, qblk::block::Repair::Nothing).unwrap();
+    assert_eq!((again.corruptions, again.leaks), (0, 0), "{again:?}");
+    assert_eq!(read_range(&open(&path, RO), 0, 2 << 20), active);
 }

@@ -78,6 +78,71 @@ fn snapshots_that_share_their_tables_take_no_longer() {
     soon(&path, "snapshots");
 }
 
+/// Each table was gone through by itself, for each entry of the directory that named it.
+#[test]
+fn bitmaps_that_share_a_table_take_no_longer() {
+    let dir = Tmp::in_memory("hostile-bitmaps");
+    let path = dir.join("image");
+    with_l1(&path, 32, |i| if i == 0 { 0x4000 | COPIED } else { 0 });
+    // A table of 8 MiB, which 65535 bitmaps have.
+    let mut directory = Vec::new();
+    for i in 0..65535u64 {
+        directory.extend((8u64 << 20).to_be_bytes());
+        directory.extend((1u32 << 20).to_be_bytes());
+        directory.extend([0, 0, 0, 0, 1, 16, 0, 8, 0, 0, 0, 0]);
+        directory.extend(i.to_be_bytes());
+    }
+    poke(&path, 16 << 20, &directory);
+    poke(&path, 88, &1u64.to_be_bytes());
+    let mut extension = Vec::new();
+    extension.extend(0x2385_2875u32.to_be_bytes());
+    extension.extend(24u32.to_be_bytes());
+    extension.extend(65535u32.to_be_bytes());
+    extension.extend([0; 4]);
+    extension.extend((directory.len() as u64).to_be_bytes());
+    extension.extend((16u64 << 20).to_be_bytes());
+    extension.extend([0; 8]);
+    poke(&path, peek_u32(&path, 100).into(), &extension);
+    assert_eq!(ours(&path, Repair::Nothing).unwrap().check_errors, 0, "its bitmaps are looked at");
+    soon(&path, "bitmaps");
+    // At the end of all offsets.
+    let entry: Vec<u8> = (0..65535u64)
+        .flat_map(|i| {
+            let mut entry = directory[(i * 32) as usize..][..32].to_vec();
+            entry[..8].copy_from_slice(&(u64::MAX << 9).to_be_bytes());
+            entry
+        })
+        .collect();
+    poke(&path, 16 << 20, &entry);
+    soon(&path, "bitmaps far out");
+}
+
+/// What is named past the end was kept one by one, for 48 bytes each.
+#[test]
+fn a_file_that_was_cut_off_takes_what_is_left_of_it() {
+    let dir = Tmp::in_memory("hostile-cut");
+    let path = dir.join("image");
+    const MB: u64 = 1 << 20;
+    for (what, tables, host) in [
+        ("all that followed", 16, (|i| (1 << 40) + i * 2 * MB) as fn(u64) -> u64),
+        ("the same again and again", 16, |i| (1 << 40) + i % 3 * 2 * MB),
+        ("each apart from the others", 4, |i| (1 << 54) + i * 4 * MB),
+    ] {
+        create(&path, "qcow2", tables << 39, &[("cluster-size", "2M")]);
+        let l1 = peek_u64(&path, 40);
+        for table in 0..tables {
+            let at = (32 + 2 * table) * MB;
+            poke(&path, l1 + 8 * table, &(at | COPIED).to_be_bytes());
+            let entry = |i: u64| (host(table << 18 | i) | COPIED).to_be_bytes();
+            poke(&path, at, &(0..1 << 18).flat_map(entry).collect::<Vec<u8>>());
+        }
+        soon(&path, what);
+        let found = ours(&path, Repair::Nothing).unwrap();
+        assert!(found.corruptions >= tables << 18, "{found:?}");
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
 #[test]
 fn a_file_that_says_to_be_huge_takes_what_it_has() {
     let dir = Tmp::in_memory("hostile-huge");

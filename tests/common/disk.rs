@@ -1,6 +1,8 @@
-//! A disk in memory: it remembers every write and flush, can be cut off at any moment, and can fail.
+//! A disk in memory: it remembers every write and flush, can be cut off at any moment, and can fail; a
+//! flush that fails loses some of what it was to keep, as a host's does.
 //! It has two files, each with flushes of its own: an image, and its data file where it has one.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use qblk::block::{Caps, Device, Driver, Dst, Error, Name, Prealloc, ReqFlags, Result, Src};
@@ -50,12 +52,40 @@ pub struct State {
     pub struck: bool,
     /// Bytes asked for by reads.
     pub bytes_read: u64,
+    /// Which of `ops` a flush that failed has lost. Reading shows them still: they are in the cache.
+    lost: HashSet<usize>,
 }
 
 impl State {
     fn add(&mut self, file: usize, op: Op) {
         apply(&mut self.content[file], &op);
         self.ops.push((file, op));
+    }
+
+    /// A flush of a file has failed: of what was written since the last one, some is lost, whatever later
+    /// flushes say.
+    fn lose(&mut self, file: usize) {
+        let ended = |op: &(usize, Op)| op.0 == file && matches!(op.1, Op::Flush);
+        let since = self.ops.iter().rposition(ended).map_or(0, |i| i + 1);
+        let mut r = Rng::new(self.ops.len() as u64);
+        for i in since..self.ops.len() {
+            let (of, op) = &self.ops[i];
+            if *of == file && matches!(op, Op::Write(..)) && r.one_in(2) {
+                self.lost.insert(i);
+            }
+        }
+    }
+
+    /// What the files hold when the cache is gone, if they held `base` at first.
+    pub fn without_cache(&self, base: &Files) -> Files {
+        if self.lost.is_empty() {
+            return self.content.clone();
+        }
+        let mut content = base.clone();
+        for (_, (file, op)) in self.ops.iter().enumerate().filter(|(i, _)| !self.lost.contains(i)) {
+            apply(&mut content[*file], op);
+        }
+        content
     }
 
     fn fails(&mut self, call: Call) -> bool {
@@ -219,7 +249,13 @@ impl Driver for Recorder {
         Ok(())
     }
     fn flush(&self) -> Result<()> {
-        self.call(Call::Flush, "flushing", 0)?.add(self.2, Op::Flush);
+        match self.call(Call::Flush, "flushing", 0) {
+            Ok(mut file) => file.add(self.2, Op::Flush),
+            Err(e) => {
+                self.1.lock().unwrap().lose(self.2);
+                return Err(e);
+            }
+        }
         Ok(())
     }
     fn zero(&self, offset: u64, count: u64, _: ReqFlags) -> Result<()> {

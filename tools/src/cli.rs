@@ -56,8 +56,10 @@ pub enum Command {
     Lock(crate::lock::LockArgs),
     /// Serve images by NBD, until a signal or the end of a command
     Serve(Box<ServeArgs>),
-    /// List what an NBD server exports
+    /// List what an NBD server or a plugin exports
     List(ListArgs),
+    /// Say what a plugin is and can do
+    Plugin(crate::plugin::PluginArgs),
 }
 
 /// One `KEY=VALUE`. Keys are text; values are bytes, for they may be names of files.

@@ -20,6 +20,7 @@ mod lock;
 mod map;
 mod open;
 mod place;
+mod plugin;
 mod progress;
 mod read;
 mod resize;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         Command::Lock(args) => lock::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::List(args) => list::run(&args),
+        Command::Plugin(args) => plugin::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,7 +15,7 @@ mod mini;
 mod rows;
 mod servers;
 
-pub use rows::ROWS;
+pub use rows::{ROWS, memory_disks};
 pub use servers::Aio;
 
 use std::ffi::OsString;

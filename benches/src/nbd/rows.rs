@@ -123,6 +123,12 @@ pub const ROWS: &[Spec] = &[
         build: copy_in,
     },
     Spec {
+        id: "nbd-plugin",
+        title: "NBD: a memory plugin in C, 4 KiB random read, depth 16 (fio)",
+        needs: &[],
+        build: crate::plugins::served,
+    },
+    Spec {
         id: "nbd-memory",
         title: "NBD: memory, 4 × 16 requests of 1 MiB",
         needs: &[(Taken, Tmpfs)],
@@ -139,6 +145,28 @@ pub const ROWS: &[Spec] = &[
 /// Ways to run qemu-nbd, and where each is fair.
 const WAYS: [(Aio, On); 4] =
     [(Aio::Threads, Tmpfs), (Aio::Uring, Tmpfs), (Aio::Native, Tmpfs), (Aio::Uring, Disk)];
+
+/// A C plugin behind our server, and nbdkit with its own disk in memory, of `size` bytes each.
+pub fn memory_disks<'a>(
+    images: &'a Images,
+    plan: &'a Plan,
+    plugin: &str,
+    size: u64,
+) -> Vec<Contender<'a>> {
+    let launch = |program, file: &str| Launch {
+        program,
+        file: file.into(),
+        format: "raw",
+        write: false,
+        dir: images.dir(Tmpfs).to_owned(),
+    };
+    let disks = [
+        (Who::Ours, launch(Program::Ours, plugin)),
+        (Who::Nbdkit, launch(Program::NbdkitMemory, &size.to_string())),
+    ];
+    let disks = disks.into_iter().filter(|(who, _)| !plan.alone || *who == Who::Ours);
+    disks.map(|(who, l)| contender(who, l, Tmpfs, with_fio(images, plan, FIO))).collect()
+}
 
 /// Ours may take so much of what another does.
 fn to_take(against: crate::row::Against, at_most: f64) -> Target {

@@ -34,6 +34,8 @@ pub enum Program {
     Ours,
     Mini,
     Nbdkit,
+    /// nbdkit's own disk in memory; the file is its size.
+    NbdkitMemory,
     Qemu(Aio),
 }
 
@@ -95,6 +97,11 @@ impl Launch {
                 c.args(["--foreground", "--exit-with-parent"]);
                 c.args((!self.write).then_some("--readonly"));
                 c.arg("--unix").arg(socket).arg("file").arg(&self.file);
+            }
+            Program::NbdkitMemory => {
+                c = Command::new("nbdkit");
+                c.args(["--foreground", "--exit-with-parent"]);
+                c.arg("--unix").arg(socket).arg("memory").arg(&self.file);
             }
             Program::Qemu(aio) => {
                 let (aio, cache) = match aio {

@@ -299,7 +299,7 @@ impl Rebuild<'_> {
             if !image.may_show_below(guest) {
                 return Ok(0);
             }
-            host = self.shadow.take(1)?.first << bits;
+            host = self.take(1)?.first << bits;
             if refs > 1 {
                 self.shadow.change_by(host >> bits, refs as i64 - 1)?;
             }

@@ -120,10 +120,7 @@ impl Driver for Qcow2 {
     }
 
     fn check(&self, repair: Repair, progress: Progress<'_>) -> Result<CheckReport> {
-        // What is in memory belongs to what is checked, unless nothing is written any more.
-        if !self.is_fenced() {
-            self.settle()?;
-        }
+        // (It is closed before: what was in memory is in the file.)
         super::check::run(&self.file, repair, progress)
     }
     fn bitmaps(&self, count: bool) -> Result<Vec<BitmapInfo>> {

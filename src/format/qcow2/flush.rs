@@ -100,17 +100,9 @@ impl Qcow2 {
         }
     }
 
-    /// Write the counts that have changed, and make them last: what they count may be pointed to then.
+    /// [`Refcounts::publish`], where what is found to be corrupt is marked so.
     pub(super) fn publish_counts(&self, meta: &mut Meta) -> Result<()> {
-        for (offset, block) in meta.refs.take_dirty() {
-            self.file.write_slice(&block, offset, ReqFlags::NONE)?;
-        }
-        meta.refs.written();
-        self.file.flush()?;
-        for (offset, entry) in meta.refs.take_new_blocks() {
-            self.file.write_slice(&entry.to_be_bytes(), offset, ReqFlags::NONE)?;
-        }
-        self.file.flush()
+        self.or_corrupt(meta.refs.publish(&self.file))
     }
 
     /// Remember a failure for good: what the kernel could not write it may have dropped.
@@ -282,6 +274,10 @@ impl Qcow2 {
             }
         }
         drop(meta);
+        if self.is_fenced() {
+            // What the image says of its clusters is not to be believed: nothing is given back.
+            return Ok(());
+        }
         // A call that has ended by now may have kept what it inflated of them after they were unmapped.
         self.compressed.forget();
         for run in &gone {
@@ -332,9 +328,10 @@ impl Qcow2 {
             self.file.driver().resize(end, Prealloc::Off, true)?;
         }
         drop(meta);
-        self.sync()?;
-        // Only now do the refcounts on disk say all.
+        self.or_fail(writer, self.sync())?;
+        // Only now do the refcounts on disk say all. Where that fails nobody knows whether the header says
+        // so, and what is written from now on might not be counted.
         let clean = if all { self.set_incompatible(incompat::DIRTY, false) } else { Ok(()) };
-        saved.and(clean)
+        saved.and(self.or_fail(writer, clean))
     }
 }

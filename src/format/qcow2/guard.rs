@@ -60,9 +60,21 @@ impl Kind {
 struct Holder {
     kind: Kind,
     /// How often it was said to be there.
-    times: u32,
-    /// Another kind was said to be there, too.
+    times: u16,
+    /// Another kind was said to be there, too, and how often.
     other: Option<Kind>,
+    other_times: u16,
+}
+
+/// So many times or more: it is not counted down any more.
+const MANY: u16 = u16::MAX;
+
+impl Holder {
+    /// Without the kind that it was first said to be; `None` if there is nothing else.
+    fn without_first(self) -> Option<Self> {
+        let (kind, times) = (self.other?, self.other_times);
+        Some(Self { kind, times, other: None, other_times: 0 })
+    }
 }
 
 /// Which host clusters hold metadata.
@@ -102,43 +114,57 @@ impl Areas {
             word.fetch_or(bit, SeqCst);
         }
         let mut known = self.known.lock();
-        let holder = known.entry(cluster).or_insert(Holder { kind, times: 0, other: None });
+        let none = Holder { kind, times: 0, other: None, other_times: 0 };
+        let holder = known.entry(cluster).or_insert(none);
         if holder.kind == kind {
-            holder.times += 1;
+            holder.times = holder.times.saturating_add(1);
+        } else if holder.other == Some(kind) {
+            holder.other_times = holder.other_times.saturating_add(1);
         } else {
-            holder.other = Some(kind);
+            (holder.other, holder.other_times) = (Some(kind), 1);
         }
+    }
+
+    /// Make room for so many clusters more: growing by and by takes more memory for a while.
+    pub(super) fn reserve(&self, clusters: usize) {
+        self.known.lock().reserve(clusters);
     }
 
     /// A cluster does not hold what it was said to any more.
     pub(super) fn remove(&self, kind: Kind, cluster: u64) {
         let mut known = self.known.lock();
         let Some(holder) = known.get_mut(&cluster) else { return };
-        match (holder.kind == kind, holder.other) {
-            (true, other) if holder.times <= 1 => match other {
-                Some(other) => *holder = Holder { kind: other, times: 1, other: None },
-                None => drop(known.remove(&cluster)),
-            },
-            (true, _) => holder.times -= 1,
-            (false, other) if other == Some(kind) => holder.other = None,
-            _ => {}
+        if holder.kind == kind {
+            match (holder.times, holder.without_first()) {
+                (MANY, _) => {}
+                (2.., _) => holder.times -= 1,
+                (_, Some(other)) => *holder = other,
+                (_, None) => drop(known.remove(&cluster)),
+            }
+        } else if holder.other == Some(kind) {
+            match holder.other_times {
+                MANY => {}
+                2.. => holder.other_times -= 1,
+                _ => holder.other = None,
+            }
         }
     }
 
     /// All clusters of one kind are these from now on.
     pub(super) fn replace(&self, kind: Kind, runs: &[Run]) {
-        let old: Vec<u64> = {
-            let known = self.known.lock();
-            let has = |h: &Holder| h.kind == kind || h.other == Some(kind);
-            known.iter().filter(|(_, h)| has(h)).map(|(c, _)| *c).collect()
-        };
-        for cluster in old {
-            // Each time that it was said to be there.
-            while self.kind_at(cluster) == Some(kind) {
-                self.remove(kind, cluster);
+        self.known.lock().retain(|_, holder| {
+            if holder.other == Some(kind) {
+                holder.other = None;
             }
-            self.remove(kind, cluster);
-        }
+            match holder.without_first() {
+                _ if holder.kind != kind => true,
+                Some(other) => {
+                    *holder = other;
+                    true
+                }
+                None => false,
+            }
+        });
         for run in runs {
             for cluster in run.first..run.first.saturating_add(run.count) {
                 self.add(kind, cluster);
@@ -175,6 +201,11 @@ impl Areas {
     }
 }
 
+/// What is said of a table that is to be written where another is.
+pub(super) fn misplaced(what: &str, offset: u64, other: &str) -> String {
+    format!("{what} is to be written at {offset:#x}, where {other} is")
+}
+
 impl Qcow2 {
     /// Note all metadata anew, after tables were replaced as a whole. Under `Writer::meta`.
     pub(super) fn note_metadata(&self, meta: &Meta) {
@@ -197,7 +228,9 @@ impl Qcow2 {
     /// that as a whole. Under `Writer::meta`, or before anybody else has the image.
     pub(super) fn note_l2_tables(&self) {
         self.areas.replace(Kind::L2, &[]);
-        for entry in &self.l1().entries {
+        let entries = &self.l1().entries;
+        self.areas.reserve(entries.iter().filter(|e| e.load(Relaxed) & !COPIED != 0).count());
+        for entry in entries {
             if let Ok((table @ 1.., _)) = entry::decode_l1(entry.load(Acquire), self.cluster_bits) {
                 self.areas.add(Kind::L2, table >> self.cluster_bits);
             }
@@ -208,10 +241,7 @@ impl Qcow2 {
     pub(super) fn check_table(&self, kind: Kind, offset: u64) -> Result<()> {
         match self.areas.conflict(kind, offset >> self.cluster_bits) {
             None => Ok(()),
-            Some(other) => Err(self.found_corrupt(format!(
-                "{} is to be written at {offset:#x}, where {other} is",
-                kind.name()
-            ))),
+            Some(other) => Err(self.found_corrupt(misplaced(kind.name(), offset, other))),
         }
     }
 
@@ -336,6 +366,26 @@ mod tests {
         assert_eq!(areas.conflict(Kind::L2, 5), None);
         areas.remove(Kind::L2, 5);
         assert_eq!(areas.kind_at(5), None);
+    }
+
+    #[test]
+    fn what_was_said_twice_is_taken_back_twice_whatever_came_first() {
+        let areas = Areas::new(10);
+        areas.add(Kind::L1, 5);
+        areas.add(Kind::L2, 5);
+        areas.add(Kind::L2, 5);
+        areas.remove(Kind::L1, 5);
+        assert!(areas.conflict(Kind::L2, 5).is_some(), "two L2 tables are left");
+        areas.remove(Kind::L2, 5);
+        assert_eq!((areas.kind_at(5), areas.conflict(Kind::L2, 5)), (Some(Kind::L2), None));
+        areas.remove(Kind::L2, 5);
+        assert_eq!(areas.kind_at(5), None);
+        // More often than is counted: it stays for good.
+        (0..70_000).for_each(|_| areas.add(Kind::L2, 7));
+        (0..70_000).for_each(|_| areas.remove(Kind::L2, 7));
+        assert!(areas.conflict(Kind::L2, 7).is_some());
+        areas.replace(Kind::L2, &[]);
+        assert_eq!(areas.kind_at(7), None);
     }
 
     #[test]

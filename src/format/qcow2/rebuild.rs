@@ -80,15 +80,22 @@ impl Qcow2 {
         };
         let shadow = Shadow::new(refs, &self.file, order)?;
         let mut new = Rebuild { image: self, shadow, progress, done: 0, total: 0 };
-        new.shadow.convert(progress)?;
+        // Where the refcounts contradict themselves the image is marked. What `work` finds of a snapshot
+        // concerns that alone: the image goes on.
+        self.or_corrupt(new.shadow.convert(progress))?;
         work(&mut new, &mut plan)?;
-        let (switch, table) = new.write(&mut plan, snapshots)?;
+        let written = new.write(&mut plan, snapshots);
+        let (switch, table) = self.or_corrupt(written)?;
         let shadow = new.shadow;
+        // A reader may find something and mark the image as corrupt meanwhile: not between loading the
+        // header and writing it, or the mark would be lost.
+        let header_turn = self.features.turn.lock();
         let head = match plan.header.take() {
             Some(change) => Some(self.changed_header(&switch, change, order)?),
             None => None,
         };
         self.or_fail(writer, self.switch(&switch, head))?;
+        drop(header_turn);
         // From here on the new tables are the image's.
         let freed = shadow.adopt(switch.refcounts);
         meta.refs.protect(switch.l1);
@@ -126,7 +133,7 @@ impl Qcow2 {
         Err(Error::Internal("calls are under way while tables are replaced".into()))
     }
 
-    /// The header with `change` and the places of the new tables, if it fits.
+    /// The header with `change` and the places of the new tables, if it fits. Under `Features::turn`.
     fn changed_header(&self, to: &Switch, change: HeaderChange<'_>, order: u32) -> Result<Edit> {
         let mut head = Edit::load(&self.file, self.cluster_bits)?;
         head.set_u64(at::SIZE, to.size);
@@ -142,11 +149,10 @@ impl Qcow2 {
         Ok(head)
     }
 
-    /// One write of one sector makes the header name the new tables.
+    /// One write of one sector makes the header name the new tables. Under `Features::turn`.
     fn switch(&self, to: &Switch, head: Option<Edit>) -> Result<()> {
         // What is named must be there.
         self.file.flush()?;
-        let _turn = self.features.turn.lock();
         if let Some(head) = head {
             return head.store(&self.file);
         }
@@ -338,9 +344,15 @@ impl<'a> Rebuild<'a> {
         Ok(())
     }
 
+    /// Take free clusters that follow one another. One that is in use and counted as free is a corruption
+    /// of the image.
+    pub(super) fn take(&mut self, count: u64) -> Result<Run> {
+        self.image.or_corrupt(self.shadow.take(count))
+    }
+
     /// Put a changed L2 table into another place: where, with no mark.
     pub(super) fn move_table(&mut self, table: u64, bytes: &[u8]) -> Result<u64> {
-        let run = self.shadow.take(1)?;
+        let run = self.take(1)?;
         let new = run.first << self.image.cluster_bits;
         self.image.file.write_slice(bytes, new, ReqFlags::NONE)?;
         self.count_table(table, false)?;
@@ -374,7 +386,7 @@ impl<'a> Rebuild<'a> {
         if clusters == 0 {
             return Ok(Run { first: 0, count: 0 });
         }
-        let run = self.shadow.take(clusters)?;
+        let run = self.take(clusters)?;
         bytes.resize((clusters << self.image.cluster_bits) as usize, 0);
         let at = run.first << self.image.cluster_bits;
         self.image.file.write_slice(&bytes, at, ReqFlags::NONE)?;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use super::guard::{Areas, Kind};
 use crate::block::*;
-pub(super) use count::{read_count, write_count};
+pub(super) use count::{max_count, read_count, write_count};
 pub use grow::Host;
 pub(super) use grow::{name_table, place_table, write_table};
 
@@ -268,7 +268,7 @@ impl Refcounts {
 
     /// The largest count there can be.
     fn max(&self) -> u64 {
-        u64::MAX >> (64 - (1 << self.order))
+        max_count(self.order)
     }
 
     /// Take `len` bytes, fewer than a cluster has: behind those that were taken last, if their cluster

@@ -123,7 +123,7 @@ impl Qcow2 {
             let old = self.l1();
             let roomy = (old.entries.len() as u64 * 3 / 2).clamp(entries, MAX_L1_BYTES / 8);
             let clusters = (roomy * 8).div_ceil(self.cluster_size());
-            let run = meta.refs.allocate_all(self, clusters)?;
+            let run = self.or_corrupt(meta.refs.allocate_all(self, clusters))?;
             let written = self.write_l1(writer, meta, run, roomy, old);
             if written.is_err() {
                 for cluster in run.first..run.first + run.count {

@@ -310,7 +310,10 @@ impl Qcow2 {
             vm_clock: how.vm_clock,
             icount: how.icount,
         };
-        self.rebuild(self.order()?, Progress::NONE, |new, plan| new.create(plan, info))?;
+        self.rebuild(self.order()?, Progress::NONE, |new, plan| {
+            // What is read is the active image's.
+            self.or_corrupt(new.create(plan, info))
+        })?;
         // It is in the snapshot, and in the active image no more.
         self.vm_state.forget();
         Ok(())

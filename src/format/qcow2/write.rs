@@ -247,7 +247,7 @@ impl Qcow2 {
                 let mut meta = writer.meta.lock();
                 // Another may have done it meanwhile; growing twice does no harm but takes space.
                 if !meta.refs.has_entry(index) {
-                    meta.refs.grow_table(self, index)?;
+                    self.or_corrupt(meta.refs.grow_table(self, index))?;
                 }
                 Ok(None)
             }

@@ -14,6 +14,7 @@ mod info;
 mod lock;
 mod map;
 mod nbd;
+mod plugin;
 mod remote;
 mod resize;
 mod serve;

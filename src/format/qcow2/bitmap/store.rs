@@ -223,7 +223,7 @@ impl Qcow2 {
             // The refcount table may have to grow, and so no flush may be under way.
             let _turn = writer.turn.lock();
             let mut meta = writer.meta.lock();
-            meta.refs.allocate_all(self, count)?
+            self.or_corrupt(meta.refs.allocate_all(self, count))?
         };
         moved.made.push(run);
         self.lengthen((run.first + run.count) << self.cluster_bits)?;

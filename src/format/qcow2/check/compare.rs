@@ -4,6 +4,11 @@ use super::super::refcount::{read_count, write_count};
 use super::disk::Block;
 use super::*;
 
+/// Bits of counts that are read at once, one by one asked for.
+const NEAR_BITS: u64 = 512;
+/// So many.
+pub type Near = [u8; (NEAR_BITS / 8) as usize];
+
 /// What a count on disk is, other than it should be.
 enum Verdict {
     Leave,
@@ -165,7 +170,7 @@ impl Check<'_> {
         }
         // (Nobody asks for the flag of what nobody refers to, but where a reference was not counted since it
         // reaches past the end.)
-        if (own > 0 || !self.beyond.is_empty()) && (disk == 1) != (own == 1) {
+        if (own > 0 || self.beyond.any()) && (disk == 1) != (own == 1) {
             let clusters = self.clusters;
             self.flips.get_or_insert_with(|| Counts::new(clusters, 1)).set(cluster, 1);
         }
@@ -186,12 +191,20 @@ impl Check<'_> {
             Block::None => Ok(Some(false)),
             Block::Bad => Ok(None),
             Block::At(offset) => {
-                // The 8 bytes that have it.
                 let bit = (cluster & ((1 << self.disk.block_bits) - 1)) << self.disk.order;
-                let mut word = [0; 8];
-                self.read(&mut word, offset + bit / 64 * 8)?;
-                let i = (bit % 64) >> self.disk.order;
-                Ok(Some(read_count(&word, i, self.disk.order) == 1))
+                let at = offset + bit / NEAR_BITS * (NEAR_BITS / 8);
+                let near = match self.near.get() {
+                    // Those beside it are asked for next.
+                    Some((where_, near)) if where_ == at => near,
+                    _ => {
+                        let mut near = [0; (NEAR_BITS / 8) as usize];
+                        self.read(&mut near, at)?;
+                        self.near.set(Some((at, near)));
+                        near
+                    }
+                };
+                let i = (bit % NEAR_BITS) >> self.disk.order;
+                Ok(Some(read_count(&near, i, self.disk.order) == 1))
             }
         }
     }

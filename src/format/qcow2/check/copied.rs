@@ -15,7 +15,7 @@ impl Check<'_> {
         let plain = !self.uncopied
             && !self.differs
             && !self.counts.any_shared()
-            && self.beyond.is_empty()
+            && !self.beyond.any()
             && self.unknown.is_empty();
         if plain {
             return Ok(());
@@ -28,6 +28,8 @@ impl Check<'_> {
             Repair::Nothing => false,
         };
         let before = self.report.corruptions_fixed;
+        // They may have been written since.
+        self.near.set(None);
         self.copied_l1(mend)?;
         let form = self.form();
         self.with_tables(
@@ -52,7 +54,8 @@ impl Check<'_> {
             self.read(&mut bytes[..n], at)?;
             // The entries that change, from the first to the last.
             let (mut first, mut last, mut changed) = (usize::MAX, 0, 0);
-            for i in (0..n).step_by(8) {
+            // (The file may end within an entry, which then is none.)
+            for i in (0..n / 8 * 8).step_by(8) {
                 let entry = be64(&bytes, i);
                 let table = entry & OFFSET;
                 if table == 0 {
@@ -70,9 +73,15 @@ impl Check<'_> {
                 bytes[i..i + 8].copy_from_slice(&(entry ^ COPIED).to_be_bytes());
                 (first, last, changed) = (first.min(i), i + 8, changed + 1);
             }
-            if changed > 0 {
-                self.file.write_slice(&bytes[first..last], at + first as u64, ReqFlags::NONE)?;
+            let place = at.saturating_add(first as u64);
+            if changed > 0 && self.is_free_to_mend_l1(place, (last - first) as u64) {
+                self.file.write_slice(&bytes[first..last], place, ReqFlags::NONE)?;
                 self.report.corruptions_fixed += changed;
+            } else if changed > 0 {
+                self.report.corruptions += changed;
+                self.trouble(format_args!(
+                    "the L1 table lies where other metadata is, at {place:#x}"
+                ));
             }
             at += n as u64;
         }

@@ -5,6 +5,8 @@
 //! is looked at once, for as many tables as lie over it: the time that this takes is bound by what the
 //! file has, not by how often that is named.
 
+use std::cell::OnceCell;
+
 /// How often something is named: by the active image, and by all (the active one included).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Times {
@@ -59,6 +61,31 @@ pub fn segments(ranges: impl Iterator<Item = (u64, u64, Times)>) -> Vec<Segment>
         all += n;
     }
     out
+}
+
+/// Places in the file that are asked for, which may overlap.
+#[derive(Default)]
+pub struct Places {
+    ranges: Vec<(u64, u64)>,
+    /// In order and without overlaps; made when it is needed.
+    ordered: OnceCell<Vec<Segment>>,
+}
+
+impl Places {
+    /// From where to where, bytes.
+    pub fn add(&mut self, range: (u64, u64)) {
+        self.ranges.push(range);
+        self.ordered = OnceCell::new();
+    }
+
+    /// Whether one of them has a byte in `from..to`.
+    pub fn touch(&self, from: u64, to: u64) -> bool {
+        let ordered = self
+            .ordered
+            .get_or_init(|| segments(self.ranges.iter().map(|r| (r.0, r.1, Times::once(false)))));
+        let i = ordered.partition_point(|p| p.to <= from);
+        ordered.get(i).is_some_and(|p| p.from < to)
+    }
 }
 
 /// The tables of one kind that there are: all of the same length and aligned to it, or parts of such as

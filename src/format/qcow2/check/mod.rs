@@ -12,13 +12,15 @@
 //! is no worse than before.
 //!
 //! Bounds, whatever an image claims. Memory: 4 bits a cluster of the file, or (where that is above
-//! 64 MiB) about 110 bytes for each place that something refers to; 16 bytes for each L2 table; the
-//! tables that have limits of their own. Time: each byte of a table is looked at twice at most,
+//! 64 MiB) about 110 bytes for each place that something refers to; 16 bytes for each L2 table; to mend
+//! all, 64 bytes for each stretch past the end that something refers to (see `beyond`); the tables that
+//! have limits of their own. Time: each byte of a table is looked at twice at most,
 //! however often and however askew tables are named (see `cover`), and each cluster that the refcount
 //! table covers within the file three times at most.
 //!
 //! Source: "Refcounts", "Cluster mapping", "Snapshots", "Bitmaps" of the QCOW2 specification.
 
+mod beyond;
 mod compare;
 mod copied;
 mod counts;
@@ -30,15 +32,17 @@ mod rebuild;
 mod snapshots;
 mod tables;
 
-use std::cell::OnceCell;
+use std::cell::Cell;
 
+use beyond::Beyond;
 use counts::Counts;
-use cover::{Plan, Segment, Times, segments};
+use cover::{Places, Plan, Times, segments};
 use disk::Disk;
 use snapshots::Snapshots;
 
 use super::entry::{be16, be32, be64};
-use super::header::{Header, at, incompat};
+use super::header::{Header, MAX_REFTABLE_BYTES, at, incompat};
+use super::refcount::max_count;
 use crate::block::*;
 use crate::log::{Level, log};
 
@@ -99,8 +103,8 @@ struct Check<'a> {
     counts: Counts,
     /// Clusters that are looked at: those of the file, and one behind it if something reaches there.
     clusters: u64,
-    /// What is referred to past the end: from where to where, bytes, and how often.
-    beyond: Vec<(u64, u128, u64)>,
+    /// What is referred to past the end.
+    beyond: Beyond,
     /// The last cluster that is in use, or counted as such.
     highest: u64,
     disk: Disk,
@@ -119,10 +123,11 @@ struct Check<'a> {
     snapshots: Snapshots,
     /// The L2 tables.
     tables: Plan,
-    /// Where other metadata lies, in bytes: no entry is mended there.
-    metadata: Vec<(u64, u64)>,
-    /// The same in order and without overlaps; made when it is needed.
-    ordered: OnceCell<Vec<Segment>>,
+    /// Where L1 tables lie, and where other metadata does: no entry of other tables is mended there.
+    l1_tables: Places,
+    metadata: Places,
+    /// Refcounts that were looked at last behind the end: where they lie, and they.
+    near: Cell<Option<(u64, compare::Near)>>,
     progress: Progress<'a>,
     /// What is done and what there is to do, in bytes of tables.
     done: u64,
@@ -139,10 +144,7 @@ impl<'a> Check<'a> {
         let mut head = vec![0; file_size.min(1 << bits) as usize];
         file.read_slice(&mut head, 0)?;
         let clusters = file_size.div_ceil(1 << bits);
-        let max = match header.refcount_order {
-            6 => u64::MAX,
-            order => (1 << (1u32 << order)) - 1,
-        };
+        let max = max_count(header.refcount_order);
         Ok(Self {
             file,
             file_size,
@@ -152,7 +154,7 @@ impl<'a> Check<'a> {
             report: CheckReport::default(),
             counts: Counts::new(clusters, max),
             clusters,
-            beyond: Vec::new(),
+            beyond: Beyond::default(),
             highest: 0,
             disk: Disk::default(),
             flips: None,
@@ -163,8 +165,9 @@ impl<'a> Check<'a> {
             blind: false,
             snapshots: Snapshots::default(),
             tables: Plan::default(),
-            metadata: Vec::new(),
-            ordered: OnceCell::new(),
+            l1_tables: Places::default(),
+            metadata: Places::default(),
+            near: Cell::new(None),
             progress,
             done: 0,
             todo: 0,
@@ -178,6 +181,10 @@ impl<'a> Check<'a> {
         self.disk = Disk::load(self.file, &self.header, &mut self.report, &mut self.rebuild)?;
         self.read_snapshots()?;
         self.count_all()?;
+        if self.report.changed {
+            // Entries that were mended name nothing any more: before the refcounts say so.
+            self.file.flush()?;
+        }
         let found = self.report;
         self.compare(Repair::Nothing)?;
         if self.rebuild && self.repair == Repair::All && !self.blind {
@@ -220,10 +227,10 @@ impl<'a> Check<'a> {
 
     /// Count who refers to what.
     fn count_all(&mut self) -> Result<()> {
-        self.metadata.clear();
-        self.beyond.clear();
+        self.l1_tables = Places::default();
+        self.metadata = Places::default();
+        self.beyond = Beyond::default();
         self.uncopied = false;
-        self.ordered = OnceCell::new();
         self.refer("the header", 0, self.cluster(), 1);
         self.note_metadata(0, self.cluster());
         let l1 = (self.header.l1_offset, u64::from(self.header.l1_entries) * 8);
@@ -251,7 +258,13 @@ impl<'a> Check<'a> {
         if end >= u128::from(self.file_size) + u128::from(self.cluster()) {
             self.report.corruptions += times;
             self.tell(format_args!("{what} at {offset:#x} ({len} bytes) lies past the end"));
-            self.beyond.push((offset, end, times));
+            // Refcounts are made anew no further out than a table can name them.
+            let most = (MAX_REFTABLE_BYTES / 8) << self.disk.block_bits;
+            if self.repair == Repair::All && offset >> self.bits < most {
+                self.beyond.push(offset, end, times, self.bits);
+            } else {
+                self.beyond.note();
+            }
             return;
         }
         let (first, last) = (offset >> self.bits, (offset + len - 1) >> self.bits);
@@ -269,29 +282,56 @@ impl<'a> Check<'a> {
         }
     }
 
+    /// Note who has tables: offset, bytes and by whom they are named. Each cluster is looked at once, for
+    /// as many tables as lie there.
+    fn refer_tables(&mut self, what: &str, tables: &[(u64, u64, Times)]) {
+        let limit = u128::from(self.file_size) + u128::from(self.cluster());
+        let is_there = |t: &(u64, u64, Times)| u128::from(t.0) + u128::from(t.1) < limit;
+        for &(offset, len, _) in tables.iter().filter(|t| !is_there(t)) {
+            self.refer(what, offset, len, 1);
+        }
+        let whole = tables.iter().filter(|t| t.1 > 0 && is_there(t)).map(|&(at, len, times)| {
+            let (from, to) = self.whole_clusters(at, len);
+            (from, to, times)
+        });
+        for part in segments(whole) {
+            for at in (part.from..part.to).step_by(self.cluster() as usize) {
+                self.refer(what, at, 1, part.times.all.into());
+            }
+        }
+    }
+
     fn cluster(&self) -> u64 {
         1 << self.bits
     }
 
+    /// The clusters that `len` bytes at `offset` lie in: from where to where, bytes.
+    fn whole_clusters(&self, offset: u64, len: u64) -> (u64, u64) {
+        let mask = self.cluster() - 1;
+        (offset & !mask, offset.saturating_add(len).saturating_add(mask) & !mask)
+    }
+
     fn note_metadata(&mut self, offset: u64, len: u64) {
         if len > 0 {
-            self.metadata.push((offset, offset.saturating_add(len)));
+            self.metadata.add(self.whole_clusters(offset, len));
+        }
+    }
+
+    fn note_l1(&mut self, offset: u64, len: u64) {
+        if len > 0 {
+            self.l1_tables.add(self.whole_clusters(offset, len));
         }
     }
 
     /// Whether `len` bytes at `offset` are free of metadata but for L2 tables.
     fn is_free_to_mend(&self, offset: u64, len: u64) -> bool {
+        self.is_free_to_mend_l1(offset, len) && !self.l1_tables.touch(offset, offset + len)
+    }
+
+    /// Whether `len` bytes at `offset` are free of metadata but for L1 and L2 tables.
+    fn is_free_to_mend_l1(&self, offset: u64, len: u64) -> bool {
         let end = offset + len;
-        let mask = self.cluster() - 1;
-        let ordered = self.ordered.get_or_init(|| {
-            let whole = |m: &(u64, u64)| {
-                (m.0 & !mask, m.1.saturating_add(mask) & !mask, Times::once(false))
-            };
-            segments(self.metadata.iter().map(whole))
-        });
-        let i = ordered.partition_point(|m| m.to <= offset);
-        ordered.get(i).is_none_or(|m| m.from >= end)
-            && !self.disk.has_block_at(offset, end, self.bits)
+        !self.metadata.touch(offset, end) && !self.disk.has_block_at(offset, end, self.bits)
     }
 
     /// Read from the file, zeroes where it has ended.

@@ -79,11 +79,10 @@ impl Check<'_> {
             self.lost_owner("the bitmap directory is wrong");
             return Ok(());
         };
-        for &(offset, len, _) in &tables {
-            self.refer("a bitmap table", offset, len, 1);
-            self.note_metadata(offset, len);
-        }
-        let parts = segments(tables.iter().map(|t| (t.0, (t.0 + t.1).min(self.file_size), t.2)));
+        tables.iter().for_each(|t| self.note_metadata(t.0, t.1));
+        self.refer_tables("a bitmap table", &tables);
+        let end = |t: &(u64, u64, Times)| t.0.saturating_add(t.1).min(self.file_size);
+        let parts = segments(tables.iter().map(|t| (t.0, end(t), t.2)));
         for part in parts {
             let mut bytes = vec![0; (part.to - part.from).min(CHUNK) as usize];
             let mut at = part.from;

@@ -84,7 +84,8 @@ impl Check<'_> {
             let mut wanted: Vec<u64> = blocks[..used].to_vec();
             wanted.extend(place.iter().map(|c| c >> block_bits));
             let end = place.last().map_or(0, |c| c + 1);
-            for (from, to, _) in self.reached(end) {
+            // What this makes the file long enough for is zeroes.
+            for (from, to, _) in self.beyond.reached(end) {
                 wanted.extend((from >> block_bits)..=((to - 1) >> block_bits));
             }
             wanted.sort_unstable();
@@ -112,14 +113,12 @@ impl Check<'_> {
     /// Clusters behind the end of the file, but none that something refers to already: whoever follows
     /// that must not come upon refcounts. `table` that follow one another come last.
     fn clusters_behind(&mut self, blocks: u64, table: u64) -> Vec<u64> {
-        self.beyond.sort_unstable();
-        let (mut out, mut at, mut i) = (Vec::new(), self.clusters, 0);
-        let mut end = 0;
+        let (mut out, mut at, mut end) = (Vec::new(), self.clusters, 0);
+        let mut beyond = self.beyond.in_order().peekable();
         while (out.len() as u64) < blocks + table {
             // Those that begin before here: up to where they reach.
-            while let Some(b) = self.beyond.get(i).filter(|b| b.0 >> self.bits <= at) {
-                end = end.max(((b.1 - 1) >> self.bits) as u64 + 1);
-                i += 1;
+            while let Some((_, to)) = beyond.next_if(|b| b.0 <= at) {
+                end = end.max(to);
             }
             if at < end {
                 // What was begun of the table does not follow on.
@@ -131,16 +130,6 @@ impl Check<'_> {
             at += 1;
         }
         out
-    }
-
-    /// What is referred to past the end, but no longer in a file of `end` clusters: it is zeroes there.
-    /// Clusters, from the first to behind the last, and how often.
-    fn reached(&self, end: u64) -> impl Iterator<Item = (u64, u64, u64)> {
-        let bits = self.bits;
-        // (A last cluster may be there in part.)
-        let limit = u128::from(end + 1) << bits;
-        let inside = self.beyond.iter().filter(move |b| b.1 < limit);
-        inside.map(move |b| (b.0 >> bits, ((b.1 - 1) >> bits) as u64 + 1, b.2))
     }
 
     /// Clusters that nothing refers to, on a device that can not grow: `table` that follow one another
@@ -180,7 +169,7 @@ impl Check<'_> {
             self.clusters = self.clusters.max(cluster + 1);
             self.counts.add(cluster, 1);
         }
-        for (from, to, times) in self.reached(self.clusters).collect::<Vec<_>>() {
+        for (from, to, times) in self.beyond.reached(self.clusters).collect::<Vec<_>>() {
             for cluster in from..to {
                 self.counts.add(cluster, times);
             }

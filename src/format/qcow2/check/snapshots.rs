@@ -156,16 +156,20 @@ impl Check<'_> {
         let l1 = (u64::from(h.l1_entries) * 8).div_ceil(1 << bits);
         refs.protect(Run { first: h.l1_offset >> bits, count: l1 });
         let run = refs.allocate_all(&host, (table.len() as u64).div_ceil(1 << bits))?;
-        host.write_counts(&mut refs)?;
+        refs.publish(file)?;
         file.write_slice(table, run.first << bits, ReqFlags::NONE)?;
         file.flush()?;
         file.write_slice(&(run.first << bits).to_be_bytes(), POINTER + 4, ReqFlags::NONE)?;
         file.flush()?;
-        if let Some((offset, len)) = self.snapshots.place {
+        // (What reached past the end was not counted: what is there is another's.)
+        let limit = self.file_size.saturating_add(self.cluster());
+        let counted =
+            self.snapshots.place.filter(|(offset, len)| offset.saturating_add(*len) < limit);
+        if let Some((offset, len)) = counted {
             for cluster in offset >> bits..(offset + len).div_ceil(1 << bits) {
                 refs.release(file, cluster)?;
             }
-            host.write_counts(&mut refs)?;
+            refs.publish(file)?;
         }
         file.flush()
     }
@@ -175,21 +179,6 @@ impl Check<'_> {
 struct Bare<'a> {
     file: &'a Device,
     bits: u32,
-}
-
-impl Bare<'_> {
-    /// Write changed refcounts, blocks before the entries that name them.
-    fn write_counts(&self, refs: &mut Refcounts) -> Result<()> {
-        for (offset, bytes) in refs.take_dirty() {
-            self.file.write_slice(&bytes, offset, ReqFlags::NONE)?;
-        }
-        refs.written();
-        self.file.flush()?;
-        for (offset, entry) in refs.take_new_blocks() {
-            self.file.write_slice(&entry.to_be_bytes(), offset, ReqFlags::NONE)?;
-        }
-        self.file.flush()
-    }
 }
 
 impl refcount::Host for Bare<'_> {

@@ -107,25 +107,8 @@ impl Check<'_> {
             }
             tables.push((offset, len, Times::once(false)));
         }
-        for &(offset, len, _) in &tables {
-            self.note_metadata(offset, len);
-            let end = u128::from(offset) + u128::from(len);
-            if len > 0 && end >= u128::from(self.file_size) + u128::from(self.cluster()) {
-                self.refer("an L1 table", offset, len, 1);
-            }
-        }
-        // Their clusters: by whole ones, for as many tables as lie there.
-        let limit = u128::from(self.file_size) + u128::from(self.cluster());
-        let mask = self.cluster() - 1;
-        let whole = tables.iter().filter(|t| t.1 > 0).filter_map(|&(at, len, times)| {
-            let end = at.checked_add(len)?;
-            (u128::from(end) < limit).then_some((at & !mask, (end + mask) & !mask, times))
-        });
-        for part in segments(whole) {
-            for at in (part.from..part.to).step_by(self.cluster() as usize) {
-                self.refer("an L1 table", at, 1, part.times.all.into());
-            }
-        }
+        tables.iter().for_each(|t| self.note_l1(t.0, t.1));
+        self.refer_tables("an L1 table", &tables);
         let parts = segments(tables.into_iter().filter_map(|(at, len, times)| {
             Some((at, at.checked_add(len)?.min(self.file_size), times))
         }));
@@ -219,10 +202,9 @@ impl Check<'_> {
             }
             let (plan, wanted) = (&plan, &wanted);
             let read = move || read_plan(file, size, plan, wanted, buffers, full);
-            // One thread less costs time only.
             let reader = std::thread::Builder::new().name("qblk-check".into());
-            if crate::thread::deaf(|| reader.spawn_scoped(scope, read)).is_err() {
-                let errno = libc::EAGAIN;
+            if let Err(e) = crate::thread::deaf(|| reader.spawn_scoped(scope, read)) {
+                let errno = e.raw_os_error().unwrap_or(libc::EAGAIN);
                 return Err(Error::Os { op: "start a thread", file: file.name().clone(), errno });
             }
             while let Ok(batch) = batches.recv() {

@@ -17,6 +17,14 @@ pub(in super::super) fn read_count(data: &[u8], index: u64, order: u32) -> u64 {
     }
 }
 
+/// The largest count that is 2^order bits wide.
+pub(in super::super) fn max_count(order: u32) -> u64 {
+    match order {
+        6.. => u64::MAX,
+        _ => (1 << (1u32 << order)) - 1,
+    }
+}
+
 pub(in super::super) fn write_count(data: &mut [u8], index: u64, order: u32, count: u64) {
     let i = index as usize;
     match order {
@@ -44,7 +52,8 @@ mod tests {
     fn counts_of_every_width_read_back_and_leave_neighbours_alone() {
         for order in 0..=6 {
             let mut data = vec![0; 64];
-            let max = if order == 6 { u64::MAX } else { (1u64 << (1u32 << order)) - 1 };
+            let max = max_count(order);
+            assert_eq!(max.count_ones(), 1 << order);
             let n = (64 * 8) >> order;
             write_count(&mut data, 3, order, max);
             write_count(&mut data, 5, order, 1);

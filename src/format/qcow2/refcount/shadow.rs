@@ -437,14 +437,6 @@ impl<'a> Shadow<'a> {
     }
 }
 
-/// The largest count.
-fn max_count(order: u32) -> u64 {
-    match order {
-        6.. => u64::MAX,
-        _ => (1 << (1u32 << order)) - 1,
-    }
-}
-
 fn too_many(name: &Name, offset: u64, order: u32) -> Error {
     Error::invalid(format!(
         "{name}: the cluster at {offset:#x} would have more references than its refcounts of {} bits can \

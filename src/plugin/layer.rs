@@ -1,0 +1,114 @@
+//! Layers written in C: what they stand on, and what they let through.
+
+use std::any::Any;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+
+use super::driver::PluginDriver;
+use super::instance::Instance;
+use super::load::Plugin;
+use crate::block::*;
+use crate::layer::{Settings, Source};
+
+/// A method of a layer that goes to the context below as it is. The values are those of the C ABI
+/// (`QBLK_METHOD_...`).
+pub mod method {
+    /// `pread`.
+    pub const READ: u64 = 1;
+    /// `pwrite`.
+    pub const WRITE: u64 = 2;
+    /// `flush`.
+    pub const FLUSH: u64 = 4;
+    /// `trim`.
+    pub const TRIM: u64 = 8;
+    /// `zero`.
+    pub const ZERO: u64 = 16;
+    /// `cache`.
+    pub const CACHE: u64 = 32;
+    /// `extents`.
+    pub const EXTENTS: u64 = 64;
+}
+
+/// What a layer in C is given to open contexts on: from its function open_layer until its function close
+/// has returned, by any thread.
+pub struct LayerSource {
+    source: Arc<dyn Source>,
+    next: RwLock<Option<Arc<Device>>>,
+}
+
+impl LayerSource {
+    /// A context as the room above knows it.
+    pub(crate) fn handle(&self, write: bool) -> Result<Box<dyn Any + Send>> {
+        self.source.handle(write)
+    }
+
+    /// Let methods that are passed on go here from now on; those under way end where they began.
+    pub(crate) fn set_next(&self, next: Option<Device>) {
+        *self.next.write() = next.map(Arc::new);
+    }
+
+    /// Where methods that are passed on go.
+    pub fn next(&self) -> Option<Arc<Device>> {
+        self.next.read().clone()
+    }
+}
+
+/// A plugin as a layer.
+#[derive(Clone)]
+pub struct LayerPlugin(Arc<Plugin>);
+
+impl LayerPlugin {
+    /// The plugin that a layer's name stands for: one that was registered, or a path; `None` if it is
+    /// neither.
+    pub fn find(name: &str) -> Result<Option<Self>> {
+        if !name.contains('/') && !super::load::is_registered(name.as_bytes()) {
+            return Ok(None);
+        }
+        let plugin = super::load::find(name.as_bytes(), std::path::Path::new(name))?;
+        if plugin.slots.open_layer.is_none() {
+            let what = "is no layer: it lacks the function open_layer".into();
+            return Err(Error::Refused { file: name.into(), what, errno: libc::EINVAL });
+        }
+        Ok(Some(Self(plugin)))
+    }
+
+    /// Put an instance on a source. `device` tells the device that it will be the top of from others.
+    pub fn open(
+        &self,
+        settings: &Settings,
+        source: Arc<dyn Source>,
+        write: bool,
+        device: usize,
+    ) -> Result<Box<dyn Driver>> {
+        let plugin = &self.0;
+        let Some(open) = plugin.slots.open_layer else {
+            return Err(Error::Internal("a layer that is none".into()));
+        };
+        let shown = source.name().clone();
+        let source = Arc::new(LayerSource { source, next: RwLock::new(None) });
+        let settings: Vec<_> = settings.all().map(|(k, v)| (k.to_owned(), v.to_vec())).collect();
+        // QBLK_OPEN_RDWR.
+        let flags = u32::from(write);
+        let given = Arc::as_ptr(&source).cast_mut().cast();
+        // SAFETY: the plugin's function, with what it registered, and a source that is kept for as long
+        // as the instance is.
+        let begin = |p: &Plugin| unsafe { open(p.opaque(), given, flags) };
+        let instance = Instance::open(plugin, &shown, device, &settings, begin, Some(source))?;
+        instance.complete()?;
+        Ok(Box::new(PluginDriver::new(instance, write, Some(interned(&plugin.name)))?))
+    }
+}
+
+/// A name that lives for ever. There are as many as layers with different names.
+fn interned(name: &str) -> &'static str {
+    static ALL: Mutex<BTreeSet<&'static str>> = Mutex::new(BTreeSet::new());
+    let mut all = ALL.lock();
+    if let Some(name) = all.get(name) {
+        return name;
+    }
+    let name: &'static str = Box::leak(name.to_owned().into_boxed_str());
+    all.insert(name);
+    name
+}
