@@ -14,6 +14,12 @@ mod recorder;
 // One file a layer.
 #[path = "layers/blocksize.rs"]
 mod blocksize;
+#[path = "layers/cache.rs"]
+mod cache;
+#[path = "layers/copy_on_read.rs"]
+mod copy_on_read;
+#[path = "layers/cow.rs"]
+mod cow;
 #[path = "layers/delay.rs"]
 mod delay;
 #[path = "layers/error.rs"]
@@ -36,6 +42,8 @@ mod partition;
 mod protect;
 #[path = "layers/rate.rs"]
 mod rate;
+#[path = "layers/readahead.rs"]
+mod readahead;
 #[path = "layers/readonly.rs"]
 mod readonly;
 #[path = "layers/retry.rs"]

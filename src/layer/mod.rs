@@ -10,6 +10,9 @@
 
 mod around;
 mod blocksize;
+mod cache;
+mod copy_on_read;
+mod cow;
 mod delay;
 mod error;
 mod fua;
@@ -23,8 +26,10 @@ mod protect;
 mod random;
 mod ranges;
 mod rate;
+mod readahead;
 mod readonly;
 mod retry;
+mod runs;
 mod settings;
 mod spec;
 mod stats;
@@ -42,6 +47,9 @@ pub use spec::{Spec, parse_list};
 /// All layers that are built in, by name.
 pub const KINDS: &[Kind] = &[
     blocksize::KIND,
+    cache::KIND,
+    copy_on_read::KIND,
+    cow::KIND,
     delay::KIND,
     error::KIND,
     fua::KIND,
@@ -53,6 +61,7 @@ pub const KINDS: &[Kind] = &[
     partition::KIND,
     protect::KIND,
     rate::KIND,
+    readahead::KIND,
     readonly::KIND,
     retry::KIND,
     stats::KIND,
