@@ -324,6 +324,7 @@ pub fn context_of(image: Image) -> Result<Box<dyn Driver>> {
         fua_by_flush: info.can_fua == Can::Emulate,
         trim: native(info.can_trim),
         zero: native(info.can_zero),
+        zero_by_write: info.can_zero != Can::Not,
         fast_zero: native(info.can_fast_zero),
         max_range: 0,
         cache: native(info.can_cache),

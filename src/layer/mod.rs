@@ -8,14 +8,31 @@
 //!
 //! One file a layer; [`KINDS`] lists them all.
 
+mod around;
 mod blocksize;
+mod cache;
+mod copy_on_read;
+mod cow;
+mod delay;
+mod error;
+mod fua;
+mod log;
 mod multi_conn;
+mod noextents;
+mod nozero;
 mod offset;
 mod partition;
+mod protect;
+mod random;
+mod ranges;
+mod rate;
+mod readahead;
 mod readonly;
 mod retry;
+mod runs;
 mod settings;
 mod spec;
+mod stats;
 mod swab;
 mod truncate;
 mod unflushed;
@@ -30,11 +47,24 @@ pub use spec::{Spec, parse_list};
 /// All layers that are built in, by name.
 pub const KINDS: &[Kind] = &[
     blocksize::KIND,
+    cache::KIND,
+    copy_on_read::KIND,
+    cow::KIND,
+    delay::KIND,
+    error::KIND,
+    fua::KIND,
+    log::KIND,
     multi_conn::KIND,
+    noextents::KIND,
+    nozero::KIND,
     offset::KIND,
     partition::KIND,
+    protect::KIND,
+    rate::KIND,
+    readahead::KIND,
     readonly::KIND,
     retry::KIND,
+    stats::KIND,
     swab::KIND,
     truncate::KIND,
 ];
