@@ -254,6 +254,46 @@ static void in_the_program(void)
     OK(qblk_unregister_plugin("own"));
 }
 
+/* A layer that has what it stands on reopened, and a layer put on it, and then fails: the device is what it
+ * was, as far as that goes. */
+static void *failing_open(void *opaque, qblk_source *source, uint32_t flags)
+{
+    qblk *next;
+    OK(qblk_source_open(source, flags & QBLK_OPEN_RDWR, &next));
+    if (*(const int *)opaque > 0)
+        OK(qblk_reopen(next, flags & QBLK_OPEN_RDWR));
+    if (*(const int *)opaque > 1)
+        OK(qblk_layer_push(next, "offset", NULL, 0));
+    OK(qblk_close(next));
+    qblk_plugin_error("no today");
+    return NULL;
+}
+
+static void gives_back(const char *name)
+{
+    qblk *dev, *context;
+    char buf[8];
+    int how;
+    qblk_plugin p = own();
+    p.open_layer = failing_open;
+    OK(QBLK_REGISTER_PLUGIN(&p, &how));
+    OK(open_opt(name, QBLK_OPEN_RDWR, &dev, options("format", "raw", NULL)));
+    OK(qblk_context_open(dev, NULL, QBLK_OPEN_RDWR, &context));
+    for (how = 0; how < 3; how++) {
+        OK(qblk_pwrite(context, "kept", 5, 100));
+        FAILS(qblk_layer_push(dev, "own", NULL, 0), -EIO, "no today");
+        OK(qblk_pread(dev, buf, 5, 100));
+        CHECK_STR(buf, "kept");
+        OK(qblk_flush(context));
+    }
+    OK(qblk_layer_push(context, "offset", NULL, 0));
+    OK(qblk_pread(dev, buf, 5, 100));
+    CHECK_STR(buf, "kept");
+    OK(qblk_close(dev));
+    OK(qblk_close(context));
+    OK(qblk_unregister_plugin("own"));
+}
+
 /* A program that ends with everything open: what it wrote is there, and everything was closed in order. */
 static int forget(const char *what)
 {
@@ -279,6 +319,8 @@ int main(int argc, char **argv)
             "offset,@layer-cipher.so,@layer-thread.so,@layer-cipher.so;key=9,@layer-cipher.so",
             "cipher,thread,cipher,cipher,thread,offset,cipher,thread,cipher,cipher");
     in_the_program();
+    gives_back("raw");
+    gives_back("mem:1M");
     for (int i = 0; i < 2; i++) {
         const char *what = i ? "deep" : "flat";
         OK(qblk_create("forgotten", "qcow2", 1 << 20, NULL));
