@@ -129,9 +129,10 @@ impl Made {
         source: Arc<dyn layer::Source>,
         write: bool,
         device: usize,
+        below: &[Held],
     ) -> Result<Box<dyn Driver>> {
         match self {
-            Self::Plugin(plugin) => plugin.open(settings, source, write, device),
+            Self::Plugin(plugin) => plugin.open(settings, source, write, device, below),
             Self::Kind(kind) => {
                 settings.check(kind.keys)?;
                 (kind.open)(settings, source, write)
@@ -176,6 +177,7 @@ impl Image {
         if needs && !flags.has(OpenFlags::RDWR) {
             return Err(Error::ReadOnly(name));
         }
+        let below_holds = held(now);
         let taken = Taken::new(&self.shared);
         // What counts its calls goes with it.
         let below = Arc::new(Shared {
@@ -188,7 +190,7 @@ impl Image {
         });
         let own = Image { shared: below.clone(), write: flags.has(OpenFlags::RDWR).into() };
         let source = Arc::new(Below { shared: below.clone(), name: name.clone() });
-        let opened = made.open(&spec.settings, source, write, self.shared.device);
+        let opened = made.open(&spec.settings, source, write, self.shared.device, &below_holds);
         let top = match opened {
             Ok(top) => Device::new(top),
             Err(e) => {
@@ -228,6 +230,13 @@ impl Image {
 fn depth(tree: &Tree) -> usize {
     let below = tree.below.as_ref().and_then(|b| b.call().ok().map(|call| depth(&call)));
     below.map_or(0, |n| n + 1)
+}
+
+/// The locks that calls take which are shared with other devices.
+fn held(tree: &Tree) -> Vec<Held> {
+    let below = tree.below.as_ref().and_then(|b| b.call().ok().map(|call| held(&call)));
+    let drivers = [&tree.top].into_iter().chain(tree.files.iter().map(|file| &**file));
+    drivers.filter_map(|d| d.driver().held()).chain(below.into_iter().flatten()).collect()
 }
 
 /// The names of the layers, the lowest first, with commas.
@@ -298,6 +307,11 @@ impl layer::Source for Below {
 
     fn handle(&self, write: bool) -> Result<Box<dyn Any + Send>> {
         Ok(Box::new(self.context(write)?))
+    }
+
+    fn has(&self, context: &dyn Any) -> bool {
+        let image = context.downcast_ref::<Image>();
+        image.is_some_and(|image| Arc::ptr_eq(&image.shared, &self.shared))
     }
 }
 

@@ -101,6 +101,10 @@ pub trait Source: Send + Sync {
     fn reopen(&self) -> Result<()>;
     /// A context as the room above knows it, for layers in C.
     fn handle(&self, write: bool) -> Result<Box<dyn Any + Send>>;
+    /// Whether `context`, as the room above knows it, is one of this source.
+    fn has(&self, _context: &dyn Any) -> bool {
+        false
+    }
 }
 
 /// The methods of a layer. Those that it does not write go to [`Layer::next`] as they are.
