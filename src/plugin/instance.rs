@@ -13,9 +13,10 @@ use super::order::Place;
 use crate::block::*;
 use crate::log::{Level, log};
 
+/// What an instance uses.
+type Used = (Arc<Plugin>, Option<Arc<LayerSource>>);
 /// What instances use that could not be closed.
-#[expect(clippy::type_complexity)]
-static LEFT_OPEN: Mutex<Vec<(Arc<Plugin>, Option<Arc<LayerSource>>)>> = Mutex::new(Vec::new());
+static LEFT_OPEN: Mutex<Vec<Used>> = Mutex::new(Vec::new());
 
 /// An open instance.
 pub struct Instance {
