@@ -254,8 +254,8 @@ static void never_closed(void)
     FAILS(qblk_unregister_plugin("stuck"), -EBUSY, "open");
     OK(qblk_source_open(stuck_source, 0, &more));
     FAILS(qblk_pread(more, buf, 4, 1), -EBADF, "closed");
-    OK(qblk_close(more));
-    OK(qblk_close(stuck_next[1]));
+    FAILS(qblk_close(more), -EBADF, "closed");
+    FAILS(qblk_close(stuck_next[1]), -EBADF, "closed");
 }
 
 static void in_the_program(void)
