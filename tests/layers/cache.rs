@@ -81,7 +81,7 @@ fn writes_go_below_when_flushed_together_and_once() {
     dev.write_slice(&[4; 10], 300, NONE).unwrap();
     dev.write_slice(&[5; 10], 400, FUA).unwrap();
     dev.driver().close().unwrap();
-    assert_eq!(r.log(), ["1 write 400+10 FUA", "1 write 0+4096", "1 flush"]);
+    assert_eq!(r.log(), ["1 write 400+10 FUA", "1 write 0+4096", "1 flush to close"]);
     assert_eq!(r.bytes()[298..302], [r.bytes()[298], r.bytes()[299], 4, 4]);
     // Emulated it is one flush behind it all.
     let r = Recorder::new(64 << 10, Caps { fua: false, zero_fua: false, ..able() });
