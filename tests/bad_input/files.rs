@@ -31,6 +31,8 @@ fn a_file_that_is_not_there_or_no_file_is_told_apart() {
         assert_eq!(e.kind(), ErrorKind::Errno(libc::EINVAL), "{bad:?}: {e}");
     }
     let e = open_error("plugin:x.so".as_ref(), &Options::new(), RO);
+    assert_eq!(e.kind(), ErrorKind::Errno(libc::ENOENT), "{e}");
+    let e = open_error("json:{}".as_ref(), &Options::new(), RO);
     assert_eq!(e.kind(), ErrorKind::Unsupported, "{e}");
     // A FIFO that nobody writes to must not hang the open.
     let fifo = std::ffi::CString::new(dir.join("fifo").to_str().unwrap()).unwrap();
