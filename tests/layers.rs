@@ -4,12 +4,22 @@
 mod common;
 #[path = "layers/model.rs"]
 mod model;
+// Of what the tests of NBD share only some is needed here.
+#[allow(dead_code, unused_imports, unused_macros)]
+#[path = "interop_nbd/peers.rs"]
+mod peers;
 #[path = "layers/recorder.rs"]
 mod recorder;
 
 // One file a layer.
 #[path = "layers/blocksize.rs"]
 mod blocksize;
+#[path = "layers/cache.rs"]
+mod cache;
+#[path = "layers/copy_on_read.rs"]
+mod copy_on_read;
+#[path = "layers/cow.rs"]
+mod cow;
 #[path = "layers/delay.rs"]
 mod delay;
 #[path = "layers/error.rs"]
@@ -18,6 +28,8 @@ mod error;
 mod fua;
 #[path = "layers/log.rs"]
 mod log;
+#[path = "layers/multi_conn.rs"]
+mod multi_conn;
 #[path = "layers/noextents.rs"]
 mod noextents;
 #[path = "layers/nozero.rs"]
@@ -30,8 +42,12 @@ mod partition;
 mod protect;
 #[path = "layers/rate.rs"]
 mod rate;
+#[path = "layers/readahead.rs"]
+mod readahead;
 #[path = "layers/readonly.rs"]
 mod readonly;
+#[path = "layers/retry.rs"]
+mod retry;
 #[path = "layers/stats.rs"]
 mod stats;
 #[path = "layers/swab.rs"]

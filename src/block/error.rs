@@ -179,6 +179,16 @@ pub enum Error {
         /// What is taken, quoted.
         which: String,
     },
+    /// Work that a layer does on its own account failed, or what it was needed for.
+    #[error("layer '{layer}': {what}: {because}")]
+    Layer {
+        /// The layer's name.
+        layer: &'static str,
+        /// What failed, and what to do.
+        what: String,
+        /// The failure itself; the code is that one's.
+        because: Box<Error>,
+    },
     /// Whoever was told how far the work is had it stopped.
     #[error("stopped by its caller")]
     Canceled,
@@ -302,6 +312,7 @@ impl Error {
             Self::SnapshotExists { .. } => K::Errno(libc::EEXIST),
             Self::Canceled => K::Errno(libc::ECANCELED),
             Self::Forked(_) => K::Errno(libc::ECHILD),
+            Self::Layer { because, .. } => because.kind(),
             Self::Corrupt { .. } => K::Corrupt,
             Self::Format { .. } => K::Format,
             Self::Unsupported { .. } => K::Unsupported,

@@ -406,6 +406,8 @@ pub trait Driver: Send + Sync {
     fn flush_to_close(&self) -> Result<()> {
         self.flush()
     }
+    /// What it stands on was opened anew beneath it, because the device was (layers).
+    fn reopened(&self) {}
     /// What can be told of the image: state bits, cluster size, the image below.
     fn describe(&self) -> Description {
         Description::default()

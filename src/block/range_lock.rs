@@ -36,6 +36,17 @@ impl RangeLock {
         held.push(mine);
         RangeGuard { lock: self, mine }
     }
+
+    /// [`RangeLock::lock`] if nobody has to be waited for.
+    pub fn try_lock(&self, start: u64, end: u64, alone: bool) -> Option<RangeGuard<'_>> {
+        let mine = Held { start, end, alone };
+        let mut held = self.held.lock();
+        let free = !held.iter().any(|h| h.start < end && start < h.end && (alone || h.alone));
+        free.then(|| {
+            held.push(mine);
+            RangeGuard { lock: self, mine }
+        })
+    }
 }
 
 impl Drop for RangeGuard<'_> {

@@ -23,6 +23,7 @@ pub(crate) mod lock;
 mod map;
 mod space;
 mod sys;
+mod temporary;
 #[cfg(test)]
 mod tests;
 
@@ -44,6 +45,7 @@ pub(crate) use create::create_locked;
 pub use create::{Creating, create};
 pub use holders::{Holder, holders};
 pub(crate) use lock::{FileLock, Locking, Locks, Permissions, Policy};
+pub use temporary::{temporary, temporary_directory};
 
 /// How a file is opened.
 #[derive(Clone, Copy, Debug, Default)]

@@ -255,7 +255,9 @@ pub(super) fn reopen_below(
     }
     // The layers go on writing below, whatever this handle may.
     let write = below.call()?.flags.0 & OpenFlags::RDWR.0;
-    below.reopen(options, OpenFlags(flags.0 & !OpenFlags::RDWR.0 | write))
+    below.reopen(options, OpenFlags(flags.0 & !OpenFlags::RDWR.0 | write))?;
+    tree.top.driver().reopened();
+    Ok(())
 }
 
 /// What a layer is given to open contexts on.

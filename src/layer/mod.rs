@@ -10,10 +10,14 @@
 
 mod around;
 mod blocksize;
+mod cache;
+mod copy_on_read;
+mod cow;
 mod delay;
 mod error;
 mod fua;
 mod log;
+mod multi_conn;
 mod noextents;
 mod nozero;
 mod offset;
@@ -22,12 +26,16 @@ mod protect;
 mod random;
 mod ranges;
 mod rate;
+mod readahead;
 mod readonly;
+mod retry;
+mod runs;
 mod settings;
 mod spec;
 mod stats;
 mod swab;
 mod truncate;
+mod unflushed;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -39,17 +47,23 @@ pub use spec::{Spec, parse_list};
 /// All layers that are built in, by name.
 pub const KINDS: &[Kind] = &[
     blocksize::KIND,
+    cache::KIND,
+    copy_on_read::KIND,
+    cow::KIND,
     delay::KIND,
     error::KIND,
     fua::KIND,
     log::KIND,
+    multi_conn::KIND,
     noextents::KIND,
     nozero::KIND,
     offset::KIND,
     partition::KIND,
     protect::KIND,
     rate::KIND,
+    readahead::KIND,
     readonly::KIND,
+    retry::KIND,
     stats::KIND,
     swab::KIND,
     truncate::KIND,
@@ -145,6 +159,9 @@ pub trait Layer: Send + Sync {
     fn close(&self) -> Result<()> {
         self.flush()
     }
+    /// What is below was opened anew, because the device was: what was said to last until then does so no
+    /// more.
+    fn reopened(&self) {}
     /// Properties of its own (`NAME.KEY`), added to those from below.
     fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
         Vec::new()
@@ -207,6 +224,9 @@ impl<L: Layer> Driver for Stacked<L> {
     }
     fn close(&self) -> Result<()> {
         self.0.close()
+    }
+    fn reopened(&self) {
+        self.0.reopened();
     }
     fn describe(&self) -> Description {
         // What is below is asked by the room above.

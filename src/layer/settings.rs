@@ -1,5 +1,8 @@
 //! The settings of one layer: text by key, read as what the layer needs.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::block::{Error, Result, parse_seconds, parse_size, quoted};
@@ -94,6 +97,24 @@ impl Settings {
     /// The value of `key` as one of `names`: its place among them.
     pub fn one_of(&self, key: &str, names: &[&str]) -> Result<Option<usize>> {
         self.parsed(key, &names.join(", "), |v| names.iter().position(|n| *n == v))
+    }
+
+    /// The value of `key` as a block size in bytes, a power of two from 512 to 64 MiB.
+    pub fn block_size(&self, key: &str, default: u64) -> Result<u64> {
+        let fits = |n: &u64| n.is_power_of_two() && (512..=64 << 20).contains(n);
+        let found =
+            self.parsed(key, "a power of two from 512 to 64M", |v| parse_size(v).filter(fits))?;
+        Ok(found.unwrap_or(default))
+    }
+
+    /// The value of `key` as the name of a file.
+    pub fn path(&self, key: &str) -> Option<PathBuf> {
+        self.get(key).map(|v| PathBuf::from(OsStr::from_bytes(v)))
+    }
+
+    /// The layer that they are of.
+    pub fn layer(&self) -> &str {
+        &self.layer
     }
 
     /// The error for a value that means nothing.

@@ -23,6 +23,9 @@ struct State {
     bytes: Vec<u8>,
     log: Vec<String>,
     contexts: usize,
+    /// What of each byte is further down, and not here: 0 nothing, else flags of an extent; empty: all is
+    /// here.
+    lower: Vec<u32>,
     /// Calls that fail: what they begin with (without the number of the context), the error number, and
     /// how often.
     fail: Vec<(String, i32, usize)>,
@@ -42,6 +45,14 @@ pub fn able() -> Caps {
         cache: true,
         extents: true,
         ..Caps::default()
+    }
+}
+
+impl State {
+    fn is_here(&mut self, offset: u64, count: u64) {
+        if !self.lower.is_empty() {
+            self.lower[offset as usize..(offset + count) as usize].fill(0);
+        }
     }
 }
 
@@ -71,6 +82,14 @@ impl Recorder {
         self.state().bytes.clone()
     }
 
+    /// Let a range lie one image further down, as flags of an extent say, until it is written or zeroed.
+    pub fn lower(&self, from: usize, to: usize, flags: u32) {
+        let mut state = self.state();
+        let size = state.bytes.len();
+        state.lower.resize(size, 0);
+        state.lower[from..to].fill(flags | 1 << 16);
+    }
+
     /// Let the first bytes be these.
     pub fn set_bytes(&self, bytes: &[u8]) {
         self.state().bytes[..bytes.len()].copy_from_slice(bytes);
@@ -79,6 +98,11 @@ impl Recorder {
     /// Let the next `times` calls that begin with `what` ("write", "read 512+") fail.
     pub fn fail(&self, what: &str, errno: i32, times: usize) {
         self.state().fail.push((what.to_owned(), errno, times));
+    }
+
+    /// Let nothing fail any more.
+    pub fn forgive(&self) {
+        self.state().fail.clear();
     }
 
     /// Let calls that begin with `what` wait, once they are written down, until [`Recorder::release`].
@@ -204,6 +228,7 @@ impl Driver for Context {
     fn write(&self, buf: Src<'_>, offset: u64, f: ReqFlags) -> Result<()> {
         let mut state = self.note(format!("write {offset}+{}{}", buf.len(), flags(f)))?;
         buf.copy_to(&mut state.bytes[offset as usize..]);
+        state.is_here(offset, buf.len() as u64);
         Ok(())
     }
     fn flush(&self) -> Result<()> {
@@ -212,6 +237,7 @@ impl Driver for Context {
     fn zero(&self, offset: u64, count: u64, f: ReqFlags) -> Result<()> {
         let mut state = self.note(format!("zero {offset}+{count}{}", flags(f)))?;
         state.bytes[offset as usize..(offset + count) as usize].fill(0);
+        state.is_here(offset, count);
         Ok(())
     }
     fn trim(&self, offset: u64, count: u64, f: ReqFlags) -> Result<()> {
@@ -221,8 +247,17 @@ impl Driver for Context {
         self.note(format!("cache {offset}+{count}")).map(drop)
     }
     fn extents(&self, offset: u64, count: u64, out: &mut ExtentList<'_>) -> Result<()> {
-        drop(self.note(format!("extents {offset}+{count}"))?);
-        out.push(Extent::new(offset, count, Extent::ALLOCATED | Extent::DATA));
+        let state = self.note(format!("extents {offset}+{count}"))?;
+        if state.lower.is_empty() {
+            out.push(Extent::new(offset, count, Extent::ALLOCATED | Extent::DATA));
+            return Ok(());
+        }
+        for at in offset..offset + count {
+            out.push(match state.lower[at as usize] {
+                0 => Extent::new(at, 1, Extent::ALLOCATED | Extent::DATA | Extent::OWNED),
+                flags => Extent { depth: 1, ..Extent::new(at, 1, flags & 0x8000_ffff) },
+            });
+        }
         Ok(())
     }
 }
