@@ -23,6 +23,8 @@ mod peers;
 mod reconnect;
 #[path = "interop_nbd/server_fio.rs"]
 mod server_fio;
+#[path = "interop_nbd/server_layers.rs"]
+mod server_layers;
 #[path = "interop_nbd/server_libnbd.rs"]
 mod server_libnbd;
 #[path = "interop_nbd/server_map.rs"]

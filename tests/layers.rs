@@ -4,6 +4,10 @@
 mod common;
 #[path = "layers/model.rs"]
 mod model;
+// Of what the tests of NBD share only some is needed here.
+#[allow(dead_code, unused_imports, unused_macros)]
+#[path = "interop_nbd/peers.rs"]
+mod peers;
 #[path = "layers/recorder.rs"]
 mod recorder;
 
@@ -16,14 +20,36 @@ mod cache;
 mod copy_on_read;
 #[path = "layers/cow.rs"]
 mod cow;
+#[path = "layers/delay.rs"]
+mod delay;
+#[path = "layers/error.rs"]
+mod error;
+#[path = "layers/fua.rs"]
+mod fua;
+#[path = "layers/log.rs"]
+mod log;
+#[path = "layers/multi_conn.rs"]
+mod multi_conn;
+#[path = "layers/noextents.rs"]
+mod noextents;
+#[path = "layers/nozero.rs"]
+mod nozero;
 #[path = "layers/offset.rs"]
 mod offset;
 #[path = "layers/partition.rs"]
 mod partition;
+#[path = "layers/protect.rs"]
+mod protect;
+#[path = "layers/rate.rs"]
+mod rate;
 #[path = "layers/readahead.rs"]
 mod readahead;
 #[path = "layers/readonly.rs"]
 mod readonly;
+#[path = "layers/retry.rs"]
+mod retry;
+#[path = "layers/stats.rs"]
+mod stats;
 #[path = "layers/swab.rs"]
 mod swab;
 #[path = "layers/truncate.rs"]

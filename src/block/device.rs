@@ -92,10 +92,11 @@ impl Device {
 
     /// How well zeroing works without writing.
     pub fn can_zero(&self) -> Can {
-        match (self.caps.read_only, self.caps.zero) {
-            (true, _) => Can::Not,
-            (_, true) => Can::Native,
-            _ => Can::Emulate,
+        match () {
+            _ if self.caps.read_only => Can::Not,
+            _ if self.caps.zero => Can::Native,
+            _ if self.caps.zero_by_write => Can::Emulate,
+            _ => Can::Not,
         }
     }
 
@@ -217,6 +218,9 @@ impl Device {
         if fast && !by_driver {
             return Err(Error::NotSupported("fast zeroing here"));
         }
+        if !by_driver && !self.caps.zero_by_write {
+            return Err(Error::NotSupported("zeroing"));
+        }
         // Either all pieces carry FUA, or none and one flush follows them all.
         let carried = self.caps.fua && (!by_driver || self.caps.zero_fua);
         let pass = if carried { flags } else { flags.without(ReqFlags::FUA) };
@@ -234,7 +238,7 @@ impl Device {
                     Err(Error::NotSupported(_)) if fast => {
                         return Err(Error::NotSupported("fast zeroing here"));
                     }
-                    Err(Error::NotSupported(_)) => break,
+                    Err(Error::NotSupported(_)) if self.caps.zero_by_write => break,
                     Err(e) => return Err(e),
                 }
             }

@@ -111,6 +111,8 @@ pub struct Caps {
     pub trim: bool,
     /// `zero` is worth calling; it may still answer [`Error::NotSupported`].
     pub zero: bool,
+    /// Writing zeroes does for `zero` where the driver does not do that itself.
+    pub zero_by_write: bool,
     /// `zero` honours [`ReqFlags::FAST_ZERO`]; it is not called with it otherwise.
     pub fast_zero: bool,
     /// Most bytes of one `zero`, `trim` or `cache`; 0 = no limit.
@@ -146,6 +148,7 @@ impl Default for Caps {
             fua_by_flush: true,
             trim: false,
             zero: false,
+            zero_by_write: true,
             fast_zero: true,
             max_range: 0,
             cache: false,
@@ -403,6 +406,8 @@ pub trait Driver: Send + Sync {
     fn flush_to_close(&self) -> Result<()> {
         self.flush()
     }
+    /// What it stands on was opened anew beneath it, because the device was (layers).
+    fn reopened(&self) {}
     /// What can be told of the image: state bits, cluster size, the image below.
     fn describe(&self) -> Description {
         Description::default()

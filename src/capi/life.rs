@@ -60,7 +60,7 @@ extern "C" fn destructor() {
 /// The end of the process, before anything of a plugin is taken down.
 extern "C" fn before_plugins_go(_: *mut c_void) {
     // As above.
-    let _ = catch_unwind(AssertUnwindSafe(|| close_all(|dev| dev.on_plugin)));
+    let _ = catch_unwind(AssertUnwindSafe(|| close_all(|dev| dev.image.is_on_plugin())));
 }
 
 // SAFETY: the sections hold pointers to functions of this type, which the loader calls (with
@@ -102,8 +102,7 @@ pub(super) fn adopt_inner(image: Image) -> *mut qblk {
 }
 
 fn adopt_as(image: Image, broken: Arc<AtomicBool>, inner: bool) -> *mut qblk {
-    let on_plugin = image.is_on_plugin();
-    let handle = Box::into_raw(Box::new(qblk { image, broken, inner, on_plugin }));
+    let handle = Box::into_raw(Box::new(qblk { image, broken, inner }));
     OPEN.lock().insert(handle as usize, State::Open);
     handle
 }

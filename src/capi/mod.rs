@@ -213,8 +213,6 @@ pub struct qblk {
     broken: Arc<AtomicBool>,
     /// Opened by a plugin from within a call of it.
     inner: bool,
-    /// It stands on a plugin.
-    on_plugin: bool,
 }
 
 /// key=value settings for a call. docs/options.md lists the keys.

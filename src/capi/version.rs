@@ -53,6 +53,7 @@ const FEATURES: &[&str] = &[
     "nbd:client",
     "nbd:server",
     "nbd:tls",
+    "plugins",
 ];
 
 /// The version of the library that is loaded: major << 24 | minor << 16 | micro.

@@ -53,11 +53,25 @@ impl Disk for Image {
         Image::write_compressed(self, OneIov::src(buf).iov(), offset)
     }
     fn zero(&self, offset: u64, count: u64) -> Result<()> {
-        Image::zero(self, offset, count, ReqFlags::MAY_TRIM)
+        match Image::zero(self, offset, count, ReqFlags::MAY_TRIM) {
+            // A device may offer no zeroing at all.
+            Err(Error::NotSupported(_)) => write_zeroes(self, offset, count),
+            done => done,
+        }
     }
     fn extents(&self, offset: u64, count: u64, out: &mut [Extent]) -> Result<usize> {
         Image::extents(self, offset, count, out)
     }
+}
+
+fn write_zeroes(to: &Image, offset: u64, count: u64) -> Result<()> {
+    let mut done = 0;
+    while done < count {
+        let n = (count - done).min(ZEROES.0.len() as u64);
+        to.write_at(&ZEROES.0[..n as usize], offset + done, ReqFlags::NONE)?;
+        done += n;
+    }
+    Ok(())
 }
 
 /// Which of the source's bytes are copied.

@@ -1,6 +1,7 @@
 //! Making images.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -20,6 +21,10 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
         let known = format::EXPECTED;
         return Err(Error::invalid(format!("format {}: {known}", quoted(format.as_bytes()))));
     };
+    if name.as_bytes().starts_with(b"layers:") {
+        let text = "layers stand on an image that is there; make that";
+        return Err(Error::unsupported(&name.to_owned().into(), text));
+    }
     let path = match chain::parse_name(name)? {
         Source::Path(path) => Name::from(path.to_owned()),
         Source::Memory(_) => return Err(Error::invalid("mem: is made by opening it")),
@@ -294,7 +299,6 @@ fn data_file_options(options: &Options) -> Result<Option<qcow2::DataFile>> {
 
 /// Where the data file of a new image is: where it will be looked for when the image is opened.
 fn data_file_name(path: &Name, name: &[u8]) -> Result<Name> {
-    use std::os::unix::ffi::OsStrExt;
     if name.is_empty() {
         return Err(Error::invalid("option 'data-file': the name is empty"));
     }
@@ -359,7 +363,6 @@ fn encryption(path: &Name, options: &Options) -> Result<Option<luks::Locking>> {
 /// The backing file to record, which must be there, and its format: given, or found now, when it is
 /// still the caller's word and not a guest's.
 fn backing(path: &Name, name: &[u8], options: &Options) -> Result<format::BackingRef> {
-    use std::os::unix::ffi::OsStrExt;
     let local = name.strip_prefix(b"file:").unwrap_or(name);
     let below = chain::beside(path.as_path(), Path::new(OsStr::from_bytes(local)));
     // As a path, whatever it begins with.

@@ -255,7 +255,9 @@ pub(super) fn reopen_below(
     }
     // The layers go on writing below, whatever this handle may.
     let write = below.call()?.flags.0 & OpenFlags::RDWR.0;
-    below.reopen(options, OpenFlags(flags.0 & !OpenFlags::RDWR.0 | write))
+    below.reopen(options, OpenFlags(flags.0 & !OpenFlags::RDWR.0 | write))?;
+    tree.top.driver().reopened();
+    Ok(())
 }
 
 /// What a layer is given to open contexts on.
@@ -322,6 +324,7 @@ pub fn context_of(image: Image) -> Result<Box<dyn Driver>> {
         fua_by_flush: info.can_fua == Can::Emulate,
         trim: native(info.can_trim),
         zero: native(info.can_zero),
+        zero_by_write: info.can_zero != Can::Not,
         fast_zero: native(info.can_fast_zero),
         max_range: 0,
         cache: native(info.can_cache),

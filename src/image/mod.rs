@@ -361,9 +361,10 @@ impl Image {
         plugin::refuse_reentry(self.shared.device)
     }
 
-    /// Whether the device stands on plugins.
+    /// Whether the device stands on plugins; `false` while its tree is being replaced, which is not
+    /// waited for.
     pub(crate) fn is_on_plugin(&self) -> bool {
-        self.call().is_ok_and(|call| {
+        self.try_call().is_some_and(|call| {
             let files = || call.files.iter().any(|f| f.driver().is_foreign());
             call.top.driver().is_foreign()
                 || files()
@@ -385,18 +386,25 @@ impl Image {
     #[inline]
     pub(crate) fn call(&self) -> Result<Call<'_>> {
         loop {
+            if let Some(call) = self.try_call() {
+                return Ok(call);
+            }
+            self.wait_for_reopen()?;
+        }
+    }
+
+    /// Begin a call, unless the tree is being replaced or gone.
+    #[inline]
+    fn try_call(&self) -> Option<Call<'_>> {
+        loop {
             let calls = self.shared.calls.get();
             let guard = calls.enter();
             let tree = self.shared.tree.load(SeqCst);
-            if !std::ptr::eq(calls, self.shared.calls.get()) {
-                continue;
+            if std::ptr::eq(calls, self.shared.calls.get()) {
+                // SAFETY: NULL, or a tree of which whoever replaces it waits for the guard to go before
+                // freeing it.
+                return unsafe { tree.as_ref() }.map(|tree| Call { tree, guard });
             }
-            if !tree.is_null() {
-                // SAFETY: whoever replaces the tree waits for the guard to go before freeing it.
-                return Ok(Call { tree: unsafe { &*tree }, guard });
-            }
-            drop(guard);
-            self.wait_for_reopen()?;
         }
     }
 

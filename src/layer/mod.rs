@@ -8,19 +8,34 @@
 //!
 //! One file a layer; [`KINDS`] lists them all.
 
+mod around;
 mod blocksize;
 mod cache;
 mod copy_on_read;
 mod cow;
+mod delay;
+mod error;
+mod fua;
+mod log;
+mod multi_conn;
+mod noextents;
+mod nozero;
 mod offset;
 mod partition;
+mod protect;
+mod random;
+mod ranges;
+mod rate;
 mod readahead;
 mod readonly;
+mod retry;
 mod runs;
 mod settings;
 mod spec;
+mod stats;
 mod swab;
 mod truncate;
+mod unflushed;
 
 use std::any::Any;
 use std::sync::Arc;
@@ -35,10 +50,21 @@ pub const KINDS: &[Kind] = &[
     cache::KIND,
     copy_on_read::KIND,
     cow::KIND,
+    delay::KIND,
+    error::KIND,
+    fua::KIND,
+    log::KIND,
+    multi_conn::KIND,
+    noextents::KIND,
+    nozero::KIND,
     offset::KIND,
     partition::KIND,
+    protect::KIND,
+    rate::KIND,
     readahead::KIND,
     readonly::KIND,
+    retry::KIND,
+    stats::KIND,
     swab::KIND,
     truncate::KIND,
 ];
@@ -133,6 +159,9 @@ pub trait Layer: Send + Sync {
     fn close(&self) -> Result<()> {
         self.flush()
     }
+    /// What is below was opened anew, because the device was: what was said to last until then does so no
+    /// more.
+    fn reopened(&self) {}
     /// Properties of its own (`NAME.KEY`), added to those from below.
     fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
         Vec::new()
@@ -195,6 +224,9 @@ impl<L: Layer> Driver for Stacked<L> {
     }
     fn close(&self) -> Result<()> {
         self.0.close()
+    }
+    fn reopened(&self) {
+        self.0.reopened();
     }
     fn describe(&self) -> Description {
         // What is below is asked by the room above.

@@ -58,6 +58,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// List what an NBD server or a plugin exports
     List(ListArgs),
+    /// List the layers that can be put on an image, and their settings
+    Layers(crate::layers::LayersArgs),
     /// Say what a plugin is and can do
     Plugin(crate::plugin::PluginArgs),
 }

@@ -13,7 +13,7 @@ use serde_json::{Map, json};
 use crate::cli::CopyArgs;
 use crate::failure::{Failure, Result};
 use crate::json;
-use crate::open::{chain, file_id, flags, is_nbd, options, value, with_format};
+use crate::open::{chain, file_id, flags, has_layers, is_nbd, options, value, with_format};
 use crate::progress;
 use crate::signals;
 use crate::target::{self, HalfMade, backing_settings};
@@ -22,6 +22,7 @@ use crate::units::{human, human_and_exact, shown};
 pub fn run(args: &CopyArgs) -> Result<()> {
     signals::catch();
     refuse_to_make_an_export(args)?;
+    refuse_to_make_layers(args)?;
     let source = open_source(args)?;
     let size = source.size()?;
     refuse_to_harm_the_source(args)?;
@@ -77,6 +78,18 @@ fn refuse_to_make_an_export(args: &CopyArgs) -> Result<()> {
     if is_nbd(&args.target) && args.backing.is_some() {
         return Err(Failure::usage(format!(
             "{}: an NBD export is written to as it is, so --backing makes no sense for it",
+            quoted(args.target.as_bytes())
+        )));
+    }
+    Ok(())
+}
+
+/// Layers stand on an image, and say nothing of how that is made.
+fn refuse_to_make_layers(args: &CopyArgs) -> Result<()> {
+    let layered = has_layers(&args.target) || value(&args.options, "layers").is_some();
+    if layered && !is_there(args) {
+        return Err(Failure::usage(format!(
+            "{}: layers stand on an image that is there: make it (qblk create), and copy with --no-create",
             quoted(args.target.as_bytes())
         )));
     }

@@ -15,6 +15,7 @@ mod failure;
 mod histogram;
 mod info;
 mod json;
+mod layers;
 mod list;
 mod lock;
 mod map;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         Command::Lock(args) => lock::run(&args),
         Command::Serve(args) => serve::run(&args),
         Command::List(args) => list::run(&args),
+        Command::Layers(args) => layers::run(&args),
         Command::Plugin(args) => plugin::run(&args),
     };
     match result {

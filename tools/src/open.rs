@@ -77,15 +77,33 @@ fn below(settings: &[Setting]) -> Vec<Setting> {
     settings.iter().filter_map(strip).collect()
 }
 
+/// What the layers in a name stand on: `layers:LAYER,…:NAME` is NAME with layers on it.
+pub fn beneath(name: &OsStr) -> &OsStr {
+    let within = |name: &'_ [u8]| {
+        let rest = name.strip_prefix(b"layers:")?;
+        Some(name.len() - rest.len() + rest.iter().position(|b| *b == b':')? + 1)
+    };
+    let mut bytes = name.as_bytes();
+    while let Some(at) = within(bytes) {
+        bytes = &bytes[at..];
+    }
+    OsStr::from_bytes(bytes)
+}
+
+/// Whether a name of an image has layers in it.
+pub fn has_layers(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(b"layers:")
+}
+
 /// Whether a name of an image is that of an NBD export, which is somebody else's.
 pub fn is_nbd(name: &OsStr) -> bool {
-    let bytes = name.as_bytes();
+    let bytes = beneath(name).as_bytes();
     Uri::is_one(bytes) || bytes.starts_with(b"nbd+exec:")
 }
 
 /// The path that a name of an image stands for, if it is one.
 pub fn path_of(name: &OsStr) -> Option<PathBuf> {
-    let bytes = name.as_bytes();
+    let bytes = beneath(name).as_bytes();
     if bytes.starts_with(b"mem:") || is_nbd(name) {
         return None;
     }
@@ -128,7 +146,10 @@ pub struct Link {
 impl Link {
     /// Describe the image `name`.
     pub fn read(name: &OsStr, settings: &[Setting], flags: OpenFlags) -> Result<Self> {
-        let image = Image::open(name, &options(settings), flags | OpenFlags::INFO_ONLY)?;
+        // Layers are known by what they do, for which there must be something to do it with.
+        let layered = has_layers(name) || value(settings, "layers").is_some();
+        let how = if layered { flags } else { flags | OpenFlags::INFO_ONLY };
+        let image = Image::open(name, &options(settings), how)?;
         let keys = image.property("properties")?.unwrap_or_default();
         let mut link = Self {
             name: name.to_owned(),

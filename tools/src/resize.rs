@@ -35,7 +35,9 @@ pub fn run(args: &ResizeArgs) -> Result<()> {
         options.set("preallocation", Some(how.as_bytes()));
     }
     image.resize(new, &options, args.shrink).map_err(|e| match e {
-        qblk::Error::NotSupported(what) => Failure::said(format!("{}: {what}", name())),
+        qblk::Error::NotSupported(what) => {
+            Failure::said(format!("{}: does not support {what}", name()))
+        }
         e => e.into(),
     })?;
     image.flush()?;

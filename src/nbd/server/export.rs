@@ -129,13 +129,15 @@ impl Export {
     /// Size in bytes and transmission flags, as of now.
     pub fn facts(&self) -> Result<(Info, u16)> {
         let info = self.with(Image::info)?;
+        let zero = !self.read_only && info.can_zero != Can::Not;
         let mut flags =
             flag::HAS_FLAGS | flag::CAN_MULTI_CONN | flag::SEND_CACHE | flag::SEND_FLUSH;
         for (on, bit) in [
             (self.read_only, flag::READ_ONLY),
             (info.state & state::ROTATIONAL != 0, flag::ROTATIONAL),
             (!self.read_only && info.can_fua != Can::Not, flag::SEND_FUA),
-            (!self.read_only, flag::SEND_TRIM | flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO),
+            (!self.read_only, flag::SEND_TRIM),
+            (zero, flag::SEND_WRITE_ZEROES | flag::SEND_FAST_ZERO),
         ] {
             flags |= if on { bit } else { 0 };
         }

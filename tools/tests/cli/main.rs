@@ -11,6 +11,7 @@ mod create;
 mod data;
 mod docs;
 mod info;
+mod layers;
 mod lock;
 mod map;
 mod nbd;

@@ -3,9 +3,9 @@ use std::process::Stdio;
 
 use crate::support::*;
 
-pub const COMMANDS: [&str; 18] = [
+pub const COMMANDS: [&str; 19] = [
     "info", "create", "map", "copy", "check", "resize", "snapshot", "amend", "commit", "rebase",
-    "read", "write", "bench", "bitmap", "lock", "serve", "list", "plugin",
+    "read", "write", "bench", "bitmap", "lock", "serve", "list", "layers", "plugin",
 ];
 
 #[test]
