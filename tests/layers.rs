@@ -58,7 +58,7 @@ mod truncate;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use common::*;
-use qblk::{Error, Image, Options};
+use qblk::{Error, Image, OpenFlags, Options};
 
 fn stacked(path: &std::path::Path, layers: &str) -> Image {
     Image::open(path.as_os_str(), &Options::new().with("layers", layers), RW).unwrap()
@@ -198,5 +198,52 @@ fn a_stack_is_reopened_below_its_layers() {
     let mut found = [0; 4];
     image.read_at(&mut found, 0).unwrap();
     assert_eq!(&found, b"kept");
+    image.close().unwrap();
+}
+
+#[test]
+fn settings_by_option_are_for_all_layers_of_a_name_and_the_image_keeps_its_own() {
+    let tmp = Tmp::new("layers-settings");
+    let path = qcow2(&tmp, 1 << 20);
+    let options = Options::new()
+        .with("layers", "offset,cache,offset")
+        .with("offset.offset", "4k")
+        .with("cache.size", "1M")
+        .with("cache.l2-size", "64k");
+    let image = Image::open(path.as_os_str(), &options, RW).unwrap();
+    assert_eq!(image.size().unwrap(), (1 << 20) - 8192);
+}
+
+#[test]
+fn who_pushes_a_layer_takes_nobodys_right_to_write() {
+    let image = Image::open("mem:1M".as_ref(), &Options::new(), RW).unwrap();
+    let reader = image.context(&Options::new(), RO).unwrap();
+    reader.push_layer(b"offset", &Options::new()).unwrap();
+    image.write_at(b"still", 0, NONE).unwrap();
+    assert!(matches!(reader.write_at(b"x", 0, NONE), Err(Error::ReadOnly(_))));
+    // And one that writes nothing below makes a device writable for those who ask.
+    let image = Image::open("mem:1M".as_ref(), &Options::new(), RO).unwrap();
+    image.context(&Options::new(), RW).map(drop).unwrap_err();
+    image.push_layer(b"cow", &Options::new()).unwrap();
+    assert!(matches!(image.write_at(b"x", 0, NONE), Err(Error::ReadOnly(_))));
+    let writer = image.context(&Options::new(), RW).unwrap();
+    writer.write_at(b"mine", 0, NONE).unwrap();
+    let mut found = [0; 4];
+    image.read_at(&mut found, 0).unwrap();
+    assert_eq!(&found, b"mine");
+}
+
+#[test]
+fn a_stack_is_not_reopened_for_its_description_nor_checked_through_layers() {
+    let tmp = Tmp::new("layers-info");
+    let path = qcow2(&tmp, 1 << 20);
+    let image = stacked(&path, "offset");
+    for flags in [OpenFlags::INFO_ONLY, OpenFlags::CHECK] {
+        let e = image.reopen(None, flags).unwrap_err().to_string();
+        assert!(e.contains("layers have no use"), "{e}");
+    }
+    let e = image.check(qblk::block::Repair::Nothing, qblk::block::Progress::NONE).unwrap_err();
+    assert!(matches!(e, Error::NotSupported(_)), "{e}");
+    image.write_at(b"good", 0, NONE).unwrap();
     image.close().unwrap();
 }

@@ -17,7 +17,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering::*};
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering::*};
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -92,16 +92,17 @@ unsafe extern "C" fn in_child() {
 }
 
 /// Make a handle and remember it.
-pub(super) fn adopt(image: Image, broken: Arc<AtomicBool>) -> *mut qblk {
-    adopt_as(image, broken, plugin::is_inside())
+pub(super) fn adopt(image: Image) -> *mut qblk {
+    adopt_as(image, plugin::is_inside())
 }
 
 /// Make a handle that a layer has opened on what it stands on.
 pub(super) fn adopt_inner(image: Image) -> *mut qblk {
-    adopt_as(image, Arc::default(), true)
+    adopt_as(image, true)
 }
 
-fn adopt_as(image: Image, broken: Arc<AtomicBool>, inner: bool) -> *mut qblk {
+fn adopt_as(image: Image, inner: bool) -> *mut qblk {
+    let broken = image.broken();
     let handle = Box::into_raw(Box::new(qblk { image, broken, inner }));
     OPEN.lock().insert(handle as usize, State::Open);
     handle

@@ -59,7 +59,7 @@ fn open(name: &CStr, options: &Options, flags: u32, out: &mut *mut qblk) -> Resu
     guard::alive()?;
     let image = Image::open(OsStr::from_bytes(name.to_bytes()), options, OpenFlags(flags))?;
     tell::done("opened", tell::Name(name.to_bytes()), tell::Flags(flags));
-    *out = life::adopt(image, Arc::default());
+    *out = life::adopt(image);
     Ok(())
 }
 
@@ -85,7 +85,7 @@ pub unsafe extern "C" fn qblk_open_fd(
         guard::alive()?;
         let image = Image::open_fd(duplicate(fd)?, &options, OpenFlags(flags))?;
         tell::done("opened descriptor", fd, tell::Flags(flags));
-        *out = life::adopt(image, Arc::default());
+        *out = life::adopt(image);
         Ok(())
     })
 }
@@ -147,7 +147,7 @@ pub unsafe extern "C" fn qblk_context_open(
             let (out, options) = (out_arg(out)?, options_arg(options));
             let context = image(dev)?.context(&options, OpenFlags(flags))?;
             tell::done("another context of", tell::Of(&context), tell::Flags(flags));
-            *out = life::adopt(context, dev.broken.clone());
+            *out = life::adopt(context);
             Ok(())
         })
     }

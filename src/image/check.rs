@@ -29,6 +29,9 @@ impl Image {
             }
             tree.may_write()?;
         }
+        if tree.below.is_some() {
+            return Err(Error::NotSupported("checking an image through layers"));
+        }
         if !tree.flags.has(OpenFlags::RDWR) || tree.flags.has(OpenFlags::CHECK) {
             // Nobody changes it, or has it in memory.
             return tree.top.driver().check(repair, progress);

@@ -18,6 +18,8 @@ use crate::plugin::LayerPlugin;
 /// Layers on a device, at most: each is a call deeper.
 const MOST: usize = 32;
 
+const NO_USE: &str = "layers have no use with QBLK_OPEN_INFO_ONLY and QBLK_OPEN_CHECK";
+
 /// The layers that an open asks for, the lowest first.
 pub(super) struct Stack(Vec<Spec>);
 
@@ -29,9 +31,12 @@ pub(super) fn split<'a>(name: &'a OsStr, options: &Options) -> Result<(Stack, &'
         None => Vec::new(),
     };
     options.set("layers", None);
-    for spec in &mut all {
-        for (key, value) in options.take_prefix(&format!("{}.", spec.name)) {
-            spec.settings.set(&key, &value);
+    let mut names: Vec<String> = all.iter().map(|spec| spec.name.clone()).collect();
+    names.dedup();
+    for name in names {
+        for (key, value) in options.take_prefix(&format!("{name}.")) {
+            let of_that_name = all.iter_mut().filter(|spec| spec.name == name);
+            of_that_name.for_each(|spec| spec.settings.set(&key, &value));
         }
     }
     let mut name = name;
@@ -66,9 +71,7 @@ impl Stack {
             return open(flags);
         }
         if flags.0 & OpenFlags::NO_DATA != 0 {
-            return Err(Error::invalid(
-                "layers have no use with QBLK_OPEN_INFO_ONLY and QBLK_OPEN_CHECK",
-            ));
+            return Err(Error::invalid(NO_USE));
         }
         // Whether each is to be written, from the uppermost down.
         let mut write = flags.has(OpenFlags::RDWR);
@@ -80,7 +83,7 @@ impl Stack {
         let below = OpenFlags(flags.0 & !OpenFlags::RDWR.0 | u32::from(write));
         let image = open(below)?;
         for (spec, write) in self.0.iter().zip(writes.into_iter().rev()) {
-            if let Err(e) = image.push(spec, write) {
+            if let Err(e) = image.push(spec, Some(write)) {
                 // Nothing was written, but what could fail is worth a word.
                 if let Err(closing) = image.close() {
                     crate::log::log(crate::log::Level::Warn, format_args!("{closing}"));
@@ -151,13 +154,15 @@ impl Image {
         for (key, value) in options.all() {
             spec.settings.set(key, value);
         }
-        self.push(&spec, self.write.load(Relaxed))
+        self.push(&spec, None)
     }
 
-    fn push(&self, spec: &Spec, write: bool) -> Result<()> {
+    /// `write`: the layer is to be written; `None`: if it can be, for which of the contexts may write is
+    /// another matter.
+    fn push(&self, spec: &Spec, write: Option<bool>) -> Result<()> {
         let made = made_of(spec)?;
         // A layer that never changes what is below may be written though that is not.
-        let needs = write && made.writes_below(&spec.settings)?;
+        let writes_below = made.writes_below(&spec.settings)?;
         let _admin = self.shared.admin.lock();
         let tree = self.shared.tree.load(SeqCst);
         if tree.is_null() {
@@ -173,7 +178,8 @@ impl Image {
         }
         let (name, options, probed) = (now.name.clone(), now.options.clone(), now.probed);
         let (flags, driver) = (now.flags, now.driver);
-        if needs && !flags.has(OpenFlags::RDWR) {
+        let write = write.unwrap_or(flags.has(OpenFlags::RDWR) || !writes_below);
+        if write && writes_below && !flags.has(OpenFlags::RDWR) {
             return Err(Error::ReadOnly(name));
         }
         let taken = Taken::new(&self.shared);
@@ -185,20 +191,12 @@ impl Image {
             tree: AtomicPtr::new(tree),
             admin: Mutex::new(()),
             closed: AtomicBool::new(false),
+            broken: self.shared.broken.clone(),
         });
+        let mut lent = Lent { taken: Some(taken), below: below.clone() };
         let own = Image { shared: below.clone(), write: flags.has(OpenFlags::RDWR).into() };
         let source = Arc::new(Below { shared: below.clone(), name: name.clone() });
-        let opened = made.open(&spec.settings, source, write, self.shared.device);
-        let top = match opened {
-            Ok(top) => Device::new(top),
-            Err(e) => {
-                // What the layer may have left open of it answers nothing more.
-                below.closed.store(true, SeqCst);
-                below.tree.store(ptr::null_mut(), SeqCst);
-                below.calls.get().wait();
-                return Err(e);
-            }
-        };
+        let top = Device::new(made.open(&spec.settings, source, write, self.shared.device)?);
         let writable = write && !top.caps().read_only;
         let flags = OpenFlags(flags.0 & !OpenFlags::RDWR.0 | u32::from(writable));
         let layered = Tree {
@@ -218,9 +216,30 @@ impl Image {
             in_use: false,
             below: Some(own),
         };
-        self.shared.calls.replace();
-        taken.give(Box::new(layered));
+        if let Some(taken) = lent.taken.take() {
+            self.shared.calls.replace(Arc::default());
+            taken.give(Box::new(layered));
+        }
         Ok(())
+    }
+}
+
+/// A tree that is with what is below a layer while that is opened. Where that comes to nothing, by a panic
+/// too, it is taken back, as it is by then: a layer may have had it reopened, or put layers on it.
+struct Lent<'a> {
+    taken: Option<Taken<'a>>,
+    below: Arc<Shared>,
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        let Some(taken) = self.taken.take() else { return };
+        let _admin = self.below.admin.lock();
+        // What the layer may have left open of it answers nothing more.
+        self.below.closed.store(true, SeqCst);
+        let tree = self.below.tree.swap(ptr::null_mut(), SeqCst);
+        self.below.calls.get().wait();
+        taken.take_back(tree, self.below.calls.shared());
     }
 }
 
@@ -248,6 +267,9 @@ pub(super) fn reopen_below(
     options: Option<&Options>,
     flags: OpenFlags,
 ) -> Result<()> {
+    if flags.0 & OpenFlags::NO_DATA != 0 {
+        return Err(Error::invalid(NO_USE));
+    }
     if flags.has(OpenFlags::RDWR) && !tree.flags.has(OpenFlags::RDWR) {
         let what =
             "layers that were not to be written can not be reopened for writing: open them anew";

@@ -3,6 +3,7 @@
 use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::*;
+use std::time::Duration;
 
 use super::{Image, OpenFlags, Options, Shared, Tree, chain};
 use crate::block::{Error, Result};
@@ -83,12 +84,27 @@ impl Image {
     /// For the end of the program.
     pub(crate) fn shut(&self) -> Result<()> {
         // Whoever ends the program from within a call must not wait for that call here.
-        let patience = std::time::Duration::from_secs(1);
-        let Some(_admin) = self.shared.admin.try_lock_for(patience) else { return Ok(()) };
+        self.end(Some(Duration::from_secs(1)))
+    }
+
+    /// Flush and close, once the calls under way are over; `patience`: they are not waited for beyond a
+    /// moment, nor is other work on the device beyond so long.
+    fn end(&self, patience: Option<Duration>) -> Result<()> {
+        let admin = &self.shared.admin;
+        let held = match patience {
+            None => Some(admin.lock()),
+            Some(patience) => admin.try_lock_for(patience),
+        };
+        let Some(_admin) = held else { return Ok(()) };
         self.shared.closed.store(true, SeqCst);
         let tree = self.shared.tree.swap(ptr::null_mut(), SeqCst);
         if tree.is_null() {
             return Ok(());
+        }
+        if patience.is_none() {
+            self.shared.calls.get().wait();
+            // SAFETY: we took it out, and no call uses it any more.
+            return end_tree(unsafe { Box::from_raw(tree) }, patience);
         }
         // A call that hangs must not keep the program from ending: what is under way is not waited
         // for beyond a moment, and then its tree is left to it.
@@ -96,10 +112,9 @@ impl Image {
         for _ in 0..200 {
             if self.shared.calls.get().passed(mark) {
                 // SAFETY: we took it out, and no call uses it any more.
-                let tree = unsafe { Box::from_raw(tree) };
-                return close_tree(&tree);
+                return end_tree(unsafe { Box::from_raw(tree) }, patience);
             }
-            std::thread::sleep(std::time::Duration::from_millis(5));
+            std::thread::sleep(Duration::from_millis(5));
         }
         // SAFETY: never freed.
         let tree = unsafe { &*tree };
@@ -115,19 +130,22 @@ impl Shared {
             return Ok(());
         }
         // SAFETY: made by Box::into_raw; this was the last context.
-        let tree = unsafe { Box::from_raw(tree) };
-        close_tree(&tree)
+        end_tree(unsafe { Box::from_raw(tree) }, None)
     }
 }
 
-pub(super) fn close_tree(tree: &Tree) -> Result<()> {
-    let Some(below) = &tree.below else { return close_top(tree) };
-    // What the layer still has goes to what is below first. That is closed in any case.
+/// Close a tree that nobody uses any more, from the top down.
+fn end_tree(mut tree: Box<Tree>, patience: Option<Duration>) -> Result<()> {
+    let Some(below) = tree.below.take() else { return close_tree(&tree) };
+    // What the layer still has goes to what is below; then its threads end and its contexts go. Only then
+    // nobody uses what is below any more, which is closed in any case.
     let own = if tree.flags.has(OpenFlags::RDWR) { tree.top.driver().close() } else { Ok(()) };
-    own.and(below.with_tree(false, close_tree))
+    drop(tree);
+    own.and(below.end(patience))
 }
 
-fn close_top(tree: &Tree) -> Result<()> {
+/// Have everything that a tree without layers holds in its files. It stays usable.
+pub(super) fn close_tree(tree: &Tree) -> Result<()> {
     if tree.flags.has(OpenFlags::CHECK) {
         // Its driver may know what is not true any more (see `Image::check`): only what is in the file
         // already is made to last.

@@ -232,6 +232,8 @@ struct Shared {
     /// Held by what changes `tree` or the size.
     admin: Mutex<()>,
     closed: AtomicBool,
+    /// A call on it met an internal error: nothing more is to be done with it. One for a whole stack.
+    broken: Arc<AtomicBool>,
 }
 
 /// Who counts the calls under way. It changes when a layer is pushed: what was the tree until then, and
@@ -260,8 +262,7 @@ impl Calls {
     }
 
     /// Count in another from now on. Whoever counts in the old one must be gone, or find no tree.
-    fn replace(&self) {
-        let new = Arc::<InFlight>::default();
+    fn replace(&self, new: Arc<InFlight>) {
         let mut all = self.all.lock();
         self.now.store(Arc::as_ptr(&new).cast_mut(), SeqCst);
         all.push(new);
@@ -334,6 +335,7 @@ impl Image {
             tree: AtomicPtr::new(Box::into_raw(Box::new(tree))),
             admin: Mutex::new(()),
             closed: AtomicBool::new(false),
+            broken: Arc::default(),
         };
         Self { shared: Arc::new(shared), write: AtomicBool::new(flags.has(OpenFlags::RDWR)) }
     }
@@ -370,6 +372,11 @@ impl Image {
                 || files()
                 || call.below.as_ref().is_some_and(Self::is_on_plugin)
         })
+    }
+
+    /// What is set when a call on the device met an internal error.
+    pub(crate) fn broken(&self) -> Arc<AtomicBool> {
+        self.shared.broken.clone()
     }
 
     /// Another context with the flags of this one.

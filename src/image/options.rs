@@ -239,8 +239,12 @@ impl Options {
 
     /// Take away the settings whose keys begin with `prefix`, by what follows it.
     pub(crate) fn take_prefix(&mut self, prefix: &str) -> Vec<(String, Vec<u8>)> {
-        let taken = self.with_prefix(prefix).map(|(k, v)| (k.to_owned(), v.to_vec())).collect();
-        self.0.retain(|k, _| !k.starts_with(prefix));
+        // An image's own setting (`cache.l2-size`) is none of a layer that is called like its group.
+        let theirs = |k: &str| k.starts_with(prefix) && KEYS.iter().all(|(known, _)| *known != k);
+        let short = |k: &str| k[prefix.len()..].to_owned();
+        let of_them = self.0.iter().filter(|(k, _)| theirs(k));
+        let taken = of_them.map(|(k, v)| (short(k), v.as_slice().to_vec())).collect();
+        self.0.retain(|k, _| !theirs(k));
         taken
     }
 

@@ -1,6 +1,7 @@
 //! Work on an image as a whole that is not a resize: internal snapshots, the area of a machine's state.
 
 use std::ptr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::*;
 
 use super::{Image, OpenFlags, Options, Shared, Tree, Use, info_only};
@@ -37,6 +38,15 @@ impl<'a> Taken<'a> {
 }
 
 impl Taken<'_> {
+    /// Give them back what it has become elsewhere, with what counts its calls by now. Null: it was closed.
+    pub(super) fn take_back(mut self, tree: *mut Tree, calls: Arc<InFlight>) {
+        if tree.is_null() {
+            self.shared.closed.store(true, SeqCst);
+        }
+        self.shared.calls.replace(calls);
+        self.tree = tree;
+    }
+
     /// Give them another; what was taken has become somebody else's.
     pub(super) fn give(mut self, new: Box<Tree>) {
         self.tree = Box::into_raw(new);
