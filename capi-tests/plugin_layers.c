@@ -254,6 +254,36 @@ static void in_the_program(void)
     OK(qblk_unregister_plugin("own"));
 }
 
+/* A stack of plugins behind a server, seen through the client. */
+static void served(void)
+{
+    unsigned char a[9000], b[9000];
+    qblk *dev, *remote;
+    qblk_server *srv;
+    char dir[PATH_MAX], name[2 * PATH_MAX];
+    const char *plugins = getenv("QBLK_TEST_PLUGINS");
+    CHECK(plugins != NULL && getcwd(dir, sizeof dir) != NULL);
+    snprintf(name, sizeof name, "plugin:%s/memory2.so?export=b", plugins);
+    OK(open_opt(name, QBLK_OPEN_RDWR, &dev, options("format", "raw", "layers", layers("@layer-cipher.so;key=3,@layer-thread.so"), NULL)));
+    OK(qblk_server_new(&srv));
+    OK(qblk_server_add_export(srv, "stack", dev, 0));
+    OK(qblk_server_listen(srv, "nbd+unix:///?socket=s"));
+    OK(qblk_open("nbd+unix:///stack?socket=s", QBLK_OPEN_RDWR, &remote));
+    fill(a, sizeof a, 17);
+    OK(qblk_pwrite2(remote, a, sizeof a, 4321, QBLK_REQ_FUA));
+    OK(qblk_zero(remote, 2000, 5000, QBLK_REQ_MAY_TRIM));
+    memset(a + 5000 - 4321, 0, 2000);
+    OK(qblk_flush(remote));
+    OK(qblk_pread(remote, b, sizeof b, 4321));
+    CHECK_MEM(b, a, sizeof a);
+    OK(qblk_pread(dev, b, sizeof b, 4321));
+    CHECK_MEM(b, a, sizeof a);
+    OK(qblk_close(remote));
+    OK(qblk_server_stop(srv, 1000));
+    qblk_server_free(srv);
+    OK(qblk_close(dev));
+}
+
 /* A program that ends with everything open: what it wrote is there, and everything was closed in order. */
 static int forget(const char *what)
 {
@@ -279,6 +309,7 @@ int main(int argc, char **argv)
             "offset,@layer-cipher.so,@layer-thread.so,@layer-cipher.so;key=9,@layer-cipher.so",
             "cipher,thread,cipher,cipher,thread,offset,cipher,thread,cipher,cipher");
     in_the_program();
+    served();
     for (int i = 0; i < 2; i++) {
         const char *what = i ? "deep" : "flat";
         OK(qblk_create("forgotten", "qcow2", 1 << 20, NULL));
