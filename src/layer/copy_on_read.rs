@@ -219,6 +219,10 @@ impl Layer for CopyOnRead {
         }
         if self.next.caps().cache { self.next.cache(offset, count) } else { Ok(()) }
     }
+    fn reopened(&self) {
+        // Others may have changed what is below.
+        self.set(0, u64::MAX, 0);
+    }
     fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
         vec![("copy-on-read.copied", self.copied.load(Relaxed).to_string().into_bytes())]
     }
