@@ -410,6 +410,9 @@ impl Driver for Context {
     fn flush(&self) -> Result<()> {
         self.image.flush()
     }
+    fn flush_to_close(&self) -> Result<()> {
+        self.image.flush_for_close()
+    }
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.image.zero(offset, count, flags)
     }

@@ -167,7 +167,8 @@ impl Layer for CopyOnRead {
     }
     fn caps(&self) -> Caps {
         let below = self.next.caps().clone();
-        Caps { cache: below.cache || !below.read_only, ..below }
+        // A write waits for a copy of the same blocks that comes from further down.
+        Caps { cache: below.cache || !below.read_only, cached: false, ..below }
     }
     fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
         let end = offset.saturating_add(buf.len() as u64);

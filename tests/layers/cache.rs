@@ -81,7 +81,7 @@ fn writes_go_below_when_flushed_together_and_once() {
     dev.write_slice(&[4; 10], 300, NONE).unwrap();
     dev.write_slice(&[5; 10], 400, FUA).unwrap();
     dev.driver().close().unwrap();
-    assert_eq!(r.log(), ["1 write 400+10 FUA", "1 write 0+4096", "1 flush"]);
+    assert_eq!(r.log(), ["1 write 400+10 FUA", "1 write 0+4096", "1 flush to close"]);
     assert_eq!(r.bytes()[298..302], [r.bytes()[298], r.bytes()[299], 4, 4]);
     // Emulated it is one flush behind it all.
     let r = Recorder::new(64 << 10, Caps { fua: false, zero_fua: false, ..able() });
@@ -483,4 +483,24 @@ fn of_two_readers_of_a_block_that_is_not_here_one_reads_it() {
     let mut log = r.log();
     log.sort();
     assert_eq!(log, ["1 read 0+4096", "1 read 4096+4096"]);
+}
+
+#[test]
+fn layers_that_keep_bytes_stand_on_each_other() {
+    let tmp = Tmp::in_memory("layers-keeping");
+    let path = crate::qcow2(&tmp, 4 << 20);
+    for layers in [
+        "cache;size=256k;block-size=8k,readahead;window=64k",
+        "readahead;window=64k,cache;size=512k;mode=write-through",
+        "cow;store=memory;commit=on,copy-on-read,cache;size=128k;block-size=4k,readahead",
+        "copy-on-read,cow;store=memory;commit=on;block-size=512,cache;size=1M",
+    ] {
+        let mut model = read_all(&open(&path, RO));
+        let image = crate::stacked(&path, layers);
+        model::run(&image, &mut model, 300, &mut Rng::new(seed("keeping")), Default::default());
+        model::run_many(&image, &mut model, 200, 3, seed("layers-keeping"));
+        image.close().unwrap();
+        assert!(read_all(&open(&path, RO)) == model, "{layers}: closed, all is below");
+        check_clean(&path);
+    }
 }

@@ -474,6 +474,21 @@ impl Cache {
         }
     }
 
+    /// Write back all that is dirty, and flush what is below by `flush`.
+    fn flush_by(&self, flush: impl FnOnce(&Device) -> Result<()>) -> Result<()> {
+        let (mut at, mut failed) = (0, None);
+        loop {
+            let Some((first, _)) = self.slots.lock().dirty_run(at, u64::MAX) else { break };
+            let (next, done) = self.write_back(first);
+            failed = failed.or(done.err());
+            at = next;
+        }
+        match failed {
+            Some(e) => Err(self.kept(e)),
+            None => flush(&self.next),
+        }
+    }
+
     /// Let a range be zeroes below, and here. The range is held alone.
     fn zero_held(&self, offset: u64, end: u64, flags: ReqFlags) -> Result<()> {
         let run = self.blocks(offset, end);
@@ -559,17 +574,10 @@ impl Layer for Cache {
         Ok(())
     }
     fn flush(&self) -> Result<()> {
-        let (mut at, mut failed) = (0, None);
-        loop {
-            let Some((first, _)) = self.slots.lock().dirty_run(at, u64::MAX) else { break };
-            let (next, done) = self.write_back(first);
-            failed = failed.or(done.err());
-            at = next;
-        }
-        match failed {
-            Some(e) => Err(self.kept(e)),
-            None => self.next.flush(),
-        }
+        self.flush_by(Device::flush)
+    }
+    fn flush_to_close(&self) -> Result<()> {
+        self.flush_by(Device::flush_to_close)
     }
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         let end = self.end(offset, count)?;
