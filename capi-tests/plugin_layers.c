@@ -144,6 +144,7 @@ static void threads(const char *list, const char *names)
 
 static qblk *next_;
 static int set_next = 1, closes;
+static qblk *pushed; /* the device that a layer is pushed on */
 
 static void *own_open(void *opaque, qblk_source *source, uint32_t flags)
 {
@@ -155,6 +156,9 @@ static void *own_open(void *opaque, qblk_source *source, uint32_t flags)
         FAILS(qblk_source_open(source, QBLK_OPEN_RDWR, &wrong), -EROFS, "read-only");
     FAILS(qblk_layer_set_next(NULL, NULL), -EINVAL, "NULL");
     OK(qblk_source_open(source, flags & QBLK_OPEN_RDWR, &next_));
+    /* Methods would be passed in a circle; and while the layer is put on, that device waits for it. */
+    if (pushed)
+        FAILS(qblk_layer_set_next(source, pushed), -EINVAL, "no context of this source");
     if (set_next)
         OK(qblk_layer_set_next(source, next_));
     return next_;
@@ -182,6 +186,76 @@ static qblk_plugin own(void)
     p.close = own_close;
     p.pread = own_pread;
     return p;
+}
+
+/* Two plugins that take one call at a time, one above the other here and below it there: two threads would
+ * wait for each other. */
+static void opposite(qblk_plugin p)
+{
+    qblk *one, *two;
+    char buf[4];
+    p.name = "other";
+    OK(QBLK_REGISTER_PLUGIN(&p, &set_next));
+    OK(open_opt("raw", 0, &one, options("layers", "own,other", NULL)));
+    FAILS(open_opt("raw", 0, &two, options("layers", "other,own", NULL)), -EDEADLK, "plugin 'own' cannot be put above plugin 'other'");
+    OK(open_opt("raw", 0, &two, options("layers", "other", NULL)));
+    FAILS(qblk_layer_push(two, "own", NULL, 0), -EDEADLK, "cannot be put above");
+    OK(qblk_pread(two, buf, 4, 1));
+    CHECK_MEM(buf, "elow", 4);
+    OK(qblk_close(one));
+    OK(qblk_layer_push(two, "own", NULL, 0));
+    OK(qblk_pread(two, buf, 4, 1));
+    CHECK_MEM(buf, "elow", 4);
+    OK(qblk_close(two));
+    OK(qblk_unregister_plugin("other"));
+}
+
+static qblk_source *stuck_source;
+static qblk *stuck_next[2], *to_close;
+static int stuck_count;
+
+static void *stuck_open(void *opaque, qblk_source *source, uint32_t flags)
+{
+    (void)opaque, (void)flags;
+    stuck_source = source;
+    OK(qblk_source_open(source, 0, &stuck_next[stuck_count]));
+    OK(qblk_layer_set_next(source, stuck_next[stuck_count]));
+    return stuck_next[stuck_count++];
+}
+static int stuck_pread(void *handle, void *buf, uint64_t count, uint64_t offset, uint32_t flags)
+{
+    if (to_close) {
+        qblk *dev = to_close;
+        to_close = NULL;
+        OK(qblk_close(dev));
+    }
+    return qblk_pread2((qblk *)handle, buf, count, offset, flags);
+}
+
+/* A device is closed where its plugin cannot be called: the instance stays open, and its source stays there
+ * for threads of its own, though what is below is closed. */
+static void never_closed(void)
+{
+    qblk *one, *two, *more;
+    char buf[4];
+    qblk_plugin p = own();
+    p.name = "stuck";
+    p.open_layer = stuck_open;
+    p.pread = stuck_pread;
+    OK(QBLK_REGISTER_PLUGIN(&p, NULL));
+    OK(open_opt("raw", 0, &one, options("layers", "stuck", NULL)));
+    OK(open_opt("raw", 0, &two, options("layers", "stuck", NULL)));
+    to_close = two;
+    closes = 0;
+    OK(qblk_pread(one, buf, 4, 1));
+    CHECK_INT(closes, 0);
+    OK(qblk_close(one));
+    CHECK_INT(closes, 1);
+    FAILS(qblk_unregister_plugin("stuck"), -EBUSY, "open");
+    OK(qblk_source_open(stuck_source, 0, &more));
+    FAILS(qblk_pread(more, buf, 4, 1), -EBADF, "closed");
+    FAILS(qblk_close(more), -EBADF, "closed");
+    FAILS(qblk_close(stuck_next[1]), -EBADF, "closed");
 }
 
 static void in_the_program(void)
@@ -237,8 +311,18 @@ static void in_the_program(void)
     CHECK_MEM(buf, "elow", 4);
     OK(qblk_close(dev));
     /* One call at a time in the process: twice in a stack it would wait for itself. */
-    OK(open_opt("raw", 0, &dev, options("layers", "own,own", NULL)));
-    FAILS(qblk_pread(dev, buf, 4, 1), -EDEADLK, "one call at a time");
+    FAILS(open_opt("raw", 0, &dev, options("layers", "own,own", NULL)), -EDEADLK, "in this stack already");
+    FAILS(open_opt("raw", 0, &dev, options("layers", "own,offset,own", NULL)), -EDEADLK, "plugin 'own' takes one call");
+    opposite(p);
+    /* Pushed on what is open. */
+    OK(open_opt("raw", 0, &dev, NULL));
+    pushed = dev;
+    OK(qblk_layer_push(dev, "own", NULL, 0));
+    pushed = NULL;
+    OK(qblk_pread(dev, buf, 4, 1));
+    CHECK_MEM(buf, "elow", 4);
+    FAILS(qblk_layer_push(dev, "own", NULL, 0), -EDEADLK, "in this stack already");
+    OK(qblk_pread(dev, buf, 4, 1));
     OK(qblk_close(dev));
     OK(qblk_unregister_plugin("own"));
 
@@ -294,6 +378,36 @@ static void gives_back(const char *name)
     OK(qblk_unregister_plugin("own"));
 }
 
+/* A stack of plugins behind a server, seen through the client. */
+static void served(void)
+{
+    unsigned char a[9000], b[9000];
+    qblk *dev, *remote;
+    qblk_server *srv;
+    char dir[PATH_MAX], name[2 * PATH_MAX];
+    const char *plugins = getenv("QBLK_TEST_PLUGINS");
+    CHECK(plugins != NULL && getcwd(dir, sizeof dir) != NULL);
+    snprintf(name, sizeof name, "plugin:%s/memory2.so?export=b", plugins);
+    OK(open_opt(name, QBLK_OPEN_RDWR, &dev, options("format", "raw", "layers", layers("@layer-cipher.so;key=3,@layer-thread.so"), NULL)));
+    OK(qblk_server_new(&srv));
+    OK(qblk_server_add_export(srv, "stack", dev, 0));
+    OK(qblk_server_listen(srv, "nbd+unix:///?socket=s"));
+    OK(qblk_open("nbd+unix:///stack?socket=s", QBLK_OPEN_RDWR, &remote));
+    fill(a, sizeof a, 17);
+    OK(qblk_pwrite2(remote, a, sizeof a, 4321, QBLK_REQ_FUA));
+    OK(qblk_zero(remote, 2000, 5000, QBLK_REQ_MAY_TRIM));
+    memset(a + 5000 - 4321, 0, 2000);
+    OK(qblk_flush(remote));
+    OK(qblk_pread(remote, b, sizeof b, 4321));
+    CHECK_MEM(b, a, sizeof a);
+    OK(qblk_pread(dev, b, sizeof b, 4321));
+    CHECK_MEM(b, a, sizeof a);
+    OK(qblk_close(remote));
+    OK(qblk_server_stop(srv, 1000));
+    qblk_server_free(srv);
+    OK(qblk_close(dev));
+}
+
 /* A program that ends with everything open: what it wrote is there, and everything was closed in order. */
 static int forget(const char *what)
 {
@@ -321,6 +435,8 @@ int main(int argc, char **argv)
     in_the_program();
     gives_back("raw");
     gives_back("mem:1M");
+    served();
+    never_closed();
     for (int i = 0; i < 2; i++) {
         const char *what = i ? "deep" : "flat";
         OK(qblk_create("forgotten", "qcow2", 1 << 20, NULL));

@@ -69,6 +69,7 @@ static int p_extents(void *h, uint64_t n, uint64_t at, uint32_t f, qblk_extent_l
     case 3: return qblk_plugin_add_extent(list, at, 0, 0);
     case 4: return qblk_plugin_add_extent(list, UINT64_MAX - 1, 5, QBLK_EXTENT_ZERO);
     case 5: return qblk_plugin_add_extent(NULL, at, 5, 0);
+    case 7: return qblk_plugin_add_extent(list, at, 512, QBLK_EXTENT_ZERO);
     default: return qblk_plugin_add_extent(list, at, 5, 0x1000);
     }
 }
@@ -174,6 +175,13 @@ static int say_all(void)
     return -1;
 }
 static int say_errno(void) { errno = ENOLINK; return -1; }
+static int say_least_errno(void) { errno = INT_MIN; return -1; }
+static int dumps;
+static int64_t p_dump(void *h, char *buf, size_t n)
+{
+    (void)h;
+    return snprintf(buf, n, "%d", ++dumps);
+}
 static int say_inner(void)
 {
     qblk *other;
@@ -198,10 +206,13 @@ static void what_it_says(void)
     qblk_plugin p = good();
     p.errno_is_preserved = 1;
     p.extents = p_extents;
+    p.dump = p_dump;
     OK(QBLK_REGISTER_PLUGIN(&p, NULL));
     OK(open_opt("plugin:rogue", QBLK_OPEN_RDWR, &dev, options("format", "raw", NULL)));
     reading = say_errno;
     FAILS(qblk_pread(dev, buf, 16, 7), -ENOLINK, "pread of 16 bytes at offset 7");
+    reading = say_least_errno;
+    FAILS(qblk_pread(dev, buf, 16, 7), -EIO, "pread of 16 bytes");
     reading = say_all;
     FAILS(qblk_pread(dev, buf, 16, 7), -EDQUOT, "'007 and then too much");
     CHECK(strlen(qblk_get_error()) < 1024);
@@ -219,6 +230,14 @@ static void what_it_says(void)
     reading = NULL;
     for (answer = 0; answer <= 6; answer++)
         FAILS(qblk_extents(dev, 65536, 0, 0, e, 4), answer == 0 || answer == 2 ? -EIO : -EINVAL, "extent");
+    /* A dump is asked for by whoever wants to see it. */
+    qblk_info info;
+    dumps = 0;
+    OK(qblk_get_info(dev, &info));
+    CHECK(qblk_get_property(dev, "plugin.name", buf, sizeof buf) > 0);
+    CHECK_INT(dumps, 0);
+    CHECK(qblk_get_property(dev, "plugin.dump", buf, sizeof buf) > 0);
+    CHECK_STR(buf, "1");
     /* At random, from threads: codes, never worse. */
     reading = say_at_random;
     for (int i = 0; i < 2000; i++)
@@ -228,6 +247,24 @@ static void what_it_says(void)
     OK(qblk_close(dev));
     CHECK_INT(opened, closed);
     OK(qblk_unregister_plugin("rogue"));
+
+    /* It is asked about whole blocks, and may describe less than lies before the range. */
+    p.block_size = p_blocks;
+    least = preferred = 4096, most = 0, answer = 7;
+    OK(QBLK_REGISTER_PLUGIN(&p, NULL));
+    OK(open_opt("plugin:rogue", 0, &dev, options("format", "raw", NULL)));
+    CHECK(qblk_extents(dev, 1000, 600, 0, e, 4) >= 1);
+    CHECK_INT(e[0].offset, 600);
+    CHECK_INT(e[0].length, 1000);
+    CHECK_INT(e[0].flags & QBLK_EXTENT_DATA, QBLK_EXTENT_DATA);
+    OK(qblk_close(dev));
+    OK(qblk_unregister_plugin("rogue"));
+
+    /* A struct that ends within a slot. */
+    p = good();
+    p._struct_size = sizeof p + 4;
+    p._api_version = 2;
+    FAILS(qblk_register_plugin(&p, NULL), -EINVAL, "multiple of");
 }
 
 /* --- threads ------------------------------------------------------------------------------ */

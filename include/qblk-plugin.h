@@ -75,7 +75,9 @@
 extern "C" {
 #endif
 
-/* thread_model: one call at a time in the whole process, for all instances together. */
+/* thread_model: one call at a time in the whole process, for all instances together. A layer of this model is
+ * in a stack once, and of two of them the same is the upper in all stacks that are open together: else
+ * opening answers -EDEADLK. */
 #define QBLK_THREAD_PROCESS 0
 /* thread_model: one call at a time for each instance. */
 #define QBLK_THREAD_INSTANCE 100

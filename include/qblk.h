@@ -1873,11 +1873,11 @@ int qblk_source_open(struct qblk_source *source,
  * Called by a layer: the methods that its struct passes on (`passes`) go to the context `next` from now
  * on, and its size is that of `next` if it has no function get_size. NULL: to none.
  *
- * The library opens a context of its own beside `next`, which stays the layer's to close. To be called
- * before config_complete returns (or open_layer, where there is none); called again it swaps them, while
- * requests run.
+ * `next` is a context of this source. The library opens one of its own beside it; `next` stays the layer's
+ * to close. To be called before config_complete returns (or open_layer, where there is none); called again
+ * it swaps them, while requests run.
  *
- * Returns 0; -EINVAL for a NULL source. Any thread. Since 0.1.
+ * Returns 0; -EINVAL for a NULL source, and for a context of anything else. Any thread. Since 0.1.
  */
 int qblk_layer_set_next(struct qblk_source *source,
                         struct qblk *next);

@@ -187,6 +187,34 @@ fn what_a_stack_can_not_do_is_refused_and_not_done_below() {
 }
 
 #[test]
+fn the_end_of_a_handle_waits_for_nobody_through_any_layer() {
+    for kind in qblk::layer::KINDS {
+        let settings: &[(&str, &str)] = match kind.name {
+            "blocksize" => &[("minimum", "512")],
+            "cow" => &[("commit", "on")],
+            "error" => &[("calls", "read")],
+            // It needs a table, and flushes as `offset` does.
+            "partition" => continue,
+            "protect" => &[("protect", "0-512")],
+            "rate" => &[("requests", "1M")],
+            "truncate" => &[("size", "8192")],
+            _ => &[],
+        };
+        let r = recorder::Recorder::new(8192, recorder::able());
+        let dev = recorder::on(&r, kind.name, settings, kind.name != "readonly").unwrap();
+        if kind.name != "readonly" {
+            dev.write_slice(&[1; 512], 1024, NONE).unwrap();
+        }
+        r.log();
+        dev.driver().flush_to_close().unwrap();
+        dev.driver().close().unwrap();
+        let log = r.log();
+        assert!(!log.iter().any(|l| l.ends_with(" flush")), "{}: {log:?}", kind.name);
+        assert!(log.iter().any(|l| l.ends_with("flush to close")), "{}: {log:?}", kind.name);
+    }
+}
+
+#[test]
 fn a_stack_is_reopened_below_its_layers() {
     let tmp = Tmp::new("layers-reopen");
     let path = qcow2(&tmp, 1 << 20);

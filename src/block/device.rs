@@ -191,6 +191,11 @@ impl Device {
         if self.caps.flush { self.driver.flush() } else { Ok(()) }
     }
 
+    /// The same for a handle that is closed, as [`Driver::flush_to_close`] does.
+    pub fn flush_to_close(&self) -> Result<()> {
+        if self.caps.flush { self.driver.flush_to_close() } else { Ok(()) }
+    }
+
     /// Make a range read as zeroes: by the driver where it can, by writing them where it must.
     pub fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         if self.caps.read_only {

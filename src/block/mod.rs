@@ -249,6 +249,10 @@ pub trait Driver: Send + Sync {
     fn is_foreign(&self) -> bool {
         false
     }
+    /// The lock that it holds during calls, where it shares one with other devices.
+    fn held(&self) -> Option<Held> {
+        None
+    }
     /// What it can do. Asked once, when the device is made.
     fn caps(&self) -> Caps;
     /// What tells the source from others on this host (for a file, its device and inode numbers).
@@ -412,6 +416,10 @@ pub trait Driver: Send + Sync {
     fn describe(&self) -> Description {
         Description::default()
     }
+    /// More properties, which take work to learn: of `key`, or all of them for the key `properties`.
+    fn properties_on_demand(&self, _key: &str) -> Vec<(&'static str, Vec<u8>)> {
+        Vec::new()
+    }
     /// The devices that hold the bytes of this image and of those below, this one's first.
     fn files(&self) -> Vec<Arc<Device>> {
         Vec::new()
@@ -420,6 +428,15 @@ pub trait Driver: Send + Sync {
     fn backing(&self) -> Option<&Device> {
         None
     }
+}
+
+/// A lock that several devices share, held while one of them is called.
+#[derive(Clone, Debug)]
+pub struct Held {
+    /// Which lock.
+    pub id: u64,
+    /// Whose, for people.
+    pub name: String,
 }
 
 /// What a driver tells of itself beyond its [`Caps`].

@@ -115,11 +115,11 @@ pub unsafe extern "C" fn qblk_source_open(
 /// Called by a layer: the methods that its struct passes on (`passes`) go to the context `next` from now
 /// on, and its size is that of `next` if it has no function get_size. NULL: to none.
 ///
-/// The library opens a context of its own beside `next`, which stays the layer's to close. To be called
-/// before config_complete returns (or open_layer, where there is none); called again it swaps them, while
-/// requests run.
+/// `next` is a context of this source. The library opens one of its own beside it; `next` stays the layer's
+/// to close. To be called before config_complete returns (or open_layer, where there is none); called again
+/// it swaps them, while requests run.
 ///
-/// Returns 0; -EINVAL for a NULL source. Any thread. Since 0.1.
+/// Returns 0; -EINVAL for a NULL source, and for a context of anything else. Any thread. Since 0.1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qblk_layer_set_next(source: *mut qblk_source, next: *mut qblk) -> c_int {
     guard::call("qblk_layer_set_next", || {
@@ -131,7 +131,12 @@ pub unsafe extern "C" fn qblk_layer_set_next(source: *mut qblk_source, next: *mu
         let next = match unsafe { next.as_ref() } {
             None => None,
             Some(next) => {
-                let context = crate::image::context_of(guard::image(next)?.own_context()?)?;
+                let next = guard::image(next)?;
+                // Methods passed on to the device that stands on the layer would come back for ever.
+                if !source.has(next) {
+                    return Err(Fail::Argument("next is no context of this source"));
+                }
+                let context = crate::image::context_of(next.own_context()?)?;
                 Some(crate::block::Device::new(context))
             }
         };

@@ -132,9 +132,10 @@ impl Made {
         source: Arc<dyn layer::Source>,
         write: bool,
         device: usize,
+        below: &[Held],
     ) -> Result<Box<dyn Driver>> {
         match self {
-            Self::Plugin(plugin) => plugin.open(settings, source, write, device),
+            Self::Plugin(plugin) => plugin.open(settings, source, write, device, below),
             Self::Kind(kind) => {
                 settings.check(kind.keys)?;
                 (kind.open)(settings, source, write)
@@ -182,6 +183,7 @@ impl Image {
         if write && writes_below && !flags.has(OpenFlags::RDWR) {
             return Err(Error::ReadOnly(name));
         }
+        let below_holds = held(now);
         let taken = Taken::new(&self.shared);
         // What counts its calls goes with it.
         let below = Arc::new(Shared {
@@ -196,7 +198,9 @@ impl Image {
         let mut lent = Lent { taken: Some(taken), below: below.clone() };
         let own = Image { shared: below.clone(), write: flags.has(OpenFlags::RDWR).into() };
         let source = Arc::new(Below { shared: below.clone(), name: name.clone() });
-        let top = Device::new(made.open(&spec.settings, source, write, self.shared.device)?);
+        let device = self.shared.device;
+        let top = made.open(&spec.settings, source, write, device, &below_holds)?;
+        let top = Device::new(top);
         let writable = write && !top.caps().read_only;
         let flags = OpenFlags(flags.0 & !OpenFlags::RDWR.0 | u32::from(writable));
         let layered = Tree {
@@ -247,6 +251,13 @@ impl Drop for Lent<'_> {
 fn depth(tree: &Tree) -> usize {
     let below = tree.below.as_ref().and_then(|b| b.call().ok().map(|call| depth(&call)));
     below.map_or(0, |n| n + 1)
+}
+
+/// The locks that calls take which are shared with other devices.
+fn held(tree: &Tree) -> Vec<Held> {
+    let below = tree.below.as_ref().and_then(|b| b.call().ok().map(|call| held(&call)));
+    let drivers = [&tree.top].into_iter().chain(tree.files.iter().map(|file| &**file));
+    drivers.filter_map(|d| d.driver().held()).chain(below.into_iter().flatten()).collect()
 }
 
 /// The names of the layers, the lowest first, with commas.
@@ -321,6 +332,11 @@ impl layer::Source for Below {
     fn handle(&self, write: bool) -> Result<Box<dyn Any + Send>> {
         Ok(Box::new(self.context(write)?))
     }
+
+    fn has(&self, context: &dyn Any) -> bool {
+        let image = context.downcast_ref::<Image>();
+        image.is_some_and(|image| Arc::ptr_eq(&image.shared, &self.shared))
+    }
 }
 
 /// A context as a driver, for what stands on it.
@@ -393,6 +409,9 @@ impl Driver for Context {
     }
     fn flush(&self) -> Result<()> {
         self.image.flush()
+    }
+    fn flush_to_close(&self) -> Result<()> {
+        self.image.flush_for_close()
     }
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.image.zero(offset, count, flags)

@@ -70,7 +70,9 @@ impl Image {
         }
     }
 
-    fn flush_for_close(&self) -> Result<()> {
+    /// Flush because this handle, or a layer that stands on it, is closed: nobody is kept waiting by a peer
+    /// that does not answer.
+    pub(super) fn flush_for_close(&self) -> Result<()> {
         let call = self.call()?;
         if call.flags.0 & OpenFlags::NO_DATA != 0 || !call.flags.has(OpenFlags::RDWR) {
             return Ok(());

@@ -640,6 +640,7 @@ impl Image {
         let call = self.call()?;
         let mut all = vec![("filename", call.name.as_bytes().to_vec())];
         all.extend(call.top.driver().describe().properties);
+        all.extend(call.top.driver().properties_on_demand(key));
         if let Some(lease) = &call.lease {
             all.push(("lock-manager", lease.manager().as_bytes().to_vec()));
             if key == "lock-lease" {
@@ -650,6 +651,7 @@ impl Image {
         // What holds the bytes of the image may have something to tell, too.
         if let Some(file) = call.files.first() {
             all.extend(file.driver().describe().properties);
+            all.extend(file.driver().properties_on_demand(key));
         }
         if let Some(below) = &call.below {
             all.push(("layers", layers::names(&call)));

@@ -164,8 +164,11 @@ impl<A: Around> Layer for Wrapped<A> {
             self.next().driver().extents(offset, count, out)
         })
     }
+    fn flush_to_close(&self) -> Result<()> {
+        self.ranged(Call::Flush, 0, 0, ReqFlags::NONE, || self.next().flush_to_close())
+    }
     fn close(&self) -> Result<()> {
-        let flushed = self.flush();
+        let flushed = self.flush_to_close();
         let ended = self.0.end();
         flushed.and(ended)
     }

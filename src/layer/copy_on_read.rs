@@ -167,7 +167,8 @@ impl Layer for CopyOnRead {
     }
     fn caps(&self) -> Caps {
         let below = self.next.caps().clone();
-        Caps { cache: below.cache || !below.read_only, ..below }
+        // A write waits for a copy of the same blocks that comes from further down.
+        Caps { cache: below.cache || !below.read_only, cached: false, ..below }
     }
     fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
         let end = offset.saturating_add(buf.len() as u64);
@@ -218,6 +219,10 @@ impl Layer for CopyOnRead {
             at = to;
         }
         if self.next.caps().cache { self.next.cache(offset, count) } else { Ok(()) }
+    }
+    fn reopened(&self) {
+        // Others may have changed what is below.
+        self.set(0, u64::MAX, 0);
     }
     fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
         vec![("copy-on-read.copied", self.copied.load(Relaxed).to_string().into_bytes())]

@@ -172,7 +172,7 @@ impl Cow {
             };
             at += done.map_err(|e| self.commit_error(at, e))?;
         }
-        self.next.flush().map_err(|e| self.commit_error(self.size, e))?;
+        self.next.flush_to_close().map_err(|e| self.commit_error(self.size, e))?;
         self.here.write().set(0, u64::MAX, 0);
         Ok(())
     }
@@ -270,6 +270,9 @@ impl Layer for Cow {
     fn flush(&self) -> Result<()> {
         // Nothing here is to outlive the program.
         Ok(())
+    }
+    fn flush_to_close(&self) -> Result<()> {
+        self.flush()
     }
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         let end = self.end(offset, count)?;

@@ -99,7 +99,4 @@ impl Layer for Fua {
             _ => self.next.flush(),
         }
     }
-    fn close(&self) -> Result<()> {
-        self.next.flush()
-    }
 }

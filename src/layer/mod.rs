@@ -101,6 +101,10 @@ pub trait Source: Send + Sync {
     fn reopen(&self) -> Result<()>;
     /// A context as the room above knows it, for layers in C.
     fn handle(&self, write: bool) -> Result<Box<dyn Any + Send>>;
+    /// Whether `context`, as the room above knows it, is one of this source.
+    fn has(&self, _context: &dyn Any) -> bool {
+        false
+    }
 }
 
 /// The methods of a layer. Those that it does not write go to [`Layer::next`] as they are.
@@ -155,9 +159,15 @@ pub trait Layer: Send + Sync {
     fn allocated(&self) -> Option<u64> {
         self.next().driver().allocated()
     }
-    /// Flush, and settle what the layer itself keeps. It stays usable.
+    /// Flush because a handle is closed: as [`Layer::flush`], but nobody is kept waiting by a peer that does
+    /// not answer. A layer that has something of its own to flush writes this, too.
+    fn flush_to_close(&self) -> Result<()> {
+        self.next().flush_to_close()
+    }
+    /// Flush, and settle what the layer itself keeps. It stays usable. A peer that does not answer keeps
+    /// nobody waiting here, either.
     fn close(&self) -> Result<()> {
-        self.flush()
+        self.flush_to_close()
     }
     /// What is below was opened anew, because the device was: what was said to last until then does so no
     /// more.
@@ -221,6 +231,9 @@ impl<L: Layer> Driver for Stacked<L> {
     }
     fn allocated(&self) -> Option<u64> {
         self.0.allocated()
+    }
+    fn flush_to_close(&self) -> Result<()> {
+        self.0.flush_to_close()
     }
     fn close(&self) -> Result<()> {
         self.0.close()

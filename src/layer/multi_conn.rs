@@ -94,12 +94,30 @@ impl MultiConn {
         }
         result
     }
+
+    /// Flush all that was written through, each by `flush`.
+    fn flush_by(&self, flush: impl Fn(&Device) -> Result<()>) -> Result<()> {
+        if self.one || self.read_only {
+            return flush(&self.first.dev);
+        }
+        // All of them, also if one fails. One that failed stays to be flushed, and its failure is told
+        // again by what is below.
+        let mut result = Ok(());
+        let mut none = true;
+        for context in self.all().filter(|c| c.unflushed.any()) {
+            none = false;
+            let flushed = context.flush(&flush);
+            result = result.and(flushed);
+        }
+        // Whoever flushes may mean what was written before this layer was put there.
+        if none { flush(&self.first.dev) } else { result }
+    }
 }
 
 impl Context {
-    fn flush(&self) -> Result<()> {
+    fn flush(&self, flush: impl FnOnce(&Device) -> Result<()>) -> Result<()> {
         let number = self.unflushed.begin();
-        self.dev.flush()?;
+        flush(&self.dev)?;
         self.unflushed.flushed(number);
         Ok(())
     }
@@ -122,20 +140,10 @@ impl Layer for MultiConn {
         self.change(flags, |dev| dev.write(buf, offset, flags))
     }
     fn flush(&self) -> Result<()> {
-        if self.one || self.read_only {
-            return self.first.dev.flush();
-        }
-        // All of them, also if one fails. One that failed stays to be flushed, and its failure is told
-        // again by what is below.
-        let mut result = Ok(());
-        let mut none = true;
-        for context in self.all().filter(|c| c.unflushed.any()) {
-            none = false;
-            let flushed = context.flush();
-            result = result.and(flushed);
-        }
-        // Whoever flushes may mean what was written before this layer was put there.
-        if none { self.first.dev.flush() } else { result }
+        self.flush_by(Device::flush)
+    }
+    fn flush_to_close(&self) -> Result<()> {
+        self.flush_by(Device::flush_to_close)
     }
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.change(flags, |dev| dev.zero(offset, count, flags))

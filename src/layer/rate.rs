@@ -32,6 +32,8 @@ pub(super) const KIND: Kind = Kind {
 const TURN: u64 = 8;
 /// Pieces are multiples of this, bytes.
 const PIECE: u64 = 64 << 10;
+/// With fewer bytes per second one piece takes longer than 1000 s. That is a slip: nobody can get out of it.
+const FEWEST: u64 = PIECE.div_ceil(1000);
 const SECOND: u64 = 1_000_000_000;
 
 struct Bucket {
@@ -88,9 +90,9 @@ fn open(settings: &Settings, source: Arc<dyn Source>, write: bool) -> Result<Box
     let burst = settings.seconds("burst")?.unwrap_or(Duration::from_secs(1));
     let burst = u64::try_from(burst.as_nanos()).unwrap_or(u64::MAX);
     let bucket = |key: &str| {
-        let limit = settings.parsed(key, "a number above 0 such as 500, 64k, 10M", |v| {
-            parse_size(v).filter(|n| *n > 0)
-        })?;
+        let fewest = if key.ends_with("bytes") { FEWEST } else { 1 };
+        let expected = format!("a number such as 500, 64k, 10M, and {fewest} at least");
+        let limit = settings.parsed(key, &expected, |v| parse_size(v).filter(|n| *n >= fewest))?;
         let bucket = |per_second| Bucket { per_second, burst, paid: Mutex::new(0) };
         Ok::<_, Error>(limit.map(bucket))
     };

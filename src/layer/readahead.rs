@@ -483,6 +483,12 @@ impl Layer for ReadAhead {
     fn trim(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.change(offset, count, || self.next.trim(offset, count, flags))
     }
+    fn reopened(&self) {
+        // Others may have changed what is below.
+        self.shared.state.lock().forget_range(0, u64::MAX);
+        // Who waits for a segment that is gone reads by itself.
+        self.shared.changed.notify_all();
+    }
     fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
         let text = |n: u64| n.to_string().into_bytes();
         let held = self.shared.state.lock().bytes;

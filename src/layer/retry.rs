@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::unflushed::Unflushed;
 use super::*;
@@ -66,6 +66,9 @@ const ERRORS: &[(&str, i32, bool)] = &[
     ("ETIMEDOUT", libc::ETIMEDOUT, true),
 ];
 
+/// How long the end of a handle waits for somebody else's flush.
+const CLOSE: Duration = Duration::from_secs(5);
+
 struct Retry {
     next: Device,
     source: Arc<dyn Source>,
@@ -78,6 +81,8 @@ struct Retry {
     over: Condvar,
     unflushed: Unflushed,
     lost: Mutex<Lost>,
+    /// Held while what is below is flushed before it is opened anew, until it is noted what came of that.
+    settling: Mutex<()>,
     /// `lost` is not [`Lost::No`].
     is_lost: AtomicBool,
 }
@@ -135,8 +140,14 @@ fn open(settings: &Settings, source: Arc<dyn Source>, write: bool) -> Result<Box
             })?
         }
     };
-    let delay = settings.seconds("delay")?.unwrap_or(Duration::from_secs(2));
-    let max_delay = settings.seconds("max-delay")?;
+    // Longer is a slip: the call can not be got out of it.
+    let pause = |key: &str| {
+        settings.parsed(key, "seconds such as 5 or 0.5, at most 1000", |v| {
+            parse_seconds(v).filter(|t| *t <= Duration::from_secs(1000))
+        })
+    };
+    let delay = pause("delay")?.unwrap_or(Duration::from_secs(2));
+    let max_delay = pause("max-delay")?;
     let policy = Policy {
         retries: settings.number("retries", 0..=1_000_000)?.unwrap_or(5),
         delay,
@@ -160,6 +171,7 @@ fn open(settings: &Settings, source: Arc<dyn Source>, write: bool) -> Result<Box
         over: Condvar::new(),
         unflushed: Unflushed::default(),
         lost: Mutex::default(),
+        settling: Mutex::default(),
         is_lost: AtomicBool::new(false),
     }))
 }
@@ -299,6 +311,7 @@ impl Retry {
     }
 
     fn reopen(&self) -> Result<()> {
+        let settling = self.settling.lock();
         // Before it is asked what is not flushed: a write that is noted later sees this.
         self.begun.fetch_add(1, SeqCst);
         if self.unflushed.any() {
@@ -312,6 +325,7 @@ impl Retry {
                 }
             }
         }
+        drop(settling);
         self.source.reopen()
     }
 
@@ -334,13 +348,54 @@ impl Retry {
         }
     }
 
+    /// Fail if writes may be lost: that a flush tells of it is noted.
+    fn nothing_lost(&self) -> Result<()> {
+        if !self.is_lost.load(SeqCst) {
+            return Ok(());
+        }
+        let mut lost = self.lost.lock();
+        match &*lost {
+            Lost::No => Ok(()),
+            Lost::Told(errno) => {
+                Err(Error::Failed { file: self.source.name().clone(), errno: *errno })
+            }
+            Lost::Untold(e) => {
+                let e = e.clone();
+                *lost = Lost::Told(errno_of(&e));
+                Err(e)
+            }
+        }
+    }
+
+    /// Flush by `flush`, or by `idle` if nothing was written since the last one. However that ends, it says
+    /// nothing of what somebody who opens it anew meanwhile flushes in vain: that is asked behind it, once
+    /// `settled` has the lock under which it is noted.
+    fn flush_by<'a>(
+        &'a self,
+        flush: impl FnOnce(&Device) -> Result<()>,
+        idle: impl FnOnce() -> Result<()>,
+        settled: impl FnOnce() -> Result<MutexGuard<'a, ()>>,
+    ) -> Result<()> {
+        self.nothing_lost()?;
+        let number = if self.unflushed.any() {
+            let number = self.unflushed.begin();
+            flush(&self.next).map_err(|e| self.tell(e))?;
+            Some(number)
+        } else {
+            idle()?;
+            None
+        };
+        drop(settled()?);
+        self.nothing_lost()?;
+        if let Some(number) = number {
+            self.unflushed.flushed(number);
+        }
+        Ok(())
+    }
+
     /// Tell that a flush failed: now, and to all who write.
     fn tell(&self, e: Error) -> Error {
-        let errno = match e.kind() {
-            ErrorKind::Errno(errno) => errno,
-            _ => libc::EIO,
-        };
-        *self.lost.lock() = Lost::Told(errno);
+        *self.lost.lock() = Lost::Told(errno_of(&e));
         self.is_lost.store(true, SeqCst);
         e
     }
@@ -368,6 +423,14 @@ impl Retry {
     }
 }
 
+/// The number of an error that a flush failed with.
+fn errno_of(e: &Error) -> i32 {
+    match e.kind() {
+        ErrorKind::Errno(errno) => errno,
+        _ => libc::EIO,
+    }
+}
+
 /// The turn of whoever opens anew what is below.
 struct Turn<'a>(&'a Retry, String);
 
@@ -389,6 +452,10 @@ impl Layer for Retry {
     fn next(&self) -> &Device {
         &self.next
     }
+    fn caps(&self) -> Caps {
+        // A write may take as long as all its repetitions.
+        Caps { cached: false, ..self.next.caps().clone() }
+    }
     fn read(&self, buf: Dst<'_>, offset: u64) -> Result<()> {
         self.often(|next| next.read(buf, offset))
     }
@@ -403,25 +470,22 @@ impl Layer for Retry {
         self.change(flags, |next| next.write(buf, offset, flags))
     }
     fn flush(&self) -> Result<()> {
-        let lost = if self.is_lost.load(SeqCst) { self.lost.lock().clone() } else { Lost::No };
-        match lost {
-            Lost::No => {}
-            Lost::Untold(e) => return Err(self.tell(e)),
-            Lost::Told(errno) => {
-                return Err(Error::Failed { file: self.source.name().clone(), errno });
-            }
-        }
-        if !self.unflushed.any() {
-            return self.often(Device::flush);
-        }
-        let number = self.unflushed.begin();
-        self.next.flush().map_err(|e| self.tell(e))?;
-        // Of what is below now, and of what was before it.
-        if let Lost::Untold(e) = self.lost.lock().clone() {
-            return Err(self.tell(e));
-        }
-        self.unflushed.flushed(number);
-        Ok(())
+        self.flush_by(Device::flush, || self.often(Device::flush), || Ok(self.settling.lock()))
+    }
+    /// Without repeating anything: if nothing was written there is nothing to lose.
+    fn flush_to_close(&self) -> Result<()> {
+        let flush = Device::flush_to_close;
+        self.flush_by(
+            flush,
+            || flush(&self.next),
+            || {
+                self.settling.try_lock_for(CLOSE).ok_or_else(|| Error::Os {
+                    op: "flush",
+                    file: self.source.name().clone(),
+                    errno: libc::ETIMEDOUT,
+                })
+            },
+        )
     }
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         self.change(flags, |next| next.zero(offset, count, flags))
@@ -445,7 +509,7 @@ impl Layer for Retry {
     }
     fn close(&self) -> Result<()> {
         // What a flush has told already is not told again.
-        if self.told().is_some() { Ok(()) } else { self.flush() }
+        if self.told().is_some() { Ok(()) } else { self.flush_to_close() }
     }
     fn reopened(&self) {
         let mut lost = self.lost.lock();

@@ -166,6 +166,14 @@ impl Struct {
                  to {MOST}"
             ));
         }
+        // A slot that is there in part would be a pointer to anywhere.
+        if !size.is_multiple_of(size_of::<usize>() as u64) {
+            return Err(format!(
+                "its struct qblk_plugin has {size} bytes by its own word; expected a multiple of {}, the \
+                 bytes of a pointer",
+                size_of::<usize>()
+            ));
+        }
         let mut ours = Self::NONE;
         let common = size_of::<Self>().min(size as usize);
         // SAFETY: as many bytes as both have; any bits are a number, a pointer or an Option of a
@@ -242,6 +250,8 @@ mod tests {
             (1 << 40, -1, "version -1"),
             (LEAST as u64 - 1, 1, "199 bytes"),
             (MOST + 1, 2, "65537 bytes"),
+            (LEAST as u64 + 4, 2, "multiple of 8"),
+            (size_of::<Struct>() as u64 + 1, 2, "multiple of 8"),
         ] {
             let e = read(&sized(size, version)).err().unwrap();
             assert!(e.contains(text), "{e}");

@@ -2,12 +2,10 @@
 //! and what a callback says of its failure.
 //!
 //! Each call has a `Frame` on the stack, linked to that of the call around it, so that a thread knows
-//! which instances it is inside of. A frame has no destructor to run and nothing is allocated for it; the
-//! room for texts is left as it is until somebody writes there.
+//! which instances it is inside of. Nothing is allocated for it but the texts of a call that fails.
 
-use std::cell::{Cell, UnsafeCell};
+use std::cell::Cell;
 use std::ffi::c_int;
-use std::mem::MaybeUninit;
 
 use parking_lot::{Mutex, MutexGuard};
 
@@ -19,29 +17,24 @@ const TEXT: usize = 1024;
 /// itself for ever.
 const DEEPEST: u32 = 64;
 
-/// A text of bounded length.
-struct Text {
-    len: Cell<usize>,
-    bytes: UnsafeCell<MaybeUninit<[u8; TEXT]>>,
-}
+/// A text of bounded length; it takes no memory until there is one.
+struct Text(Cell<Option<Box<[u8]>>>);
 
 impl Text {
     #[inline(always)]
     const fn new() -> Self {
-        Self { len: Cell::new(0), bytes: UnsafeCell::new(MaybeUninit::uninit()) }
+        Self(Cell::new(None))
     }
 
     fn set(&self, text: &[u8]) {
-        let n = text.len().min(TEXT);
-        // SAFETY: room for TEXT bytes, of which nobody has a reference: it is this thread's alone.
-        unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), self.bytes.get().cast(), n) };
-        self.len.set(n);
+        self.0.set(Some(text[..text.len().min(TEXT)].into()));
     }
 
     fn get(&self) -> Vec<u8> {
-        // SAFETY: so many bytes were written.
-        unsafe { std::slice::from_raw_parts(self.bytes.get().cast::<u8>(), self.len.get()) }
-            .to_vec()
+        let text = self.0.take();
+        let bytes = text.as_deref().unwrap_or_default().to_vec();
+        self.0.set(text);
+        bytes
     }
 }
 

@@ -9,7 +9,7 @@ use super::abi::*;
 use super::instance::{About, Instance, opaque};
 use super::layer::method;
 use super::list::ExtentsList;
-use super::load::Plugin;
+use super::load::{Plugin, ThreadModel};
 use super::name::PluginName;
 use crate::block::*;
 
@@ -428,6 +428,12 @@ impl Driver for PluginDriver {
         true
     }
 
+    fn held(&self) -> Option<Held> {
+        let plugin = &self.instance.plugin;
+        (plugin.model == ThreadModel::Process)
+            .then(|| Held { id: plugin.id, name: plugin.name.clone() })
+    }
+
     fn caps(&self) -> Caps {
         self.caps.clone()
     }
@@ -580,7 +586,7 @@ impl Driver for PluginDriver {
         // Whole blocks are asked for; what surrounds the range is cut off again.
         let from = offset - offset % align;
         let to = (offset + there).next_multiple_of(align).min(self.size);
-        let mut list = ExtentsList::new(from, offset, offset + there);
+        let mut list = ExtentsList::new(align, offset, offset + there);
         let about = About("extents", Some((from, to - from)));
         self.instance.done(about, || {
             // SAFETY: the plugin's function and handle, and a list that lives as long as the call.
@@ -609,10 +615,17 @@ impl Driver for PluginDriver {
             properties
                 .push(("plugin.multi-conn", if can == Can::Not { "off" } else { "on" }.into()));
         }
-        if let Ok(Some(text)) = dump(&self.instance) {
-            properties.push(("plugin.dump", text));
-        }
         Description { properties, ..about }
+    }
+
+    fn properties_on_demand(&self, key: &str) -> Vec<(&'static str, Vec<u8>)> {
+        if !matches!(key, "plugin.dump" | "properties") {
+            return Vec::new();
+        }
+        match dump(&self.instance) {
+            Ok(Some(text)) => vec![("plugin.dump", text)],
+            _ => Vec::new(),
+        }
     }
 }
 

@@ -3,12 +3,20 @@
 use std::ffi::{CString, c_int, c_void};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
+
 use super::abi::Handle;
 use super::call::{Frame, Serial};
 use super::layer::LayerSource;
 use super::load::{Plugin, ThreadModel};
+use super::order::Place;
 use crate::block::*;
 use crate::log::{Level, log};
+
+/// What an instance uses.
+type Used = (Arc<Plugin>, Option<Arc<LayerSource>>);
+/// What instances use that could not be closed.
+static LEFT_OPEN: Mutex<Vec<Used>> = Mutex::new(Vec::new());
 
 /// An open instance.
 pub struct Instance {
@@ -23,6 +31,8 @@ pub struct Instance {
     pid: u32,
     /// What it stands on, if it is a layer: until it is closed.
     pub source: Option<Arc<LayerSource>>,
+    /// Its place in the order of locks, likewise.
+    pub place: Option<Place>,
 }
 
 // SAFETY: the handle is the plugin's, which says by its thread model how it may be called.
@@ -64,6 +74,7 @@ impl Instance {
             serial: Serial::new(),
             pid: std::process::id(),
             source,
+            place: None,
         };
         let about = About("open", None);
         this.handle = this.call(
@@ -223,7 +234,7 @@ impl Instance {
             _ => match (frame.code(), errno, inner) {
                 (0, 0, 0) => -libc::EIO,
                 (0, 0, inner) => inner,
-                (0, errno, _) => -errno,
+                (0, errno, _) => errno.checked_neg().unwrap_or(-libc::EIO),
                 (code, ..) => code,
             },
         };
@@ -252,8 +263,9 @@ impl Drop for Instance {
         let about = About("close", None);
         // SAFETY: the plugin's function and handle, which nobody uses any more.
         if let Err(e) = self.call(about, || unsafe { close(self.handle) }, |()| Answer::Done) {
-            // Only from within a call of it; then it stays open.
+            // Only from within a call of it. Then it stays open, and what threads of its own use stays there.
             log(Level::Error, format_args!("closing: {e}"));
+            LEFT_OPEN.lock().push((self.plugin.clone(), self.source.clone()));
         }
     }
 }
@@ -269,6 +281,7 @@ pub fn texts(plugin: &Arc<Plugin>, name: &Name) -> Result<(Option<String>, Optio
         serial: Serial::new(),
         pid: std::process::id(),
         source: None,
+        place: None,
     };
     let help = match plugin.slots.config_help {
         // SAFETY: the plugin's function, with what it registered.

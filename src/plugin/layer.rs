@@ -8,7 +8,8 @@ use parking_lot::{Mutex, RwLock};
 
 use super::driver::PluginDriver;
 use super::instance::Instance;
-use super::load::Plugin;
+use super::load::{Plugin, ThreadModel};
+use super::order::Place;
 use crate::block::*;
 use crate::layer::{Settings, Source};
 
@@ -44,6 +45,11 @@ impl LayerSource {
         self.source.handle(write)
     }
 
+    /// Whether `context`, as the room above knows it, is one of this source.
+    pub(crate) fn has(&self, context: &dyn Any) -> bool {
+        self.source.has(context)
+    }
+
     /// Let methods that are passed on go here from now on; those under way end where they began.
     pub(crate) fn set_next(&self, next: Option<Device>) {
         *self.next.write() = next.map(Arc::new);
@@ -74,19 +80,27 @@ impl LayerPlugin {
         Ok(Some(Self(plugin)))
     }
 
-    /// Put an instance on a source. `device` tells the device that it will be the top of from others.
+    /// Put an instance on a source. `device` tells the device that it will be the top of from others;
+    /// `below` are the locks that calls of the source take.
     pub fn open(
         &self,
         settings: &Settings,
         source: Arc<dyn Source>,
         write: bool,
         device: usize,
+        below: &[Held],
     ) -> Result<Box<dyn Driver>> {
         let plugin = &self.0;
         let Some(open) = plugin.slots.open_layer else {
             return Err(Error::Internal("a layer that is none".into()));
         };
         let shown = source.name().clone();
+        let place = match plugin.model {
+            ThreadModel::Process => {
+                Some(Place::take(plugin.id, below).map_err(|other| self.disorder(other, &shown))?)
+            }
+            _ => None,
+        };
         let source = Arc::new(LayerSource { source, next: RwLock::new(None) });
         let settings: Vec<_> = settings.all().map(|(k, v)| (k.to_owned(), v.to_vec())).collect();
         // QBLK_OPEN_RDWR.
@@ -95,9 +109,29 @@ impl LayerPlugin {
         // SAFETY: the plugin's function, with what it registered, and a source that is kept for as long
         // as the instance is.
         let begin = |p: &Plugin| unsafe { open(p.opaque(), given, flags) };
-        let instance = Instance::open(plugin, &shown, device, &settings, begin, Some(source))?;
+        let mut instance = Instance::open(plugin, &shown, device, &settings, begin, Some(source))?;
+        instance.place = place;
         instance.complete()?;
         Ok(Box::new(PluginDriver::new(instance, write, Some(interned(&plugin.name)))?))
+    }
+
+    #[cold]
+    fn disorder(&self, other: &Held, stack: &Name) -> Error {
+        let name = quoted(self.0.name.as_bytes());
+        let what = if other.id == self.0.id {
+            format!(
+                "plugin {name} takes one call at a time in the process (QBLK_THREAD_PROCESS), and is in \
+                 this stack already: calls would wait for themselves"
+            )
+        } else {
+            format!(
+                "plugin {name} cannot be put above plugin {}, which stands above it in stacks that are \
+                 open: each takes one call at a time in the process (QBLK_THREAD_PROCESS), and calls would \
+                 wait for each other",
+                quoted(other.name.as_bytes())
+            )
+        };
+        Error::Refused { file: stack.clone(), what, errno: libc::EDEADLK }
     }
 }
 

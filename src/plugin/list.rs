@@ -9,17 +9,23 @@ const MOST: usize = 4096;
 pub struct ExtentsList {
     /// Where the next one begins.
     next: u64,
+    /// What was asked for: whole blocks, from here on.
+    asked: u64,
     /// The range that is of interest.
     from: u64,
     to: u64,
+    /// Bytes of a block.
+    block: u64,
     found: Vec<Extent>,
     wrong: Option<String>,
 }
 
 impl ExtentsList {
-    /// For a callback that is asked from `asked` on; of interest is `from..to`.
-    pub fn new(asked: u64, from: u64, to: u64) -> Self {
-        Self { next: asked, from, to, found: Vec::new(), wrong: None }
+    /// For a callback that is asked in blocks of `block` bytes, from that of `from` on; of interest is
+    /// `from..to`.
+    pub fn new(block: u64, from: u64, to: u64) -> Self {
+        let asked = from - from % block;
+        Self { next: asked, asked, from, to, block, found: Vec::new(), wrong: None }
     }
 
     /// Add an extent. The error says what is wrong with it.
@@ -72,8 +78,15 @@ impl ExtentsList {
     pub fn finish(self) -> Result<Vec<Extent>, String> {
         match (self.wrong, self.found.is_empty()) {
             (Some(wrong), _) => Err(wrong),
-            (None, true) => Err("nothing was described".into()),
             (None, false) => Ok(self.found),
+            // It stopped short of the range, within the block that the range begins in: of the rest of
+            // that block nothing is known, and asking again would bring the same.
+            (None, true) if self.next > self.asked => {
+                let end = self.asked.saturating_add(self.block).min(self.to);
+                let flags = Extent::DATA | Extent::ALLOCATED | Extent::OWNED;
+                Ok(vec![Extent::new(self.from, end - self.from, flags)])
+            }
+            (None, true) => Err("nothing was described".into()),
         }
     }
 }
@@ -101,8 +114,21 @@ mod tests {
     }
 
     #[test]
+    fn a_description_that_ends_before_the_range_is_a_short_one() {
+        for (to, length) in [(9000, 4096 - 600), (700, 100)] {
+            let mut list = ExtentsList::new(4096, 600, to);
+            list.add(0, 512, Extent::ZERO).unwrap();
+            assert_eq!(spans(list), [(600, length, Extent::DATA)]);
+        }
+        // What lies before all that was asked for is no description.
+        let mut list = ExtentsList::new(4096, 5000, 9000);
+        list.add(0, 4096, Extent::ZERO).unwrap();
+        assert!(list.finish().is_err());
+    }
+
+    #[test]
     fn gaps_overlaps_and_nonsense_are_errors_that_stay() {
-        let new = || ExtentsList::new(0, 0, 4096);
+        let new = || ExtentsList::new(1, 0, 4096);
         for bad in [(1, 10, 0), (0, 0, 0), (0, u64::MAX, 64), (u64::MAX, 2, 0)] {
             let mut list = new();
             assert!(list.add(bad.0, bad.1, bad.2).is_err(), "{bad:?}");

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, OsStr, c_char, c_int, c_void};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
@@ -64,6 +65,8 @@ pub struct Plugin {
     pub model: ThreadModel,
     /// Held during calls where the model is [`ThreadModel::Process`].
     pub serial: Serial,
+    /// Tells it, and that lock, from all others.
+    pub id: u64,
     /// Its functions were found by their names; it has no struct.
     pub flat: bool,
     /// The bytes of its struct, by its own word.
@@ -421,6 +424,7 @@ impl Plugin {
         let Some(name) = name.filter(|n| n.len() <= 256) else {
             return Err("it has no name, or one of more than 256 bytes".into());
         };
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Ok(Self {
             slots,
             opaque,
@@ -429,6 +433,7 @@ impl Plugin {
             description,
             model: ThreadModel::of(slots.thread_model)?,
             serial: Serial::new(),
+            id: NEXT.fetch_add(1, Relaxed),
             flat,
             struct_size: slots.struct_size,
             file,

@@ -18,6 +18,7 @@ mod layer;
 mod list;
 mod load;
 mod name;
+mod order;
 
 use std::ffi::{OsStr, c_void};
 use std::os::unix::ffi::OsStrExt;

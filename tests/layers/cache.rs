@@ -81,7 +81,7 @@ fn writes_go_below_when_flushed_together_and_once() {
     dev.write_slice(&[4; 10], 300, NONE).unwrap();
     dev.write_slice(&[5; 10], 400, FUA).unwrap();
     dev.driver().close().unwrap();
-    assert_eq!(r.log(), ["1 write 400+10 FUA", "1 write 0+4096", "1 flush"]);
+    assert_eq!(r.log(), ["1 write 400+10 FUA", "1 write 0+4096", "1 flush to close"]);
     assert_eq!(r.bytes()[298..302], [r.bytes()[298], r.bytes()[299], 4, 4]);
     // Emulated it is one flush behind it all.
     let r = Recorder::new(64 << 10, Caps { fua: false, zero_fua: false, ..able() });
@@ -207,10 +207,109 @@ fn what_can_not_be_written_back_is_kept_and_told_by_every_flush() {
     // A flush that fails below fails here.
     r.fail("flush", libc::EIO, 1);
     dev.flush().unwrap_err();
-    // A read around a write that fails leaves all as it was.
-    r.fail("read", libc::EIO, 1);
-    dev.write_slice(&[1; 10], 12288 + 100, NONE).unwrap_err();
-    assert_eq!(read(&dev, 12288 + 100, 10), r.bytes()[12388..12398]);
+}
+
+#[test]
+fn a_bad_sector_makes_only_itself_unreadable_and_can_be_mended() {
+    let r = Recorder::new(64 << 10, able());
+    let dev = small(&r, "write-back");
+    r.log();
+    // The block can not be read whole; the part that is wanted can.
+    r.fail("read 4096+4096", libc::EIO, 100);
+    r.fail("read 4096+8192", libc::EIO, 100);
+    assert_eq!(read(&dev, 5000, 10), r.bytes()[5000..5010]);
+    assert_eq!(r.log(), ["1 read 4096+4096", "1 read 5000+10"]);
+    assert_eq!(read(&dev, 5000, 5000), r.bytes()[5000..10000]);
+    assert_eq!(r.log(), ["1 read 4096+8192", "1 read 5000+5000"]);
+    // What was wanted and can not be read is an error, also of bringing near.
+    r.fail("read 6000+10", libc::EIO, 1);
+    dev.read_slice(&mut [0; 10], 6000).unwrap_err();
+    dev.cache(6000, 10).unwrap_err();
+    dev.read_slice(&mut [0; 4096], 4096).unwrap_err();
+    r.log();
+    // A part that is written goes below, with the next flush at the latest for good.
+    dev.write_slice(&[1; 512], 6144, NONE).unwrap();
+    assert_eq!(r.log(), ["1 read 4096+4096", "1 write 6144+512"]);
+    assert_eq!(r.bytes()[6144..6656], [1; 512]);
+    r.forgive();
+    assert_eq!(read(&dev, 6140, 8), [&r.bytes()[6140..6144], &[1; 4]].concat());
+    dev.flush().unwrap();
+    assert_eq!(r.log(), ["1 read 4096+4096", "1 flush"]);
+}
+
+#[test]
+fn a_block_that_can_not_be_written_back_does_not_keep_its_neighbours() {
+    let r = Recorder::new(64 << 10, able());
+    let dev = small(&r, "write-back");
+    dev.write_slice(&[1; 8192], 0, NONE).unwrap();
+    r.log();
+    r.fail("write 0+8192", libc::EIO, 100);
+    r.fail("write 0+4096", libc::EIO, 100);
+    let e = dev.flush().unwrap_err().to_string();
+    assert!(e.contains("4096 bytes are kept"), "{e}");
+    assert_eq!(r.log(), ["1 write 0+8192", "1 write 0+4096", "1 write 4096+4096"]);
+    assert_eq!(r.bytes()[4096..8192], [1; 4096]);
+    dev.flush().unwrap_err();
+    assert_eq!(r.log(), ["1 write 0+4096"], "only that one is tried again");
+    // If all can be written one by one nothing is wrong.
+    r.forgive();
+    dev.write_slice(&[2; 8192], 0, NONE).unwrap();
+    r.fail("write 0+8192", libc::EIO, 1);
+    dev.flush().unwrap();
+    assert_eq!(r.bytes()[..8192], [2; 8192]);
+}
+
+#[test]
+fn a_flush_writes_the_rest_of_a_run_whose_first_block_became_clean() {
+    // What happened: the flush waited for a write with FUA of the first of two dirty blocks, found that one
+    // clean, and passed over the other.
+    let r = Recorder::new(64 << 10, able());
+    let dev = &small(&r, "write-back");
+    dev.write_slice(&[1; 8192], 0, NONE).unwrap();
+    r.hold("write 0+4096 FUA");
+    std::thread::scope(|s| {
+        s.spawn(|| dev.write_slice(&[2; 4096], 0, FUA).unwrap());
+        r.wait_held(1);
+        let (tell, told) = std::sync::mpsc::channel();
+        let flush = s.spawn(move || {
+            // SAFETY: asks for nothing but the number of this thread.
+            tell.send(unsafe { libc::gettid() }).unwrap();
+            dev.flush().unwrap();
+        });
+        until_asleep(told.recv().unwrap());
+        r.release();
+        flush.join().unwrap();
+        assert_eq!(r.bytes()[4096..8192], [1; 4096], "it was flushed");
+    });
+    assert_eq!(r.bytes()[..4096], [2; 4096]);
+}
+
+/// Wait until a thread waits for something.
+fn until_asleep(thread: libc::pid_t) {
+    let begin = std::time::Instant::now();
+    let asleep = || {
+        let stat = std::fs::read_to_string(format!("/proc/self/task/{thread}/stat")).unwrap();
+        stat.rsplit(')').next().unwrap().trim_start().starts_with('S')
+    };
+    while !asleep() {
+        assert!(begin.elapsed().as_secs() < 60, "the thread does not come to wait");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn reopened_below_it_has_only_what_is_dirty() {
+    let r = Recorder::new(64 << 10, able());
+    let dev = small(&r, "write-back");
+    read(&dev, 0, 8192);
+    dev.write_slice(&[1; 10], 4096, NONE).unwrap();
+    // Another writes below, and the device is opened anew.
+    r.set_bytes(&[9; 8192]);
+    dev.driver().reopened();
+    assert_eq!(read(&dev, 0, 4096), [9; 4096]);
+    assert_eq!(read(&dev, 4096, 10), [1; 10]);
+    dev.flush().unwrap();
+    assert_eq!(r.bytes()[4096..4106], [1; 10]);
 }
 
 #[test]
@@ -384,4 +483,24 @@ fn of_two_readers_of_a_block_that_is_not_here_one_reads_it() {
     let mut log = r.log();
     log.sort();
     assert_eq!(log, ["1 read 0+4096", "1 read 4096+4096"]);
+}
+
+#[test]
+fn layers_that_keep_bytes_stand_on_each_other() {
+    let tmp = Tmp::in_memory("layers-keeping");
+    let path = crate::qcow2(&tmp, 4 << 20);
+    for layers in [
+        "cache;size=256k;block-size=8k,readahead;window=64k",
+        "readahead;window=64k,cache;size=512k;mode=write-through",
+        "cow;store=memory;commit=on,copy-on-read,cache;size=128k;block-size=4k,readahead",
+        "copy-on-read,cow;store=memory;commit=on;block-size=512,cache;size=1M",
+    ] {
+        let mut model = read_all(&open(&path, RO));
+        let image = crate::stacked(&path, layers);
+        model::run(&image, &mut model, 300, &mut Rng::new(seed("keeping")), Default::default());
+        model::run_many(&image, &mut model, 200, 3, seed("layers-keeping"));
+        image.close().unwrap();
+        assert!(read_all(&open(&path, RO)) == model, "{layers}: closed, all is below");
+        check_clean(&path);
+    }
 }

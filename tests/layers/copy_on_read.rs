@@ -231,3 +231,18 @@ fn a_write_waits_for_a_copy_of_its_range_and_for_no_other() {
     assert!(at("1 write 5000+10") < at("1 write 0+4096"), "{log:?}");
     assert_eq!(r.bytes()[99..111], [99, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 110]);
 }
+
+#[test]
+fn reopened_below_it_looks_again_what_is_here() {
+    let r = Recorder::new(64 << 10, able());
+    r.lower(0, 8192, Extent::DATA | Extent::OWNED);
+    let dev = on(&r, "copy-on-read", &BLOCK, true).unwrap();
+    let mut some = [0; 4096];
+    dev.read_slice(&mut some, 0).unwrap();
+    r.log();
+    // Another gives it back, and the device is opened anew.
+    r.lower(0, 4096, Extent::DATA | Extent::OWNED);
+    dev.driver().reopened();
+    dev.read_slice(&mut some, 0).unwrap();
+    assert!(r.log().contains(&"1 write 0+4096".to_owned()), "it is copied again");
+}

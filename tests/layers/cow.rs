@@ -84,12 +84,12 @@ fn a_commit_writes_what_changed_and_then_flushes() {
     assert_eq!(r.log(), body);
     r.fail("flush", libc::EIO, 1);
     dev.driver().close().unwrap_err();
-    assert_eq!(r.log(), [&body[..], &["1 write 3141632+4096", "1 flush"]].concat());
+    assert_eq!(r.log(), [&body[..], &["1 write 3141632+4096", "1 flush to close"]].concat());
     dev.driver().close().unwrap();
-    assert_eq!(r.log(), [&body[..], &["1 write 3141632+4096", "1 flush"]].concat());
+    assert_eq!(r.log(), [&body[..], &["1 write 3141632+4096", "1 flush to close"]].concat());
     // Nothing is left to be done.
     dev.driver().close().unwrap();
-    assert_eq!(r.log(), ["1 flush"]);
+    assert_eq!(r.log(), ["1 flush to close"]);
     let mut all = vec![0; 3 << 20];
     dev.read_slice(&mut all, 0).unwrap();
     assert!(all == r.bytes());

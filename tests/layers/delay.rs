@@ -64,7 +64,7 @@ fn each_kind_of_call_waits_for_its_time_and_passes_as_it_is() {
     let began = Instant::now();
     dev.driver().close().unwrap();
     assert!(began.elapsed() >= ms(90), "a flush, and what closing takes");
-    assert_eq!(r.log(), ["1 flush"]);
+    assert_eq!(r.log(), ["1 flush to close"]);
 }
 
 #[test]

@@ -111,7 +111,7 @@ fn force_has_fua_on_every_change_and_nothing_left_to_flush() {
     dev.flush().unwrap();
     assert!(r.log().is_empty());
     dev.driver().close().unwrap();
-    assert_eq!(r.log(), ["1 flush"]);
+    assert_eq!(r.log(), ["1 flush to close"]);
     // Where FUA is a flush, that follows each change.
     let (r, dev) = opened(flushing(), "force");
     let [write, zero, trim] = changes(&r, &dev, ReqFlags::NONE);

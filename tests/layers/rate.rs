@@ -148,8 +148,12 @@ fn bytes_are_those_below() {
 fn limits_that_mean_nothing_are_refused() {
     for (settings, what) in [
         (&[][..], "needs the setting 'bytes'"),
-        (&[("bytes", "0")], "a number above 0"),
-        (&[("requests", "-1")], "a number above 0"),
+        (&[("bytes", "0")], "a number such as 500, 64k, 10M, and 66 at least"),
+        // The first piece would take its reader half an hour.
+        (&[("read-bytes", "32")], "and 66 at least"),
+        (&[("write-bytes", "65")], "and 66 at least"),
+        (&[("requests", "-1")], "and 1 at least"),
+        (&[("read-requests", "0")], "and 1 at least"),
         (&[("burst", "1")], "needs the setting"),
         (&[("bytes", "1M"), ("burst", "x")], "seconds"),
     ] {
@@ -157,6 +161,6 @@ fn limits_that_mean_nothing_are_refused() {
         assert!(e.contains("layer 'rate'") && e.contains(what), "{e}");
     }
     // As slow, and as fast, as can be said.
-    let slow = open("bytes=1;read-requests=15E;burst=1000000");
+    let slow = open("bytes=66;requests=1;read-requests=15E;burst=1000000");
     slow.read_at(&mut [0; 4096], 0).unwrap();
 }

@@ -224,3 +224,17 @@ fn what_was_being_read_ahead_while_it_was_changed_is_not_used() {
     }
     drop(dev);
 }
+
+#[test]
+fn reopened_below_it_reads_again() {
+    let r = Recorder::new(1 << 20, able());
+    let dev = on(&r, "readahead", &SMALL, true).unwrap();
+    read(&r, &dev, 0, 4096);
+    read(&r, &dev, 4096, 4096);
+    until_read(&dev, 16384);
+    // Another writes below, and the device is opened anew.
+    r.set_bytes(&[9; 32768]);
+    dev.driver().reopened();
+    assert_eq!(property(&dev, "readahead.allocated"), 0);
+    read(&r, &dev, 8192, 16384);
+}

@@ -29,9 +29,10 @@ struct State {
     /// Calls that fail: what they begin with (without the number of the context), the error number, and
     /// how often.
     fail: Vec<(String, i32, usize)>,
-    /// Calls that wait, by what they begin with, and how many do.
+    /// Calls that wait, by what they begin with, how many do, and how many do at most.
     hold: Option<String>,
     held: usize,
+    most: usize,
 }
 
 /// Everything natively.
@@ -107,7 +108,17 @@ impl Recorder {
 
     /// Let calls that begin with `what` wait, once they are written down, until [`Recorder::release`].
     pub fn hold(&self, what: &str) {
-        self.state().hold = Some(what.to_owned());
+        self.hold_most(what, usize::MAX);
+    }
+
+    /// The same for the first such call alone.
+    pub fn hold_first(&self, what: &str) {
+        self.hold_most(what, 1);
+    }
+
+    fn hold_most(&self, what: &str, most: usize) {
+        let mut state = self.state();
+        (state.hold, state.most) = (Some(what.to_owned()), most);
     }
 
     /// Wait until so many calls wait.
@@ -127,7 +138,8 @@ impl Recorder {
     fn note(&self, context: usize, what: String) -> Result<MutexGuard<'_, State>> {
         let mut state = self.state();
         state.log.push(format!("{context} {what}"));
-        if state.hold.as_ref().is_some_and(|h| what.starts_with(h)) {
+        let most = state.most;
+        if state.hold.as_ref().is_some_and(|h| what.starts_with(h)) && state.held < most {
             state.held += 1;
             self.changed.notify_all();
             while state.hold.as_ref().is_some_and(|h| what.starts_with(h)) {
@@ -233,6 +245,9 @@ impl Driver for Context {
     }
     fn flush(&self) -> Result<()> {
         self.note("flush".into()).map(drop)
+    }
+    fn flush_to_close(&self) -> Result<()> {
+        self.note("flush to close".into()).map(drop)
     }
     fn zero(&self, offset: u64, count: u64, f: ReqFlags) -> Result<()> {
         let mut state = self.note(format!("zero {offset}+{count}{}", flags(f)))?;

@@ -159,6 +159,84 @@ fn writes_that_are_lost_when_it_is_opened_anew_are_told_by_the_next_flush() {
     assert_eq!(r.log(), ["1 write 0+512", "1 flush"]);
 }
 
+/// Open it anew, flushing in vain before that.
+fn lose(r: &Recorder, dev: &Device) {
+    r.fail("flush", libc::EPIPE, 1);
+    r.fail("read", libc::EIO, 1);
+    dev.read_slice(&mut [0; 512], 0).unwrap();
+}
+
+/// A flush by a thread, which tells that writes were lost, and is not waited for without end.
+fn flush_in_thread(dev: &Arc<Device>) -> impl FnOnce() {
+    let (tell, told) = mpsc::channel();
+    let dev = dev.clone();
+    std::thread::spawn(move || tell.send(dev.flush()));
+    move || {
+        let result = told.recv_timeout(Duration::from_secs(60)).expect("the flush hangs");
+        assert_eq!(result.unwrap_err().kind(), ErrorKind::Errno(libc::EPIPE));
+    }
+}
+
+#[test]
+fn a_flush_tells_what_is_lost_while_it_is_under_way() {
+    for idle in [false, true] {
+        let r = Recorder::new(8192, able());
+        let dev = Arc::new(eager(&r, "5"));
+        let write = || dev.write_slice(&[1; 512], 0, NONE).unwrap();
+        if !idle {
+            write();
+        }
+        r.hold_first("flush");
+        let tells = flush_in_thread(&dev);
+        r.wait_held(1);
+        if idle {
+            write();
+        }
+        lose(&r, &dev);
+        r.release();
+        tells();
+        assert!(matches!(dev.flush(), Err(Error::Failed { errno: libc::EPIPE, .. })));
+    }
+}
+
+#[test]
+fn a_flush_that_succeeds_waits_for_the_one_of_whoever_opens_anew() {
+    let r = Recorder::new(8192, able());
+    let dev = Arc::new(eager(&r, "5"));
+    dev.write_slice(&[1; 512], 0, NONE).unwrap();
+    r.hold_first("flush");
+    r.fail("read", libc::EIO, 1);
+    std::thread::scope(|s| {
+        s.spawn(|| dev.read_slice(&mut [0; 512], 0).unwrap());
+        r.wait_held(1);
+        assert_eq!(r.log(), ["1 write 0+512", "1 read 0+512", "1 flush"]);
+        let tells = flush_in_thread(&dev);
+        while r.log() != ["1 flush"] {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // That one is past all that can fail, and the one of the reader is not.
+        r.fail("flush", libc::EPIPE, 1);
+        r.release();
+        tells();
+    });
+}
+
+#[test]
+fn the_end_of_a_handle_repeats_nothing() {
+    let r = Recorder::new(8192, able());
+    let dev = eager(&r, "5");
+    // A write may take long.
+    let cached = Recorder::new(512, Caps { cached: true, ..able() });
+    assert!(!on(&cached, "retry", &[], true).unwrap().caps().cached);
+    r.fail("flush to close", libc::EIO, 1);
+    dev.driver().flush_to_close().unwrap_err();
+    dev.write_slice(&[1; 512], 0, NONE).unwrap();
+    r.fail("flush to close", libc::EIO, 1);
+    assert_eq!(dev.driver().flush_to_close().unwrap_err().kind(), EIO);
+    assert_eq!(r.log(), ["1 flush to close", "1 write 0+512", "1 flush to close"]);
+    assert!(matches!(dev.flush(), Err(Error::Failed { errno: libc::EIO, .. })));
+}
+
 #[test]
 fn a_write_that_is_acknowledged_while_it_is_opened_anew_is_done_again() {
     let r = Recorder::new(8192, able());
@@ -231,6 +309,8 @@ fn settings_say_how_often_how_long_and_what_for() {
         (("errors", ""), "some of EAGAIN, "),
         (("retries", "-1"), "a number from 0"),
         (("delay", "1h"), "seconds such as"),
+        (("delay", "1001"), "at most 1000"),
+        (("max-delay", "1000.1"), "at most 1000"),
     ] {
         let e = settings(&[setting]).err().unwrap();
         assert!(e.contains(what), "{e}");

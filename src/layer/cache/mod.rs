@@ -197,17 +197,31 @@ impl Cache {
         let pinned: Vec<Slot> = {
             let mut slots = self.slots.lock();
             let Some((_, to)) = slots.dirty_run(from, to).filter(|run| run.0 == from) else {
-                return (to, Ok(()));
+                // Of the others no one knows.
+                return (first + 1, Ok(()));
             };
             (from..to).filter_map(|block| slots.pin_to_go(block)).collect()
         };
         let to = from + pinned.len() as u64;
-        let done = self.write_slots(&pinned, from);
+        let mut done = self.write_slots(&pinned, from);
+        let mut failed = vec![done.is_err(); pinned.len()];
+        if done.is_err() && pinned.len() > 1 {
+            // One that can not be written does not keep its neighbours here.
+            done = Ok(());
+            for ((slot, block), failed) in pinned.iter().zip(from..).zip(&mut failed) {
+                let one = self.write_slots(std::slice::from_ref(slot), block);
+                *failed = one.is_err();
+                done = done.and(one);
+            }
+        }
         let mut slots = self.slots.lock();
-        for (slot, block) in pinned.iter().zip(from..) {
+        for ((slot, block), failed) in pinned.iter().zip(from..).zip(failed) {
             slots.unpin(*slot);
-            slots.set_stuck(block, done.is_err());
-            if done.is_ok() {
+            if failed {
+                // Another call may have written it back meanwhile.
+                let dirty = slots.is_dirty(block);
+                slots.set_stuck(block, dirty);
+            } else {
                 slots.set_dirty(block, false);
             }
         }
@@ -320,10 +334,18 @@ impl Cache {
     ) -> Result<()> {
         let (Some(first), Some(last)) = (run.first(), run.last()) else { return Ok(()) };
         // Without a slot there is no point in more than was asked for.
-        let whole = !spare.is_empty();
-        let (from, to) = if whole { (first.from, last.to) } else { (first.at, last.end) };
+        let mut whole = !spare.is_empty();
+        let (mut from, to) = if whole { (first.from, last.to) } else { (first.at, last.end) };
         let mut bytes = vec![0; (to - from) as usize];
-        self.next.read_slice(&mut bytes, from)?;
+        if let Err(e) = self.next.read_slice(&mut bytes, from) {
+            if buf.is_none() || (from, to) == (first.at, last.end) {
+                return Err(e);
+            }
+            // What can not be read may be beside what was asked for.
+            (whole, from) = (false, first.at);
+            bytes.truncate((last.end - from) as usize);
+            self.next.read_slice(&mut bytes, from)?;
+        }
         for p in run {
             let at = |offset: u64| (offset - from) as usize;
             if let Some(buf) = buf {
@@ -355,12 +377,16 @@ impl Cache {
         written.is_ok()
     }
 
-    /// Change the part of a block that is here; `false` if it is not (any more: a clean one that the
-    /// store does not take is forgotten). The range is held alone.
-    fn write_slot(&self, buf: Src<'_>, p: &Part) -> Result<bool> {
+    /// Change the part of a block that is here, which makes it dirty or leaves it as it was; `false` if it
+    /// is not here (any more: a clean one that the store does not take is forgotten). The range is held alone.
+    fn write_slot(&self, buf: Src<'_>, p: &Part, dirty: bool) -> Result<bool> {
         let Some(slot) = self.slots.lock().pin(p.block) else { return Ok(false) };
         let written = self.store.write(buf, self.place(slot) + (p.at - p.from), ReqFlags::NONE);
         let mut slots = self.slots.lock();
+        if dirty && written.is_ok() {
+            // Before anybody may take the slot.
+            slots.set_dirty(p.block, true);
+        }
         slots.unpin(slot);
         match written {
             Ok(()) => Ok(true),
@@ -381,8 +407,7 @@ impl Cache {
         for p in self.parts(at, end) {
             let (skip, len) = p.of(at);
             let part = buf.sub(skip, len);
-            if self.write_slot(part, &p)? {
-                self.slots.lock().set_dirty(p.block, true);
+            if self.write_slot(part, &p, true)? {
                 continue;
             }
             let Some(slot) = spare.1.pop() else {
@@ -393,8 +418,11 @@ impl Cache {
             if !p.is_whole()
                 && let Err(e) = self.next.read_slice(&mut bytes, p.from)
             {
+                // What can not be read may be beside it, or be mended by it.
+                log(Level::Debug, format_args!("layer '{}': {e}", KIND.name));
                 spare.1.push(slot);
-                return Err(e);
+                self.next.write(part, p.at, ReqFlags::NONE)?;
+                continue;
             }
             part.copy_to(&mut bytes[(p.at - p.from) as usize..]);
             if !self.fill(slot, p.block, &bytes, true, &mut spare.1) {
@@ -421,7 +449,7 @@ impl Cache {
         for p in self.parts(at, end) {
             let (skip, len) = p.of(at);
             let part = buf.sub(skip, len);
-            if self.write_slot(part, &p)? {
+            if self.write_slot(part, &p, false)? {
                 if p.is_whole() {
                     self.slots.lock().set_dirty(p.block, false);
                 }
@@ -446,6 +474,21 @@ impl Cache {
         }
     }
 
+    /// Write back all that is dirty, and flush what is below by `flush`.
+    fn flush_by(&self, flush: impl FnOnce(&Device) -> Result<()>) -> Result<()> {
+        let (mut at, mut failed) = (0, None);
+        loop {
+            let Some((first, _)) = self.slots.lock().dirty_run(at, u64::MAX) else { break };
+            let (next, done) = self.write_back(first);
+            failed = failed.or(done.err());
+            at = next;
+        }
+        match failed {
+            Some(e) => Err(self.kept(e)),
+            None => flush(&self.next),
+        }
+    }
+
     /// Let a range be zeroes below, and here. The range is held alone.
     fn zero_held(&self, offset: u64, end: u64, flags: ReqFlags) -> Result<()> {
         let run = self.blocks(offset, end);
@@ -461,7 +504,7 @@ impl Cache {
                     self.slots.lock().forget(block);
                 } else {
                     let zeroes = vec![0; (p.end - p.at) as usize];
-                    self.write_slot(OneIov::src(&zeroes).iov(), &p)?;
+                    self.write_slot(OneIov::src(&zeroes).iov(), &p, false)?;
                 }
             }
         }
@@ -531,17 +574,10 @@ impl Layer for Cache {
         Ok(())
     }
     fn flush(&self) -> Result<()> {
-        let (mut at, mut failed) = (0, None);
-        loop {
-            let Some((first, _)) = self.slots.lock().dirty_run(at, u64::MAX) else { break };
-            let (next, done) = self.write_back(first);
-            failed = failed.or(done.err());
-            at = next;
-        }
-        match failed {
-            Some(e) => Err(self.kept(e)),
-            None => self.next.flush(),
-        }
+        self.flush_by(Device::flush)
+    }
+    fn flush_to_close(&self) -> Result<()> {
+        self.flush_by(Device::flush_to_close)
     }
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {
         let end = self.end(offset, count)?;
@@ -606,6 +642,11 @@ impl Layer for Cache {
             offset = to;
         }
         Ok(())
+    }
+    fn reopened(&self) {
+        // Others may have changed what is below; what is dirty was to be written over it in any case.
+        let _alone = self.ranges.lock(0, u64::MAX, true);
+        self.forget_clean((0, u64::MAX));
     }
     fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
         let (filled, dirty) = {

@@ -159,11 +159,15 @@ impl Slots {
         self.dirty.contains(&block)
     }
 
+    /// Whether a block that is here is not below yet. One that is can not be stuck.
     pub fn set_dirty(&mut self, block: u64, dirty: bool) {
-        if dirty && self.at.contains_key(&block) {
-            self.dirty.insert(block);
+        if dirty {
+            if self.at.contains_key(&block) {
+                self.dirty.insert(block);
+            }
         } else {
             self.dirty.remove(&block);
+            self.set_stuck(block, false);
         }
     }
 
@@ -219,7 +223,6 @@ mod tests {
         slots.set_stuck(1, true);
         assert_eq!(slots.take(), Take::Slot(2));
         slots.fill(2, 12, false);
-        slots.set_stuck(1, false);
         slots.set_dirty(1, false);
         let pin = slots.pin(10).unwrap();
         assert_eq!(slots.take(), Take::Slot(1));
@@ -228,6 +231,8 @@ mod tests {
         slots.unpin(pin);
         assert_eq!(slots.take(), Take::Slot(0));
         assert_eq!((slots.filled(), slots.dirty_blocks()), (0, 0));
+        slots.set_dirty(1, true);
+        assert_eq!(slots.dirty_blocks(), 0, "what is not here is not dirty");
     }
 
     #[test]
