@@ -6,6 +6,7 @@
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::*};
 
 use libc::iovec;
 
@@ -26,6 +27,10 @@ pub struct Device {
     /// Whether any that is not too long can.
     only_length: bool,
     blocks: RangeLock,
+    /// What a flush that failed is the end of, if it is: see [`Device::flush_fails_for_good`].
+    for_good: AtomicBool,
+    /// The error number of that flush; 0 = none failed.
+    failed: AtomicI32,
 }
 
 /// Memory for bouncing, aligned as direct I/O wants it.
@@ -66,7 +71,15 @@ impl Device {
         let caps = driver.caps();
         let only_length = caps.align <= 1 && caps.mem_align <= 1;
         let plain = only_length && caps.max_transfer == 0;
-        Self { driver, caps, plain, only_length, blocks: RangeLock::default() }
+        Self {
+            driver,
+            caps,
+            plain,
+            only_length,
+            blocks: RangeLock::default(),
+            for_good: false.into(),
+            failed: 0.into(),
+        }
     }
 
     /// The driver.
@@ -188,12 +201,38 @@ impl Device {
 
     /// Make everything that was written survive a power cut.
     pub fn flush(&self) -> Result<()> {
-        if self.caps.flush { self.driver.flush() } else { Ok(()) }
+        self.flush_once(|driver| driver.flush())
+    }
+
+    /// No flush succeeds any more once one has failed, whoever asked for it: what it was to keep may be
+    /// lost, and a later one would vouch for that.
+    pub fn flush_fails_for_good(&self) {
+        self.for_good.store(true, Relaxed);
+    }
+
+    fn flush_once(&self, flush: impl FnOnce(&dyn Driver) -> Result<()>) -> Result<()> {
+        if !self.caps.flush {
+            return Ok(());
+        }
+        match self.failed.load(Acquire) {
+            0 => {}
+            errno => return Err(Error::Failed { file: self.name().clone(), errno }),
+        }
+        let done = flush(self.driver());
+        if let (Err(e), true) = (&done, self.for_good.load(Relaxed)) {
+            let errno = match e.kind() {
+                ErrorKind::Errno(n) => n,
+                _ => libc::EIO,
+            };
+            // What was said before stays.
+            let _ = self.failed.compare_exchange(0, errno, AcqRel, Acquire);
+        }
+        done
     }
 
     /// The same for a handle that is closed, as [`Driver::flush_to_close`] does.
     pub fn flush_to_close(&self) -> Result<()> {
-        if self.caps.flush { self.driver.flush_to_close() } else { Ok(()) }
+        self.flush_once(|driver| driver.flush_to_close())
     }
 
     /// Make a range read as zeroes: by the driver where it can, by writing them where it must.

@@ -66,6 +66,7 @@ impl Qcow2 {
 
     /// Put its data file beneath it.
     pub fn attach_data(&mut self, data: Device) {
+        data.flush_fails_for_good();
         let data = Arc::new(data);
         self.external = Some(data.clone());
         self.data = match self.veil.take() {

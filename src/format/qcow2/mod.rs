@@ -236,6 +236,9 @@ impl Qcow2 {
         let used = header.size.div_ceil(1 << (cluster_bits + slice_bits)).min(slices);
         let expected = if params.write { l1.entries.len() as u64 } else { 0 };
         let areas = Arc::new(guard::Areas::new(expected));
+        if params.write {
+            file.flush_fails_for_good();
+        }
         let writer = match params.write {
             true => Some(Self::writer(&file, &header, params.untrusted, areas.clone())?),
             false => None,
