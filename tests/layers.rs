@@ -275,3 +275,42 @@ fn a_stack_is_not_reopened_for_its_description_nor_checked_through_layers() {
     image.write_at(b"good", 0, NONE).unwrap();
     image.close().unwrap();
 }
+
+#[test]
+fn a_stack_on_a_server_that_is_silent_is_closed() {
+    let tmp = Tmp::in_memory("layers-silent");
+    let (disk, socket) = (tmp.join("disk"), tmp.join("s.sock"));
+    std::fs::File::create(&disk).unwrap().set_len(1 << 20).unwrap();
+    let server = peers::nbdkit(&socket, &[&"file", &disk]);
+    // A flush would wait for ever.
+    let set = Options::new().with("format", "raw").with("nbd.timeout", "0");
+    let open = |layers: &str| {
+        let mut set = set.clone();
+        if !layers.is_empty() {
+            set.set("layers", Some(layers.as_bytes()));
+        }
+        let image = Image::open(peers::unix(&socket, "").as_ref(), &set, RW).unwrap();
+        image.write_at(&[1; 1000], 0, NONE).unwrap();
+        image
+    };
+    let all = ["", "offset", "offset,log", "retry", "multi-conn", "fua", "readahead"];
+    let images = all.map(open);
+    server.freeze(true);
+    let (tell, told) = std::sync::mpsc::channel();
+    for image in images {
+        let tell = tell.clone();
+        std::thread::spawn(move || {
+            // One that is not the last, and the last.
+            let other = image.context(&Options::new(), RW).unwrap();
+            let first = other.close();
+            let _ = image.close();
+            tell.send(first).unwrap();
+        });
+    }
+    let patience = std::time::Duration::from_secs(60);
+    let results: Vec<_> = all.iter().map(|_| told.recv_timeout(patience)).collect();
+    server.freeze(false);
+    for result in results {
+        result.expect("all are closed").expect_err("what was written may be lost");
+    }
+}

@@ -147,9 +147,11 @@ impl Source {
     }
 }
 
-/// How often a call that receives looks at its deadline when nothing comes.
+/// How often a call that receives looks at its deadline when nothing comes. Where requests have none, the
+/// flush of closing has.
 fn tick(timeout: Option<Duration>) -> Option<Duration> {
-    timeout.map(|t| (t / 4).clamp(Duration::from_millis(1), Duration::from_secs(1)))
+    const MOST: Duration = Duration::from_secs(1);
+    Some(timeout.map_or(MOST, |t| (t / 4).clamp(Duration::from_millis(1), MOST)))
 }
 
 /// Whether a server may yet come to listen there.
