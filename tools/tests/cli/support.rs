@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
 
@@ -73,6 +74,14 @@ impl Dir {
     pub fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_qblk"));
         command.args(args).current_dir(self.0.path()).stdin(Stdio::null()).env_remove("QBLK_LOG");
+        let hear = || {
+            // SAFETY: a call that is allowed between fork and exec. A shell lets what it runs in the
+            // background ignore SIGINT, and that is inherited: an endless copy would have no end.
+            unsafe { libc::signal(libc::SIGINT, libc::SIG_DFL) };
+            Ok(())
+        };
+        // SAFETY: as above.
+        unsafe { command.pre_exec(hear) };
         command
     }
 
