@@ -20,13 +20,16 @@ static void poke(const char *name, long at, const void *bytes, size_t count)
 
 static const unsigned char zeroes[8] = {0}, corrupt_mark[8] = {0, 0, 0, 0, 0, 0, 0, 2};
 
-int main(void)
+int main(int argc, char **argv)
 {
     static unsigned char want[200000], found[200000];
     qblk_check_result r;
-    qblk *dev = new_device("qcow2", 1 << 20), *context;
+    qblk *dev, *context;
     char c = 1;
 
+    (void)argc;
+    test_begin(argv);
+    dev = new_device("qcow2", 1 << 20);
     fill(want, sizeof want, 1);
     OK(qblk_pwrite(dev, want, sizeof want, 0));
     /* On a device that is written to: what is in memory counts. */
