@@ -311,7 +311,6 @@ static inline qblk *new_device(const char *kind, uint64_t size)
         snprintf(name, sizeof name, "mem:%llu", (unsigned long long)size);
         return must_open(name, QBLK_OPEN_RDWR);
     }
-    CHECK(test_dir_[0] != 0); /* test_begin() gives each run a directory of its own */
     OK(qblk_create(kind, kind, size, NULL));
     OK(open_opt(kind, QBLK_OPEN_RDWR, &dev, options("format", kind, NULL)));
     return dev;

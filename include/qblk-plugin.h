@@ -251,28 +251,29 @@ static inline void qblk_plugin_debug(const char *format, ...) QBLK_PLUGIN_PRINTF
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wformat-nonliteral"
 #endif
-static inline void qblk_plugin_error(const char *format, ...)
+static inline void qblk_plugin_format_(void (*tell)(const char *), const char *format, va_list args)
 {
     char text[1024];
     int before = errno;
+    if (vsnprintf(text, sizeof text, format, args) >= 0)
+        tell(text);
+    errno = before;
+}
+
+static inline void qblk_plugin_error(const char *format, ...)
+{
     va_list args;
     va_start(args, format);
-    if (vsnprintf(text, sizeof text, format, args) >= 0)
-        qblk_plugin_set_error_text(text);
+    qblk_plugin_format_(qblk_plugin_set_error_text, format, args);
     va_end(args);
-    errno = before;
 }
 
 static inline void qblk_plugin_debug(const char *format, ...)
 {
-    char text[1024];
-    int before = errno;
     va_list args;
     va_start(args, format);
-    if (vsnprintf(text, sizeof text, format, args) >= 0)
-        qblk_plugin_debug_text(text);
+    qblk_plugin_format_(qblk_plugin_debug_text, format, args);
     va_end(args);
-    errno = before;
 }
 #if defined(__clang__)
 #pragma clang diagnostic pop

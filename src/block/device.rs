@@ -220,12 +220,8 @@ impl Device {
         }
         let done = flush(self.driver());
         if let (Err(e), true) = (&done, self.for_good.load(Relaxed)) {
-            let errno = match e.kind() {
-                ErrorKind::Errno(n) => n,
-                _ => libc::EIO,
-            };
             // What was said before stays.
-            let _ = self.failed.compare_exchange(0, errno, AcqRel, Acquire);
+            let _ = self.failed.compare_exchange(0, e.errno(), AcqRel, Acquire);
         }
         done
     }

@@ -293,6 +293,14 @@ impl Error {
         Self::Invalid(what.into())
     }
 
+    /// The system's error number, or `EIO` for what is none of the system's.
+    pub fn errno(&self) -> i32 {
+        match self.kind() {
+            ErrorKind::Errno(n) => n,
+            _ => libc::EIO,
+        }
+    }
+
     /// Which code of the C ABI this is.
     pub fn kind(&self) -> ErrorKind {
         use ErrorKind as K;

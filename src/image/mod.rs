@@ -9,12 +9,14 @@
 
 mod amend;
 mod bitmap;
+mod calls;
 mod chain;
 mod chainwork;
 mod check;
 mod copy;
 mod create;
 mod how;
+mod info;
 mod key;
 mod layers;
 mod life;
@@ -36,9 +38,11 @@ use crate::block::*;
 use crate::file::FileLock;
 use crate::lockmgr::Lease;
 use crate::plugin::{self, PluginName};
+use calls::Calls;
 pub use chain::Probe;
 pub use copy::copy;
 pub use create::create;
+pub use info::{Info, state};
 pub use layers::context_of;
 pub use options::{Options, Use, parse_seconds, parse_size};
 pub use remote::list_exports;
@@ -82,69 +86,6 @@ impl std::ops::BitOr for OpenFlags {
     fn bitor(self, rhs: Self) -> Self {
         Self(self.0 | rhs.0)
     }
-}
-
-/// State bits of an image (`QBLK_STATE_*`).
-pub mod state {
-    /// Not open for writing.
-    pub const READ_ONLY: u32 = 1;
-    /// Marked as not closed cleanly.
-    pub const DIRTY: u32 = 2;
-    /// Marked as corrupt.
-    pub const CORRUPT: u32 = 4;
-    /// Its data is encrypted.
-    pub const ENCRYPTED: u32 = 8;
-    /// It names a backing image.
-    pub const HAS_BACKING: u32 = 16;
-    /// Its data lies in another file.
-    pub const HAS_DATA_FILE: u32 = 32;
-    /// The format was found by probing.
-    pub const PROBED: u32 = 64;
-    /// It is locked: by this handle, or (on one that is open for its description) by anybody.
-    pub const LOCKED: u32 = 128;
-    /// The medium turns.
-    pub const ROTATIONAL: u32 = 256;
-}
-
-/// What an image is. Sizes are in bytes.
-#[derive(Clone, Debug)]
-pub struct Info {
-    /// Size of the device.
-    pub size: u64,
-    /// In use on the host; `None` = not known.
-    pub allocated: Option<u64>,
-    /// In one request; 0 = no limit.
-    pub max_transfer: u64,
-    /// What requests are best aligned to; 1 = any.
-    pub request_alignment: u32,
-    /// What a request is best a multiple of.
-    pub optimal_io_size: u32,
-    /// 0 = none.
-    pub cluster_size: u32,
-    /// Images below this one.
-    pub backing_depth: u32,
-    /// Bits of [`state`].
-    pub state: u32,
-    /// Flush.
-    pub can_flush: Can,
-    /// Force unit access.
-    pub can_fua: Can,
-    /// Trim.
-    pub can_trim: Can,
-    /// Zero.
-    pub can_zero: Can,
-    /// Zero, or fail at once.
-    pub can_fast_zero: Can,
-    /// Bring near.
-    pub can_cache: Can,
-    /// Tell extents.
-    pub can_extents: Can,
-    /// Flush on one connection holds for all.
-    pub can_multi_conn: Can,
-    /// "qcow2", "raw", …
-    pub format: &'static str,
-    /// "file", "host_device", "mem", …: what holds the bytes.
-    pub driver: &'static str,
 }
 
 /// An open chain of images.
@@ -234,39 +175,6 @@ struct Shared {
     closed: AtomicBool,
     /// A call on it met an internal error: nothing more is to be done with it. One for a whole stack.
     broken: Arc<AtomicBool>,
-}
-
-/// Who counts the calls under way. It changes when a layer is pushed: what was the tree until then, and
-/// knows its counter, goes below with it.
-struct Calls {
-    now: AtomicPtr<InFlight>,
-    /// That one, and those before: who has just read `now` may still count there.
-    all: Mutex<Vec<Arc<InFlight>>>,
-}
-
-impl Calls {
-    fn new(calls: Arc<InFlight>) -> Self {
-        let now = AtomicPtr::new(Arc::as_ptr(&calls).cast_mut());
-        Self { now, all: Mutex::new(vec![calls]) }
-    }
-
-    #[inline]
-    fn get(&self) -> &InFlight {
-        // SAFETY: it is in `all`, from which nothing is taken.
-        unsafe { &*self.now.load(SeqCst) }
-    }
-
-    fn shared(&self) -> Arc<InFlight> {
-        // The last is the present one.
-        self.all.lock().last().cloned().unwrap_or_default()
-    }
-
-    /// Count in another from now on. Whoever counts in the old one must be gone, or find no tree.
-    fn replace(&self, new: Arc<InFlight>) {
-        let mut all = self.all.lock();
-        self.now.store(Arc::as_ptr(&new).cast_mut(), SeqCst);
-        all.push(new);
-    }
 }
 
 // SAFETY: `tree` is a Box<Tree>, whose parts are Send and Sync.
@@ -582,96 +490,6 @@ impl Image {
     /// Whether writes are as a rule copies in memory.
     pub(crate) fn is_cached(&self) -> Result<bool> {
         Ok(self.call()?.top.caps().cached)
-    }
-
-    /// What the image is.
-    pub fn info(&self) -> Result<Info> {
-        let call = self.call()?;
-        let tree = &*call;
-        let (dev, caps) = (&tree.top, tree.top.caps());
-        let about = dev.driver().describe();
-        let write = self.write.load(Relaxed);
-        let mut state = about.state;
-        for (on, bit) in [
-            (!write, state::READ_ONLY),
-            (tree.probed, state::PROBED),
-            (caps.rotational, state::ROTATIONAL),
-            (tree.in_use || !tree.locks.is_empty() || tree.lease.is_some(), state::LOCKED),
-        ] {
-            state |= if on { bit } else { 0 };
-        }
-        let under = tree.below.as_ref().map(Image::info).transpose()?;
-        state |= under.as_ref().map_or(0, |b| b.state & !state::READ_ONLY);
-        let if_write = |can: Can| if write { can } else { Can::Not };
-        let native_or = |native: bool, other: Can| if native { Can::Native } else { other };
-        let mut depth = 0;
-        let mut below = dev.driver().backing();
-        while let Some(b) = below {
-            depth += 1;
-            below = b.driver().backing();
-        }
-        // Formats take any request; what holds their bytes may like some better.
-        let file = tree.files.first().map_or(caps, |file| file.caps());
-        let (align, depth) = under.map_or((1, depth), |b| (b.request_alignment, b.backing_depth));
-        Ok(Info {
-            size: dev.size(),
-            allocated: dev.driver().allocated(),
-            max_transfer: file.max_transfer,
-            request_alignment: caps.align.max(file.align).max(align),
-            optimal_io_size: caps.optimal_io,
-            cluster_size: about.cluster_size,
-            backing_depth: depth,
-            state,
-            can_flush: native_or(caps.flush, Can::Not),
-            can_fua: if_write(dev.can_fua()),
-            can_trim: if_write(native_or(caps.trim, Can::Not)),
-            can_zero: if_write(dev.can_zero()),
-            can_fast_zero: if_write(dev.can_fast_zero()),
-            can_cache: dev.can_cache(),
-            can_extents: native_or(caps.extents, Can::Emulate),
-            can_multi_conn: Can::Native,
-            format: about.format,
-            driver: tree.driver,
-        })
-    }
-
-    /// The property `key`, `None` if there is no such key here. `properties` lists all, a line each.
-    pub fn property(&self, key: &str) -> Result<Option<Vec<u8>>> {
-        let call = self.call()?;
-        let mut all = vec![("filename", call.name.as_bytes().to_vec())];
-        all.extend(call.top.driver().describe().properties);
-        all.extend(call.top.driver().properties_on_demand(key));
-        if let Some(lease) = &call.lease {
-            all.push(("lock-manager", lease.manager().as_bytes().to_vec()));
-            if key == "lock-lease" {
-                return lease.inquire().map(Some);
-            }
-            all.push(("lock-lease", Vec::new()));
-        }
-        // What holds the bytes of the image may have something to tell, too.
-        if let Some(file) = call.files.first() {
-            all.extend(file.driver().describe().properties);
-            all.extend(file.driver().properties_on_demand(key));
-        }
-        if let Some(below) = &call.below {
-            all.push(("layers", layers::names(&call)));
-            all.retain(|p| p.0 != "filename");
-            return match (all.iter().find(|p| p.0 == key), key) {
-                (Some(found), _) => Ok(Some(found.1.clone())),
-                (None, "properties") => {
-                    let mut list = below.property(key)?.unwrap_or_default();
-                    for (name, _) in &all {
-                        list.extend([b"\n", name.as_bytes()].concat());
-                    }
-                    Ok(Some(list))
-                }
-                _ => below.property(key),
-            };
-        }
-        if key == "properties" {
-            return Ok(Some(all.iter().map(|p| p.0).collect::<Vec<_>>().join("\n").into_bytes()));
-        }
-        Ok(all.into_iter().find(|p| p.0 == key).map(|p| p.1))
     }
 
     /// Change the size; bytes that come into being read as zeroes. `shrink` must be set to lose some.

@@ -108,12 +108,8 @@ impl Qcow2 {
     /// Remember a failure for good: what the kernel could not write it may have dropped.
     pub(super) fn or_fail(&self, writer: &Writer, result: Result<()>) -> Result<()> {
         if let Err(e) = &result {
-            let errno = match e.kind() {
-                ErrorKind::Errno(n) => n,
-                _ => libc::EIO,
-            };
             // What was said before stays.
-            let _ = writer.failed.compare_exchange(0, errno, AcqRel, Acquire);
+            let _ = writer.failed.compare_exchange(0, e.errno(), AcqRel, Acquire);
         }
         result
     }
