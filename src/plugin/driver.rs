@@ -2,6 +2,7 @@
 //! `block::Device`'s to emulate.
 
 mod abilities;
+mod quick;
 
 use std::ffi::c_int;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use super::list::ExtentsList;
 use super::load::{Plugin, ThreadModel};
 use super::name::PluginName;
 use crate::block::*;
+use quick::Quick;
 
 /// How bytes are read.
 #[derive(Clone, Copy)]
@@ -74,7 +76,11 @@ pub struct PluginDriver {
     kind: Option<&'static str>,
     /// With what a flush failed, once one has; else 0.
     failed: AtomicI32,
+    quick: Quick,
 }
+
+/// Bytes of a read that it is learnt from whether reads are quick, at most.
+const SMALL: usize = 64 << 10;
 
 impl PluginDriver {
     /// Open an instance of the plugin that `name` leads to, with what the name and the options (which
@@ -236,10 +242,35 @@ impl Driver for PluginDriver {
                 if self.inside(offset, piece.1 as u64) == piece.1 as u64
                     && !matches!(self.read, Reading::Next) =>
             {
-                self.read_piece(piece, offset)
+                match self.quick.is_proven() || piece.1 > SMALL {
+                    true => self.read_piece(piece, offset),
+                    false => self.quick.watch(|| self.read_piece(piece, offset)),
+                }
             }
             _ => self.read_pieces(buf, offset),
         }
+    }
+
+    fn read_now(&self, buf: Dst<'_>, offset: u64) -> Result<bool> {
+        if let Reading::Next = self.read {
+            let count = buf.len() as u64;
+            return match self.inside(offset, count) == count {
+                true => self.next()?.read_now(buf, offset),
+                false => Ok(false),
+            };
+        }
+        let piece = match buf.as_single() {
+            Some(piece) if piece.1 <= SMALL => piece,
+            _ => return Ok(false),
+        };
+        // A lock may have to be waited for, whatever the call takes.
+        let parallel = self.instance.plugin.model == ThreadModel::Parallel;
+        let whole = self.inside(offset, piece.1 as u64) == piece.1 as u64;
+        if !(parallel && whole && self.quick.is_proven()) {
+            return Ok(false);
+        }
+        self.quick.watch(|| self.read_piece(piece, offset))?;
+        Ok(true)
     }
 
     fn write(&self, buf: Src<'_>, mut offset: u64, flags: ReqFlags) -> Result<()> {
@@ -296,6 +327,13 @@ impl Driver for PluginDriver {
             }
         }
         result
+    }
+
+    fn flush_to_close(&self) -> Result<()> {
+        match self.flush {
+            Flushing::Next if self.failed.load(Relaxed) == 0 => self.next()?.flush_to_close(),
+            _ => self.flush(),
+        }
     }
 
     fn zero(&self, offset: u64, count: u64, flags: ReqFlags) -> Result<()> {

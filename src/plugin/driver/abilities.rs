@@ -146,6 +146,7 @@ impl PluginDriver {
             multi_conn,
             kind: layer,
             failed: AtomicI32::new(0),
+            quick: Quick::new(),
             instance,
         })
     }
