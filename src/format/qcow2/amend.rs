@@ -99,8 +99,13 @@ impl Qcow2 {
                 long.len()
             )));
         }
-        let names_one = is_backed || (to.backing.is_none() && self.header.backing.is_some());
-        if to.backing_format.as_ref().is_some_and(|f| !f.is_empty()) && !names_one {
+        // By what is recorded now: after a rebase that copies nothing this may still stand on what was
+        // recorded when it was opened.
+        let names_one = || match &to.backing {
+            Some(_) => Ok(is_backed),
+            None => Header::read(&self.file).map(|header| header.backing.is_some()),
+        };
+        if to.backing_format.as_ref().is_some_and(|f| !f.is_empty()) && !names_one()? {
             return Err(Error::invalid(format!(
                 "{name}: option 'backing-fmt' has no use without a backing file"
             )));
