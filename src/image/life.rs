@@ -126,9 +126,10 @@ impl Image {
         }
         // SAFETY: never freed.
         let tree = unsafe { &*tree };
+        let flushed = tree.may_write().and_then(|()| tree.top.driver().flush_to_close());
+        // With what the layers above have just given it.
         tell_lost(tree, "a call on it does not end");
-        tree.may_write()?;
-        tree.top.driver().flush_to_close()
+        flushed
     }
 }
 
