@@ -55,13 +55,16 @@ pub fn run(file: &Device, repair: Repair, progress: Progress<'_>) -> Result<Chec
     file.flush()?;
     // What is left is what another check finds.
     let left = Check::new(file, Repair::Nothing, progress)?.whole()?;
-    Ok(CheckReport {
+    let left = CheckReport {
         corruptions_fixed: first.corruptions_fixed,
         leaks_fixed: first.leaks_fixed,
         check_errors: left.check_errors.max(first.check_errors),
         changed: true,
         ..left
-    })
+    };
+    // One that goes away with the mending of another counts as left at first.
+    mark_sound(file, &Header::read_to_check(file)?, &left)?;
+    Ok(left)
 }
 
 /// Mend the refcounts of an image that was not closed cleanly, before it is written to.
@@ -213,7 +216,9 @@ impl<'a> Check<'a> {
         }
         self.check_copied()?;
         self.mend_snapshots()?;
-        self.mark_sound()?;
+        if self.repair != Repair::Nothing {
+            self.report.changed |= mark_sound(self.file, &self.header, &self.report)?;
+        }
         self.progress.at(1, 1)?;
         Ok(self.end())
     }
@@ -355,23 +360,19 @@ impl<'a> Check<'a> {
         self.report.check_errors += 1;
         log(Level::Warn, format_args!("{}: check: {what}", self.file.name()));
     }
+}
 
-    /// Where nothing is wrong any more the header may say so.
-    fn mark_sound(&mut self) -> Result<()> {
-        let r = &self.report;
-        if self.repair == Repair::Nothing || r.check_errors > 0 || r.corruptions > 0 {
-            return Ok(());
-        }
-        let bits = self.header.incompatible;
-        let sound = bits & !(incompat::DIRTY | incompat::CORRUPT);
-        if bits != sound {
-            self.file.flush()?;
-            self.file.write_slice(&sound.to_be_bytes(), at::INCOMPATIBLE, ReqFlags::NONE)?;
-            self.file.flush()?;
-            self.report.changed = true;
-        }
-        Ok(())
+/// Where nothing is wrong any more the header may say so: whether that has changed it.
+fn mark_sound(file: &Device, header: &Header, report: &CheckReport) -> Result<bool> {
+    let bits = header.incompatible;
+    let sound = bits & !(incompat::DIRTY | incompat::CORRUPT);
+    if report.check_errors > 0 || report.corruptions > 0 || bits == sound {
+        return Ok(false);
     }
+    file.flush()?;
+    file.write_slice(&sound.to_be_bytes(), at::INCOMPATIBLE, ReqFlags::NONE)?;
+    file.flush()?;
+    Ok(true)
 }
 
 /// Fill `buf` from `offset` of a file of `size` bytes, with zeroes where it has ended.
