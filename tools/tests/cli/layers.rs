@@ -22,6 +22,20 @@ fn layers_are_listed_with_their_settings() {
     dir.qblk("layers nothing").bad(2, &["'nothing'", "offset"]);
 }
 
+/// What is meant is guessed at, and no words of the C library are for people.
+#[test]
+fn what_is_misspelt_or_out_of_place_is_said() {
+    let dir = Dir::new();
+    dir.qblk("create a.qcow2 4M").good();
+    dir.qblk("info layer:cow:a.qcow2").bad(1, &["'layer:cow:a.qcow2'", "no scheme 'layer'"]);
+    dir.qblk("info file:layer:cow:a.qcow2").bad(1, &["'layer:cow:a.qcow2': open: No such file"]);
+    dir.qblk("info -o offset.offset=1M a.qcow2").bad(2, &["no layer 'offset' in the option"]);
+    dir.qblk("info -o ofset.offset=1M a.qcow2").bad(2, &["unknown option 'ofset.offset'"]);
+    dir.qblk("write layers:readonly:a.qcow2 0 --pattern 1 --length 1")
+        .bad(1, &["'a.qcow2'", "a layer on it refuses changes", "Read-only"]);
+    dir.qblk("check layers:readonly:a.qcow2").bad(2, &["leave its layers out"]);
+}
+
 /// Each has its page, and the page each of its settings.
 #[test]
 fn every_layer_has_its_page() {
