@@ -32,15 +32,38 @@ static void has_property(qblk *dev, const char *key, const char *want)
     CHECK_STR(buf, want);
 }
 
+/* What a layer makes of zeroes. */
+static void key_stream(const char *list, unsigned char *out, size_t n, uint64_t at)
+{
+    static const unsigned char zeroes[100000] = {0};
+    qblk *dev;
+    OK(qblk_create("zeroes", "raw", 8 << 20, NULL));
+    OK(open_opt("zeroes", QBLK_OPEN_RDWR, &dev, options("format", "raw", "layers", layers(list), NULL)));
+    OK(qblk_pwrite(dev, zeroes, n, at));
+    OK(qblk_close(dev));
+    OK(open_opt("zeroes", 0, &dev, options("format", "raw", NULL)));
+    OK(qblk_pread(dev, out, n, at));
+    OK(qblk_close(dev));
+    CHECK_INT(remove("zeroes"), 0);
+}
+
 static void cipher(const char *format)
 {
+    /* RFC 8439, appendix A.1, test vectors 1 and 2: the beginnings of two blocks. */
+    static const unsigned char one[] = {0x76, 0xb8, 0xe0, 0xad, 0xa0, 0xf1, 0x3d, 0x90, 0x40, 0x5d, 0x6a, 0xe5,
+                                        0x53, 0x86, 0xbd, 0x28};
+    static const unsigned char two[] = {0x9f, 0x07, 0xe7, 0xbe, 0x55, 0x51, 0x38, 0x7a, 0x98, 0xba, 0x97, 0x7c,
+                                        0x73, 0x2d, 0x08, 0x0d};
     enum { N = 100000 };
-    static unsigned char a[N], b[N];
+    static unsigned char a[N], b[N], k[N];
     qblk *dev;
     qblk_info info;
     qblk_extent e[4];
+    key_stream("@layer-cipher.so", b, 80, 0);
+    CHECK_MEM(b, one, sizeof one);
+    CHECK_MEM(b + 64, two, sizeof two);
     OK(qblk_create("disk", format, 8 << 20, NULL));
-    OK(open_opt("disk", QBLK_OPEN_RDWR, &dev, options("format", format, "layers", layers("@layer-cipher.so;key=0x5a"), NULL)));
+    OK(open_opt("disk", QBLK_OPEN_RDWR, &dev, options("format", format, "layers", layers("@layer-cipher.so;key=5a"), NULL)));
     OK(qblk_get_info(dev, &info));
     CHECK_INT(info.size, 8 << 20);
     /* Written zeroes are changed too; nothing is trimmed below, nothing is known to be a hole. */
@@ -69,8 +92,9 @@ static void cipher(const char *format)
     /* What is below is what was written, changed. */
     OK(open_opt("disk", 0, &dev, options("format", format, NULL)));
     OK(qblk_pread(dev, b, N, 12345));
+    key_stream("@layer-cipher.so;key=5a", k, N, 12345);
     for (size_t i = 0; i < N; i++)
-        b[i] ^= (unsigned char)(0x5a ^ (12345 + i) * 167);
+        b[i] ^= k[i];
     CHECK_MEM(b, a, N);
     OK(qblk_close(dev));
     /* Twice is other than once, and in a stack with layers of the library's own. */
@@ -82,8 +106,12 @@ static void cipher(const char *format)
     OK(qblk_close(dev));
     OK(open_opt("disk", 0, &dev, options("format", format, NULL)));
     OK(qblk_pread(dev, b, N, (1 << 20) + 1));
+    key_stream("@layer-cipher.so;key=1", k, N, (1 << 20) + 1);
     for (size_t i = 0; i < N; i++)
-        b[i] ^= (unsigned char)(1 ^ ((1 << 20) + 1 + i) * 167 ^ 2 ^ (1 + i) * 167);
+        b[i] ^= k[i];
+    key_stream("@layer-cipher.so;key=2", k, N, 1);
+    for (size_t i = 0; i < N; i++)
+        b[i] ^= k[i];
     CHECK_MEM(b, a, N);
     OK(qblk_close(dev));
     /* Read-only below is read-only above. */
