@@ -36,6 +36,33 @@ fn what_is_misspelt_or_out_of_place_is_said() {
     dir.qblk("check layers:readonly:a.qcow2").bad(2, &["leave its layers out"]);
 }
 
+/// A layer that keeps changes is an image of its own: what is below it lies deeper, and is named so.
+#[test]
+fn a_map_names_what_lies_below_an_overlay() {
+    let dir = Dir::new();
+    dir.qblk("create base.qcow2 4M").good();
+    dir.qblk("write -q --pattern 1 --length 64k base.qcow2 0").good();
+    dir.qblk("create -b base.qcow2 top.qcow2").good();
+    dir.qblk("write -q --pattern 1 --length 64k top.qcow2 1M").good();
+    let name = "layers:cow:top.qcow2";
+    let lines = |text: String| -> Vec<String> {
+        let data = text.lines().filter(|l| l.starts_with("data in"));
+        data.map(|l| l.split(':').rev().skip(1).collect::<Vec<_>>().join(":")).collect()
+    };
+    let map = lines(dir.qblk(&format!("map {name}")).good());
+    assert_eq!(map, ["data in top.qcow2", "data in base.qcow2"]);
+    let map = lines(dir.qblk("map -o layers=cow,readahead,cow top.qcow2").good());
+    assert_eq!(map, ["data in top.qcow2", "data in base.qcow2"]);
+    let images = &dir.qblk(&format!("map --json {name}")).json()["images"];
+    let names: Vec<_> = images.as_array().unwrap().iter().map(|i| &i["filename"]).collect();
+    assert_eq!(names, [name, "top.qcow2", "base.qcow2"]);
+    let svg = dir.qblk(&format!("map --svg - {name}")).good();
+    assert!(svg.contains("data in top.qcow2 (1 below)"), "{svg}");
+    // A layer that keeps nothing is none.
+    let map = lines(dir.qblk("map -o layers=readahead top.qcow2").good());
+    assert_eq!(map, ["data in top.qcow2", "data in base.qcow2"]);
+}
+
 /// Each has its page, and the page each of its settings.
 #[test]
 fn every_layer_has_its_page() {
