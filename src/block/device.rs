@@ -194,6 +194,11 @@ impl Device {
         if flush_after { self.flush() } else { Ok(()) }
     }
 
+    /// Whether a write of `count` bytes, without FUA, waits for nobody as a rule.
+    pub fn writes_at_once(&self, count: usize) -> bool {
+        self.caps.cached || self.driver.writes_at_once(count)
+    }
+
     /// Write one slice.
     pub fn write_slice(&self, buf: &[u8], offset: u64, flags: ReqFlags) -> Result<()> {
         self.write(OneIov::src(buf).iov(), offset, flags)

@@ -275,6 +275,11 @@ pub trait Driver: Send + Sync {
     fn write_edge(&self, _buf: Src<'_>, _offset: u64, _flags: ReqFlags) -> Result<()> {
         Err(Error::NotSupported("writing part of a block"))
     }
+    /// Whether a write of `count` bytes, without FUA, will be over at once as far as anybody can tell,
+    /// though `caps().cached` does not say so.
+    fn writes_at_once(&self, _count: usize) -> bool {
+        false
+    }
     /// Make everything that was written survive a power cut.
     fn flush(&self) -> Result<()>;
     /// Make a range read as zeroes; [`Error::NotSupported`] if that means writing them. FUA is among the

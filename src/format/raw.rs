@@ -106,6 +106,9 @@ impl Driver for Raw {
         };
         self.guarded(offset, change, || self.file.write(buf, offset, flags))
     }
+    fn writes_at_once(&self, count: usize) -> bool {
+        self.file.writes_at_once(count)
+    }
     fn flush(&self) -> Result<()> {
         self.file.flush()
     }

@@ -498,7 +498,12 @@ impl Image {
         Ok(file.cloned())
     }
 
-    /// Whether writes are as a rule copies in memory.
+    /// Whether a write of `count` bytes, without FUA, waits for nobody as a rule.
+    pub(crate) fn writes_at_once(&self, count: usize) -> Result<bool> {
+        Ok(self.call()?.top.writes_at_once(count))
+    }
+
+    /// Whether what is asked of it is as a rule answered from memory.
     pub(crate) fn is_cached(&self) -> Result<bool> {
         Ok(self.call()?.top.caps().cached)
     }

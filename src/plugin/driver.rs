@@ -76,10 +76,11 @@ pub struct PluginDriver {
     kind: Option<&'static str>,
     /// With what a flush failed, once one has; else 0.
     failed: AtomicI32,
-    quick: Quick,
+    quick_reads: Quick,
+    quick_writes: Quick,
 }
 
-/// Bytes of a read that it is learnt from whether reads are quick, at most.
+/// Bytes of a call that it is learnt from whether such calls are quick, at most.
 const SMALL: usize = 64 << 10;
 
 impl PluginDriver {
@@ -143,6 +144,27 @@ impl PluginDriver {
         })
     }
 
+    #[inline(always)]
+    fn write_piece(
+        &self,
+        (base, count): (*mut u8, usize),
+        offset: u64,
+        flags: ReqFlags,
+    ) -> Result<()> {
+        let handle = self.instance.handle;
+        let about = About("pwrite", Some((offset, count as u64)));
+        self.instance.done(about, || {
+            // SAFETY: as in `read_piece`.
+            unsafe {
+                match self.write {
+                    Writing::V2(f) => f(handle, base.cast(), count as u64, offset, flags.0),
+                    Writing::V1(f) => f(handle, base.cast(), count as u32, offset),
+                    Writing::Not | Writing::Next => -libc::EROFS,
+                }
+            }
+        })
+    }
+
     #[cold]
     #[inline(never)]
     fn read_pieces(&self, buf: Dst<'_>, mut offset: u64) -> Result<()> {
@@ -158,6 +180,11 @@ impl PluginDriver {
             offset += piece.1 as u64;
         }
         Ok(())
+    }
+
+    /// Else a lock may have to be waited for, whatever a call takes.
+    fn is_parallel(&self) -> bool {
+        self.instance.plugin.model == ThreadModel::Parallel
     }
 
     fn writable(&self, offset: u64, count: u64) -> Result<()> {
@@ -242,9 +269,9 @@ impl Driver for PluginDriver {
                 if self.inside(offset, piece.1 as u64) == piece.1 as u64
                     && !matches!(self.read, Reading::Next) =>
             {
-                match self.quick.is_proven() || piece.1 > SMALL {
+                match self.quick_reads.is_proven() || piece.1 > SMALL {
                     true => self.read_piece(piece, offset),
-                    false => self.quick.watch(|| self.read_piece(piece, offset)),
+                    false => self.quick_reads.watch(|| self.read_piece(piece, offset)),
                 }
             }
             _ => self.read_pieces(buf, offset),
@@ -263,13 +290,11 @@ impl Driver for PluginDriver {
             Some(piece) if piece.1 <= SMALL => piece,
             _ => return Ok(false),
         };
-        // A lock may have to be waited for, whatever the call takes.
-        let parallel = self.instance.plugin.model == ThreadModel::Parallel;
         let whole = self.inside(offset, piece.1 as u64) == piece.1 as u64;
-        if !(parallel && whole && self.quick.is_proven()) {
+        if !(self.is_parallel() && whole && self.quick_reads.is_proven()) {
             return Ok(false);
         }
-        self.quick.watch(|| self.read_piece(piece, offset))?;
+        self.quick_reads.watch(|| self.read_piece(piece, offset))?;
         Ok(true)
     }
 
@@ -278,22 +303,22 @@ impl Driver for PluginDriver {
         if let Writing::Next = self.write {
             return self.next()?.write(buf, offset, flags);
         }
-        let handle = self.instance.handle;
-        for (base, count) in buf.pieces() {
-            let about = About("pwrite", Some((offset, count as u64)));
-            self.instance.done(about, || {
-                // SAFETY: as in `read_piece`.
-                unsafe {
-                    match self.write {
-                        Writing::V2(f) => f(handle, base.cast(), count as u64, offset, flags.0),
-                        Writing::V1(f) => f(handle, base.cast(), count as u32, offset),
-                        Writing::Not | Writing::Next => -libc::EROFS,
-                    }
-                }
-            })?;
-            offset += count as u64;
+        let whole = buf.len();
+        let mut pieces = || -> Result<()> {
+            for piece in buf.pieces() {
+                self.write_piece(piece, offset, flags)?;
+                offset += piece.1 as u64;
+            }
+            Ok(())
+        };
+        match whole > SMALL || flags.has(ReqFlags::FUA) {
+            true => pieces(),
+            false => self.quick_writes.watch(pieces),
         }
-        Ok(())
+    }
+
+    fn writes_at_once(&self, count: usize) -> bool {
+        count <= SMALL && self.is_parallel() && self.quick_writes.is_proven()
     }
 
     fn flush(&self) -> Result<()> {

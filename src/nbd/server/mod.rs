@@ -8,6 +8,7 @@
 //! Lock order: `Inner::state`, then none. Locks of a connection are told of in `conn`.
 
 mod accept;
+mod check;
 mod conn;
 mod export;
 mod handshake;

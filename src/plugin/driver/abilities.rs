@@ -154,7 +154,8 @@ impl PluginDriver {
             multi_conn,
             kind: layer,
             failed: AtomicI32::new(0),
-            quick: Quick::new(),
+            quick_reads: Quick::new(),
+            quick_writes: Quick::new(),
             instance,
         })
     }

@@ -1,24 +1,24 @@
-//! Whether a plugin's reads are over at once, so that a thread that others wait for may make them: a disk in
-//! memory answers a read in less time than it takes to hand the read to another thread.
+//! Whether a plugin's reads, or its writes, are over at once, so that a thread that others wait for may make
+//! them: a disk in memory answers in less time than it takes to hand the call to another thread.
 //!
-//! Nobody can know before a call how long it takes. But what it costs on the average is known, and reads
-//! that cost less than handing them over are best made at once. So each read that is timed earns what a
-//! hand-over costs, and pays what it took. As long as there is enough left, reads are made at once. A read
+//! Nobody can know before a call how long it takes. But what it costs on the average is known, and calls
+//! that cost less than handing them over are best made at once. So each call that is timed earns what a
+//! hand-over costs, and pays what it took. As long as there is enough left, calls are made at once. One
 //! that hangs for long has to be made up for by many quick ones, which others make meanwhile; a thread that
 //! had to give way to another for a moment is no matter.
 
 use std::sync::atomic::{AtomicI64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-/// What a read earns: about what a hand-over to another thread and back costs, nanoseconds.
+/// What a call earns: about what a hand-over to another thread and back costs, nanoseconds.
 const EARNED: i64 = 20_000;
-/// With so much, reads are quick: at first, sixteen of them prove it.
+/// With so much, calls are quick: at first, sixteen of them prove it.
 const ENOUGH: i64 = 16 * EARNED;
 /// What can be saved, and what can be owed.
 const MOST: i64 = 1_000_000;
 const LEAST: i64 = -1_000_000_000;
 
-/// How reads have gone. Of two threads that learn something at a time one may be forgotten.
+/// How calls have gone. Of two threads that learn something at a time one may be forgotten.
 pub(super) struct Quick(AtomicI64);
 
 impl Quick {
@@ -26,16 +26,16 @@ impl Quick {
         Self(AtomicI64::new(0))
     }
 
-    /// Whether the next read will be over at once, as far as anybody can tell.
+    /// Whether the next one will be over at once, as far as anybody can tell.
     #[inline(always)]
     pub(super) fn is_proven(&self) -> bool {
         self.0.load(Relaxed) >= ENOUGH
     }
 
-    /// Make a read and learn from it.
-    pub(super) fn watch<R>(&self, read: impl FnOnce() -> R) -> R {
+    /// Make a call and learn from it.
+    pub(super) fn watch<R>(&self, call: impl FnOnce() -> R) -> R {
         let begun = Instant::now();
-        let result = read();
+        let result = call();
         self.learn(begun.elapsed());
         result
     }
@@ -64,7 +64,7 @@ mod tests {
     }
 
     #[test]
-    fn a_slow_read_has_to_be_made_up_for() {
+    fn a_slow_call_has_to_be_made_up_for() {
         let quick = Quick::new();
         assert_eq!(until_proven(&quick), 17);
         quick.learn(SLOW);
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn slow_reads_are_hardly_ever_made_at_once_when_there_are_many() {
+    fn slow_calls_are_hardly_ever_made_at_once_when_there_are_many() {
         let made = |one_in: u32| {
             let quick = Quick::new();
             let mut at_once = 0;
