@@ -75,8 +75,8 @@ impl PluginDriver {
             says("can_write", slots.can_write, !matches!(write_fn, Writing::Not), "pwrite")?;
         if write && !can_write {
             let what = match write_fn {
-                Writing::Not => "can not be written: the plugin has no function pwrite",
-                _ => "can not be written: the plugin says so (can_write)",
+                Writing::Not => "is read-only: the plugin has no function pwrite",
+                _ => "is read-only: the plugin says so (can_write)",
             };
             return Err(Error::Refused {
                 file: instance.name.clone(),
