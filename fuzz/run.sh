@@ -11,7 +11,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 seconds=${1:-60}
-targets=${2:-luks_header qcow2_header qcow2_ops qcow2_snapshots qcow2_bitmaps nbd_server_handshake nbd_server_transmission nbd_client_handshake nbd_client_transmission}
+targets=${2:-luks_header qcow2_header qcow2_ops qcow2_snapshots qcow2_bitmaps partition_table nbd_server_handshake nbd_server_transmission nbd_client_handshake nbd_client_transmission}
 command -v c++ >/dev/null || { echo "install a C++ compiler (apt-get install g++): libFuzzer is built from source" >&2; exit 1; }
 
 host=$(rustc -vV | sed -n 's/^host: //p')

@@ -1,10 +1,12 @@
 #!/bin/sh
 # Make the first inputs of the fuzz targets: small images by qemu-img, of every kind that it makes,
-# and some with bytes changed; and what NBD clients say. Usage: fuzz/seeds.sh DIRECTORY
+# and some with bytes changed; disks with partitions; and what NBD clients say. Usage: fuzz/seeds.sh DIRECTORY
 set -eu
 
 out=${1:?usage: fuzz/seeds.sh DIRECTORY}
 command -v qemu-img >/dev/null || { echo "install qemu-utils (apt-get install qemu-utils)" >&2; exit 1; }
+command -v sfdisk >/dev/null || { echo "install fdisk (apt-get install fdisk)" >&2; exit 1; }
+command -v sgdisk >/dev/null || { echo "install gdisk (apt-get install gdisk)" >&2; exit 1; }
 mkdir -p "$out/luks_header" "$out/qcow2_header" "$out/qcow2_ops" "$out/qcow2_bitmaps"
 out=$(cd "$out" && pwd)
 tmp=$(mktemp -d)
@@ -148,6 +150,62 @@ keep table-at-0
 make -o cluster_size=512
 patch 72 '\000\000\000\000\000\000\000\003'
 keep dirty-corrupt
+
+# Disks, of each their beginning only, and what to open of them (fuzz/src/partition.rs).
+mkdir -p "$out/partition_table"
+disk() {
+    name=$1 bytes=$2
+    shift 2
+    for how; do
+        { printf "\\$(echo "$how" | sed 's/-/\\/g')"; head -c "$bytes" "$image"; } > "$out/partition_table/$name-$how"
+    done
+}
+label() {
+    sfdisk --quiet --no-reread --no-tell-kernel "$image"
+}
+rm -f "$image"; truncate -s 1M "$image"
+label <<END
+label: dos
+start=2, size=3, type=83
+start=8, size=4, type=c, bootable
+END
+disk mbr 2560 001-000-001 002-011-002 001-002-007 005-000-001
+rm -f "$image"; truncate -s 1M "$image"
+# Closer to each other than sfdisk puts them: entries by hand.
+record() {
+    patch "$(($1 * 512 + 510))" '\125\252'
+    patch "$(($1 * 512 + 446))" "\\000\\000\\000\\000\\$2\\000\\000\\000\\$3\\000\\000\\000\\$4\\000\\000\\000"
+    [ $# -lt 5 ] || patch "$(($1 * 512 + 462))" "\\000\\000\\000\\000\\$5\\000\\000\\000\\$6\\000\\000\\000\\$7\\000\\000\\000"
+}
+record 0 203 001 001 017 002 020
+record 2 203 001 001 005 003 003
+record 5 203 001 002 005 006 003
+record 8 203 001 001
+disk logical 4608 005-000-002 006-011-002 007-000-003 010-000-003 007-002-017
+record 8 203 001 001 005 003 003
+disk logical-loop 4608 010-000-003 006-000-003
+rm -f "$image"; truncate -s 60k "$image"
+sgdisk --clear --set-alignment=1 --new=1:34:40 --change-name=1:one --new=3:41:50 "$image" >/dev/null
+disk gpt 1408 001-000-016 003-011-016 002-000-016 001-003-017 003-004-003
+# A header alone, with an entry in the next sector, and the same at the end; sums are made there.
+header() {
+    patch "$(($1 * $2))" 'EFI PART\000\000\001\000\134\000\000\000'
+    patch "$(($1 * $2 + 24))" "\\00$1\\000\\000\\000\\000\\000\\000\\000\\00$3"
+    patch "$(($1 * $2 + 40))" '\003\000\000\000\000\000\000\000\003'
+    patch "$(($1 * $2 + 72))" '\002\000\000\000\000\000\000\000\004\000\000\000\200'
+    patch "$((2 * $2))" 'ABCDEFGHIJKLMNOPabcdefghijklmnop\003\000\000\000\000\000\000\000\003'
+}
+for sector in 512 4096; do
+    rm -f "$image"; truncate -s "$((5 * sector))" "$image"
+    record 0 356 001 004
+    header 1 "$sector" 4
+    # The disk's end is the input's end here, or some zeroes further.
+    disk "gpt-$sector" "$((2 * sector + 128))" 001-004-003 001-014-004 002-004-003
+    patch "$sector" '\000'
+    header 4 "$sector" 1
+    [ "$sector" = 512 ] || continue
+    disk "gpt-backup-$sector" "$((5 * sector))" 001-004-000 001-015-000 001-000-000
+done
 
 # What a client says: its flags, options (a magic word, a number, a length, a payload), a request.
 mkdir -p "$out/nbd_server_handshake" "$out/nbd_server_transmission"

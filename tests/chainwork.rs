@@ -328,6 +328,45 @@ fn an_unsafe_rebase_changes_the_name_only() {
 }
 
 #[test]
+fn amending_after_an_unsafe_rebase_goes_by_what_is_recorded() {
+    let tmp = Tmp::in_memory("rebase-amend");
+    let (path, aside) = (tmp.join("top.qcow2"), tmp.join("aside"));
+    std::fs::write(tmp.join("a.raw"), vec![0xa; 1 << 20]).unwrap();
+    let set = |image: &Image, format: &str| {
+        image.amend(&options(&[("backing-fmt", format)]), Progress::NONE)
+    };
+    let recorded = || {
+        let image = open(&path, qblk::OpenFlags::INFO_ONLY);
+        let text =
+            |key| String::from_utf8(image.property(key).unwrap().unwrap_or_default()).unwrap();
+        (text("backing-filename"), text("backing-format"))
+    };
+    // It stood on nothing, and goes on so: what it is to stand on is still to come.
+    create(&path, "qcow2", 1 << 20, &[]);
+    let image = open(&path, RW);
+    set(&image, "raw").unwrap_err();
+    rebase(&image, "b.raw", &[("backing-fmt", "qcow2")], true).unwrap();
+    assert_eq!(read_range(&image, 0, 1), [0]);
+    std::fs::rename(tmp.join("a.raw"), tmp.join("b.raw")).unwrap();
+    set(&image, "raw").unwrap();
+    assert_eq!(recorded(), ("b.raw".into(), "raw".into()));
+    assert_eq!(read_range(&image, 0, 1), [0xa]);
+    // It stood on something, which it names no more; it could not be opened without.
+    std::fs::rename(&path, &aside).unwrap();
+    rebase(&image, "", &[], true).unwrap();
+    std::fs::rename(&aside, &path).unwrap();
+    assert_eq!(read_range(&image, 0, 1), [0xa]);
+    assert_eq!(recorded().0, "");
+    let e = set(&image, "raw").unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Errno(libc::EINVAL), "{e}");
+    assert!(e.to_string().contains("'backing-fmt'"), "{e}");
+    image.write_at(&[1], 0, NONE).unwrap();
+    image.close().unwrap();
+    assert_eq!(recorded(), (String::new(), String::new()));
+    check_clean(&path);
+}
+
+#[test]
 fn a_rebase_that_can_not_be_is_refused_and_all_goes_on() {
     let tmp = Tmp::in_memory("rebase-refused");
     let mut rng = Rng::new(11);

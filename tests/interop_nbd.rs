@@ -13,6 +13,8 @@ mod client_nbdkit;
 #[path = "interop_nbd/client_qemu.rs"]
 mod client_qemu;
 mod common;
+#[path = "interop_nbd/data_file.rs"]
+mod data_file;
 #[path = "interop_nbd/network.rs"]
 mod network;
 #[path = "interop_nbd/own.rs"]

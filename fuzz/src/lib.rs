@@ -1,11 +1,14 @@
 //! What the fuzz targets do with their input. A target fails by panicking, by taking too long, or by
-//! taking too much memory; what the library answers is not judged here, the inputs are hostile.
+//! taking too much memory; what the library answers is not judged, the inputs are hostile, unless that is
+//! said.
 //!
 //! * [`luks_header`]: the input is a file. It is described, and opened with a key.
 //! * [`qcow2_header`]: the input is a file. It is described, probed and opened.
 //! * [`qcow2_ops`]: the input is a script of operations and an image that they are done to.
 //! * [`qcow2_snapshots`]: the same, for internal snapshots and amending.
 //! * [`bitmaps::qcow2_bitmaps`]: the same, and what is done is done to bitmaps.
+//! * [`partition::partition_table`]: the input is a disk, of which a partition is opened. Here the answer is
+//!   judged, too: by what the disk's tables say.
 //! * [`nbd::handshake`]: the input is what a client says to the NBD server, from its first byte on.
 //! * [`nbd::transmission`]: the input is a script of requests after a right negotiation.
 //!
@@ -15,6 +18,7 @@
 pub mod bitmaps;
 pub mod nbd;
 pub mod nbd_client;
+pub mod partition;
 mod snapshots;
 
 use std::fs::File;

@@ -43,6 +43,11 @@ fn bitmaps_of_the_corpus_do_no_harm() {
 }
 
 #[test]
+fn partition_tables_of_the_corpus_do_no_harm() {
+    run(qblk_fuzz::partition::partition_table, "partition_table");
+}
+
+#[test]
 fn negotiations_of_the_corpus_do_no_harm() {
     run(qblk_fuzz::nbd::handshake, "nbd_server_handshake");
 }

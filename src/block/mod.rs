@@ -415,6 +415,10 @@ pub trait Driver: Send + Sync {
     fn flush_to_close(&self) -> Result<()> {
         self.flush()
     }
+    /// What is lost if it is dropped without having been closed, flushed or not: for people.
+    fn kept_until_closed(&self) -> Option<String> {
+        None
+    }
     /// What it stands on was opened anew beneath it, because the device was (layers).
     fn reopened(&self) {}
     /// What can be told of the image: state bits, cluster size, the image below.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::{Image, OpenFlags, Options, Shared, Tree, chain};
 use crate::block::{Error, Result};
+use crate::log::{Level, log};
 
 impl Image {
     /// Open the source anew with other flags (and options, or the same as before), beneath all of
@@ -97,7 +98,12 @@ impl Image {
             None => Some(admin.lock()),
             Some(patience) => admin.try_lock_for(patience),
         };
-        let Some(_admin) = held else { return Ok(()) };
+        let Some(_admin) = held else {
+            if let Some(call) = self.try_call() {
+                tell_lost(&call, "work on it does not end");
+            }
+            return Ok(());
+        };
         self.shared.closed.store(true, SeqCst);
         let tree = self.shared.tree.swap(ptr::null_mut(), SeqCst);
         if tree.is_null() {
@@ -120,8 +126,10 @@ impl Image {
         }
         // SAFETY: never freed.
         let tree = unsafe { &*tree };
-        tree.may_write()?;
-        tree.top.driver().flush_to_close()
+        let flushed = tree.may_write().and_then(|()| tree.top.driver().flush_to_close());
+        // With what the layers above have just given it.
+        tell_lost(tree, "a call on it does not end");
+        flushed
     }
 }
 
@@ -144,6 +152,21 @@ fn end_tree(mut tree: Box<Tree>, patience: Option<Duration>) -> Result<()> {
     let own = if tree.flags.has(OpenFlags::RDWR) { tree.top.driver().close() } else { Ok(()) };
     drop(tree);
     own.and(below.end(patience))
+}
+
+/// Say what the layers of a tree keep that is lost, for they can not be closed.
+fn tell_lost(tree: &Tree, why: &str) {
+    if let Some(what) = tree.top.driver().kept_until_closed() {
+        log(
+            Level::Error,
+            format_args!("{}: {why}, so it is not closed: {what} are lost", tree.name),
+        );
+    }
+    if let Some(below) = &tree.below
+        && let Some(call) = below.try_call()
+    {
+        tell_lost(&call, why);
+    }
 }
 
 /// Have everything that a tree without layers holds in its files. It stays usable.

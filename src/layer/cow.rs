@@ -338,6 +338,16 @@ impl Layer for Cow {
     fn close(&self) -> Result<()> {
         if self.write && self.commit { self.commit_all() } else { Ok(()) }
     }
+    fn kept_until_closed(&self) -> Option<String> {
+        if !self.write || !self.commit {
+            return None;
+        }
+        let here = self.here.read();
+        let blocks = here.count(STORED).saturating_add(here.count(ZERO));
+        let bytes = blocks.saturating_mul(self.block).min(self.size);
+        (bytes > 0)
+            .then(|| format!("{bytes} bytes of changes that layer '{}' was to commit", KIND.name))
+    }
     fn properties(&self) -> Vec<(&'static str, Vec<u8>)> {
         let bytes = |state| {
             self.here.read().count(state).saturating_mul(self.block).to_string().into_bytes()

@@ -169,6 +169,10 @@ pub trait Layer: Send + Sync {
     fn close(&self) -> Result<()> {
         self.flush_to_close()
     }
+    /// What of its own is lost if it is dropped without having been closed, flushed or not: for people.
+    fn kept_until_closed(&self) -> Option<String> {
+        None
+    }
     /// What is below was opened anew, because the device was: what was said to last until then does so no
     /// more.
     fn reopened(&self) {}
@@ -237,6 +241,9 @@ impl<L: Layer> Driver for Stacked<L> {
     }
     fn close(&self) -> Result<()> {
         self.0.close()
+    }
+    fn kept_until_closed(&self) -> Option<String> {
+        self.0.kept_until_closed()
     }
     fn reopened(&self) {
         self.0.reopened();

@@ -150,7 +150,10 @@ fn what_tables_lead_to_must_be_counted_and_once_only() {
         let e = image.snapshot_delete(b"1").unwrap_err();
         expect(what, e, ErrorKind::Corrupt, &[word]);
         assert_eq!(read_range(&image, 0, 10), [2; 10], "{what}");
+        // The image goes on without it.
+        image.write_at(&[3; 10], 0, NONE).unwrap();
         image.close().unwrap();
+        assert!(!is_marked(&path), "{what}");
     }
     // Two L1 entries with one table: an image of many entries would take for ever.
     let path = dir.join("twice");
@@ -164,6 +167,100 @@ fn what_tables_lead_to_must_be_counted_and_once_only() {
     let image = open(&path, RW);
     let e = image.snapshot_create(b"s", &no()).unwrap_err();
     expect("twice", e, ErrorKind::Corrupt, &["two L1 entries", &format!("{:#x}", l2 & !COPIED)]);
+}
+
+/// Whether the image says that it is corrupt.
+fn is_marked(path: &Path) -> bool {
+    peek_u64(path, 72) & 2 != 0
+}
+
+/// What is wrong with the active image's tables is found by whatever walks over them: the image is marked and
+/// fenced, and can be read.
+#[test]
+fn wrong_tables_of_the_active_image_are_a_fault_of_the_image() {
+    let dir = Tmp::in_memory("snap-active");
+    let (path, _) = with_snapshots(&dir);
+    let image = open(&path, RW);
+    image.write_at(&[3; 10], 2 * CLUSTER, NONE).unwrap();
+    image.close().unwrap();
+    let l1 = peek_u64(&path, 40);
+    let l2 = peek_u64(&path, l1) & MASK;
+    let good = fs::read(&path).unwrap();
+    let free = (good.len() as u64).next_multiple_of(CLUSTER) + CLUSTER;
+    type Work = fn(&Image) -> Result<(), qblk::Error>;
+    let apply: Work = |image| image.snapshot_apply(b"1");
+    let delete: Work = |image| image.snapshot_delete(b"1");
+    let old: Work = |image| image.amend(&options(&[("compat", "0.10")]), Progress::NONE);
+    for (what, at, value, word, works) in [
+        ("free data", l2 + 16, free, "refcount of 0", &[apply, delete, old][..]),
+        ("reserved bits", l2 + 16, (5 * CLUSTER) | 2, "reserved", &[apply, delete, old]),
+        ("unaligned data", l2 + 16, 5 * CLUSTER + 512, "multiple", &[apply, delete, old]),
+        ("a free table", l1, free, "", &[apply, delete, old]),
+        ("reserved bits in L1", l1, (5 * CLUSTER) | 1, "L1 entry 0", &[apply, delete, old]),
+        ("a table past the end", l1, 1 << 40, "past the end", &[apply, delete, old]),
+    ] {
+        for work in works {
+            fs::write(&path, &good).unwrap();
+            poke(&path, at, &value.to_be_bytes());
+            let image = open(&path, RW);
+            expect(what, work(&image).unwrap_err(), ErrorKind::Corrupt, &[word]);
+            let e = image.write_at(&[4; 10], CLUSTER, NONE).unwrap_err();
+            expect(what, e, ErrorKind::Corrupt, &["refuses writes"]);
+            drop(image);
+            assert!(is_marked(&path), "{what}");
+            // The snapshot has all it had.
+            let shown = options(&[("snapshot", "second")]);
+            assert_eq!(read_range(&open_with(&path, &shown, RO), 0, 10), [2; 10], "{what}");
+        }
+    }
+}
+
+/// A snapshot that points to what is the active image's alone, by its counts, must not take it along.
+#[test]
+fn a_snapshot_takes_nothing_along_that_is_the_active_images() {
+    let dir = Tmp::in_memory("snap-claims");
+    let path = dir.join("image");
+    create(&path, "qcow2", 1 << 20, &[("compression-type", "zlib")]);
+    let image = open(&path, RW);
+    image.write_at(&[1; CLUSTER as usize], 0, NONE).unwrap();
+    image.snapshot_create(b"s", &no()).unwrap();
+    image.write_at(&[2; CLUSTER as usize], 0, NONE).unwrap();
+    let pattern: Vec<u8> = (0..CLUSTER).map(|i| (i % 251) as u8).collect();
+    image.write_compressed(OneIov::src(&pattern).iov(), CLUSTER).unwrap();
+    image.close().unwrap();
+    let good = fs::read(&path).unwrap();
+    let of_snapshot = peek_u64(&path, peek_u64(&path, peek_u64(&path, 64))) & MASK;
+    let l1 = peek_u64(&path, 40);
+    let active = peek_u64(&path, l1) & MASK;
+    let plain = peek_u64(&path, active) & MASK;
+    let packed = peek_u64(&path, active + 8);
+    for (what, at, value) in [
+        ("its data", of_snapshot, plain),
+        ("its compressed data", of_snapshot + 8, packed),
+        ("its table", peek_u64(&path, peek_u64(&path, 64)), active),
+    ] {
+        fs::write(&path, &good).unwrap();
+        poke(&path, at, &value.to_be_bytes());
+        let image = open(&path, RW);
+        let e = image.snapshot_delete(b"s").unwrap_err();
+        expect(what, e, ErrorKind::Corrupt, &["would have a refcount of 0"]);
+        image.write_at(&[4; 10], 5 * CLUSTER, NONE).unwrap();
+        assert_eq!(read_range(&image, 0, 10), [2; 10], "{what}");
+        assert_same(&read_range(&image, CLUSTER, CLUSTER), &pattern, CLUSTER, what);
+        image.close().unwrap();
+        assert!(!is_marked(&path), "{what}");
+        // Once the counts are mended it goes.
+        let image = open(&path, RW | OpenFlags::CHECK);
+        let report = image.check(qblk::block::Repair::All, Progress::NONE).unwrap();
+        assert_eq!((report.corruptions, report.check_errors), (0, 0), "{what}: {report:?}");
+        image.close().unwrap();
+        let image = open(&path, RW);
+        image.snapshot_delete(b"s").unwrap();
+        assert_eq!(read_range(&image, 0, 10), [2; 10], "{what}");
+        assert_same(&read_range(&image, CLUSTER, CLUSTER), &pattern, CLUSTER, what);
+        image.close().unwrap();
+        check_clean(&path);
+    }
 }
 
 /// Everything that has to do with snapshots, whatever comes of it, and soon.

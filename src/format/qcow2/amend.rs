@@ -14,7 +14,7 @@ use super::entry::first_word;
 use super::header::{
     AUTOCLEAR_RAW, COMPAT_LAZY, EXT_BACKING_FORMAT, EXT_FEATURE_NAMES, MAX_BACKING_NAME, at,
 };
-use super::rebuild::{Plan, Rebuild};
+use super::rebuild::{Plan, Rebuild, Whose};
 use super::*;
 use crate::log::{Level, log};
 
@@ -99,8 +99,13 @@ impl Qcow2 {
                 long.len()
             )));
         }
-        let names_one = is_backed || (to.backing.is_none() && self.header.backing.is_some());
-        if to.backing_format.as_ref().is_some_and(|f| !f.is_empty()) && !names_one {
+        // By what is recorded now: after a rebase that copies nothing this may still stand on what was
+        // recorded when it was opened.
+        let names_one = || match &to.backing {
+            Some(_) => Ok(is_backed),
+            None => Header::read(&self.file).map(|header| header.backing.is_some()),
+        };
+        if to.backing_format.as_ref().is_some_and(|f| !f.is_empty()) && !names_one()? {
             return Err(Error::invalid(format!(
                 "{name}: option 'backing-fmt' has no use without a backing file"
             )));
@@ -204,8 +209,8 @@ impl Rebuild<'_> {
     fn expand_zeroes(&mut self, plan: &mut Plan<'_>) -> Result<()> {
         // Tables that several L1 tables have, by their old places.
         let mut moved = HashMap::new();
-        self.expand_in(&mut plan.l1, &mut moved)?;
         let image = self.image;
+        Whose::Active.judge(image, self.expand_in(&mut plan.l1, &mut moved))?;
         for s in &mut plan.snapshots {
             let mut l1 = snapshot::load_l1(&image.file, &image.header, s, image.l2_bits)?;
             if !self.expand_in(&mut l1, &mut moved)? {
@@ -216,8 +221,8 @@ impl Rebuild<'_> {
             let run = self.write_l1(&l1)?;
             s.l1_offset = run.first << image.cluster_bits;
         }
-        self.mark_entries(&mut plan.l1)?;
-        self.mark_tables(&mut plan.l1)
+        self.mark_entries(&mut plan.l1, Whose::Active)?;
+        self.mark_tables(&mut plan.l1, Whose::Active)
     }
 
     /// [`Rebuild::expand_zeroes`] in one L1 table: whether it has changed.

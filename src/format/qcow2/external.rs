@@ -147,12 +147,16 @@ impl Qcow2 {
         if size < new { data.driver().resize(new, Prealloc::Off, false) } else { Ok(()) }
     }
 
-    /// After the image has shrunk: cut the data file off where it ends. A device stays as long as it is.
+    /// After the image has shrunk: cut the data file off where it ends. A device or an export stays as long
+    /// as it is.
     pub(super) fn shrink_data(&self, new: u64) -> Result<()> {
         let new = self.data_len(new);
         match &self.external {
             Some(data) if data.driver().kind() != "host_device" && data.size() > new => {
-                data.driver().resize(new, Prealloc::Off, true)
+                match data.driver().resize(new, Prealloc::Off, true) {
+                    Err(Error::NotSupported(_)) => Ok(()),
+                    done => done,
+                }
             }
             _ => Ok(()),
         }

@@ -42,6 +42,25 @@ pub(super) struct Rebuild<'a> {
     total: u64,
 }
 
+/// Whose tables are looked at.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Whose {
+    /// What is wrong with them is wrong with the image, which is marked.
+    Active,
+    /// The image goes on without the snapshot.
+    Snapshots,
+}
+
+impl Whose {
+    /// What was found, after marking an image that it speaks of.
+    pub(super) fn judge<T>(self, image: &Qcow2, found: Result<T>) -> Result<T> {
+        match self {
+            Self::Active => image.or_corrupt(found),
+            Self::Snapshots => found,
+        }
+    }
+}
+
 /// Where new tables lie.
 struct Switch {
     size: u64,
@@ -80,8 +99,8 @@ impl Qcow2 {
         };
         let shadow = Shadow::new(refs, &self.file, order)?;
         let mut new = Rebuild { image: self, shadow, progress, done: 0, total: 0 };
-        // Where the refcounts contradict themselves the image is marked. What `work` finds of a snapshot
-        // concerns that alone: the image goes on.
+        // Where the refcounts or the active image's tables contradict themselves the image is marked. What
+        // `work` finds of a snapshot concerns that alone: the image goes on.
         self.or_corrupt(new.shadow.convert(progress))?;
         work(&mut new, &mut plan)?;
         let written = new.write(&mut plan, snapshots);
@@ -245,15 +264,39 @@ impl<'a> Rebuild<'a> {
         self.shadow.change(cluster, up)
     }
 
+    /// How many references a cluster is to have.
+    fn count_of(&mut self, cluster: u64) -> Result<u64> {
+        self.image.or_corrupt(self.shadow.get(cluster))
+    }
+
     /// What is pointed to must be counted, or it would be handed out as free.
     fn expect_used(&mut self, cluster: u64) -> Result<()> {
-        if self.shadow.get(cluster)? != 0 || self.shadow.was_used(cluster)? {
+        if self.count_of(cluster)? != 0 || self.image.or_corrupt(self.shadow.was_used(cluster))? {
             return Ok(());
         }
         Err(Error::corrupt(
             self.name(),
             format!(
                 "the cluster at {:#x} is in use but has a refcount of 0",
+                cluster << self.image.cluster_bits
+            ),
+        ))
+    }
+
+    /// How many references a cluster is to have that `whose` tables point to: one is theirs.
+    fn kept(&mut self, cluster: u64, whose: Whose) -> Result<u64> {
+        let count = self.count_of(cluster)?;
+        if count != 0 {
+            return Ok(count);
+        }
+        let used = self.expect_used(cluster);
+        whose.judge(self.image, used)?;
+        // It was counted once for two: for the active image and for the snapshot that goes.
+        Err(Error::corrupt(
+            self.name(),
+            format!(
+                "the cluster at {:#x} is in use and would have a refcount of 0: another snapshot or image \
+                 points to it without being counted",
                 cluster << self.image.cluster_bits
             ),
         ))
@@ -316,22 +359,28 @@ impl<'a> Rebuild<'a> {
 
     /// Make the marks of "the only reference" in the L2 tables of an L1 table what the counts say. A
     /// table that changes gets another place; others that have it keep the old one.
-    pub(super) fn mark_entries(&mut self, l1: &mut [u64]) -> Result<()> {
-        self.expect(self.tables(l1)?.len());
+    pub(super) fn mark_entries(&mut self, l1: &mut [u64], whose: Whose) -> Result<()> {
+        let image = self.image;
+        self.expect(whose.judge(image, self.tables(l1))?.len());
         let width = self.image.l2_entry_bytes();
         for slot in l1 {
             let table = *slot & !COPIED;
             if table == 0 {
                 continue;
             }
-            let (mut bytes, mut changed) = (self.read_table(table)?, false);
+            let (mut bytes, mut changed) = (whose.judge(image, self.read_table(table))?, false);
             for word in bytes.chunks_exact_mut(width) {
                 let raw = entry::first_word(word);
+                let clusters = whose.judge(image, self.clusters(table, raw))?;
+                let Some((cluster, n)) = clusters else { continue };
+                let count = self.kept(cluster, whose)?;
                 if raw & entry::COMPRESSED != 0 {
+                    for cluster in cluster + 1..cluster + n {
+                        self.kept(cluster, whose)?;
+                    }
                     continue;
                 }
-                let Some((cluster, _)) = self.clusters(table, raw)? else { continue };
-                let only = if self.shadow.get(cluster)? == 1 { COPIED } else { 0 };
+                let only = if count == 1 { COPIED } else { 0 };
                 if raw & COPIED != only {
                     word[..8].copy_from_slice(&(raw & !COPIED | only).to_be_bytes());
                     changed = true;
@@ -360,11 +409,11 @@ impl<'a> Rebuild<'a> {
     }
 
     /// Make the marks in an L1 table what the counts of L2 tables say.
-    pub(super) fn mark_tables(&mut self, l1: &mut [u64]) -> Result<()> {
+    pub(super) fn mark_tables(&mut self, l1: &mut [u64], whose: Whose) -> Result<()> {
         for slot in l1 {
             let table = *slot & !COPIED;
             if table != 0 {
-                let only = self.shadow.get(table >> self.image.cluster_bits)? == 1;
+                let only = self.kept(table >> self.image.cluster_bits, whose)? == 1;
                 *slot = if only { entry::normal(table) } else { table };
             }
         }

@@ -9,7 +9,7 @@
 
 use super::entry::{be16, be32, be64};
 use super::header::MAX_L1_BYTES;
-use super::rebuild::{Plan, Rebuild};
+use super::rebuild::{Plan, Rebuild, Whose};
 use super::*;
 
 /// Most snapshots.
@@ -312,7 +312,7 @@ impl Qcow2 {
         };
         self.rebuild(self.order()?, Progress::NONE, |new, plan| {
             // What is read is the active image's.
-            self.or_corrupt(new.create(plan, info))
+            Whose::Active.judge(self, new.create(plan, info))
         })?;
         // It is in the snapshot, and in the active image no more.
         self.vm_state.forget();
@@ -403,12 +403,12 @@ impl Rebuild<'_> {
         let whole = active.len() + behind.len();
         // The tables themselves are counted last: some of them move.
         self.count_clusters(&active, true)?;
-        self.mark_entries(&mut active)?;
+        self.mark_entries(&mut active, Whose::Active)?;
         self.count_tables(&active, true)?;
         let mut kept: Vec<u64> = active.iter().chain(&behind).map(|e| e & !COPIED).collect();
         let used = kept.iter().rposition(|e| *e != 0).map_or(0, |last| last + 1);
         kept.truncate(used.max(needed));
-        self.mark_tables(&mut active)?;
+        self.mark_tables(&mut active, Whose::Active)?;
         active.resize(whole, 0);
         let run = self.write_l1(&kept)?;
         plan.l1 = active;
@@ -425,12 +425,12 @@ impl Rebuild<'_> {
         let image = self.image;
         let mut l1 = load_l1(&image.file, &image.header, chosen, image.l2_bits)?;
         // References go before they come: where counts are narrow there is no room for both.
-        self.count_clusters(&plan.l1, false)?;
-        self.count_tables(&plan.l1, false)?;
+        Whose::Active.judge(image, self.count_clusters(&plan.l1, false))?;
+        Whose::Active.judge(image, self.count_tables(&plan.l1, false))?;
         self.count_clusters(&l1, true)?;
         self.count_tables(&l1, true)?;
-        self.mark_entries(&mut l1)?;
-        self.mark_tables(&mut l1)?;
+        self.mark_entries(&mut l1, Whose::Snapshots)?;
+        self.mark_tables(&mut l1, Whose::Snapshots)?;
         // As much room as there was.
         l1.resize(l1.len().max(plan.l1.len()), 0);
         plan.l1 = l1;
@@ -446,8 +446,8 @@ impl Rebuild<'_> {
         if !l1.is_empty() {
             self.shadow.free(image.clusters_of(gone.l1_offset, l1.len() as u64 * 8))?;
         }
-        self.mark_entries(&mut plan.l1)?;
-        self.mark_tables(&mut plan.l1)
+        self.mark_entries(&mut plan.l1, Whose::Active)?;
+        self.mark_tables(&mut plan.l1, Whose::Active)
     }
 }
 
