@@ -16,7 +16,7 @@ int main(int argc, char **argv)
 {
     static const char *const can[] = {"format:raw", "format:qcow2", "compress:zlib", "compress:deflate",
                                       "compress:zstd", "io:mmap", "mem", "file",
-                                      "nbd", "nbd:client", "nbd:server", "nbd:tls", "plugins"};
+                                      "nbd", "nbd:client", "nbd:server", "nbd:tls", "plugins", "layers"};
     static const char *const cannot[] = {"", "format:", "format:qcow3", "FORMAT:RAW", "format:raw ", "nbd:", "nbd:psk", "\xff"};
     char text[32];
     (void)argc;

@@ -894,7 +894,8 @@ const char *qblk_version_string(void);
  * Whether the library that is loaded can do `feature`: 1 or 0.
  *
  * Features are named "format:qcow2", "format:raw", "format:luks", "encrypt:luks", "compress:zlib",
- * "compress:zstd", "io:mmap", "mem", "file", "bitmaps". What it does not know, and NULL, is 0.
+ * "compress:zstd", "io:mmap", "mem", "file", "bitmaps", "nbd:client", "nbd:server", "nbd:tls",
+ * "layers", "plugins". What it does not know, and NULL, is 0.
  *
  * Cannot fail. Any thread. Since 0.1.
  */

@@ -350,7 +350,7 @@ pub trait Driver: Send + Sync {
     /// that was written is in the file; no other call is under way. When the report says `changed`, what the driver knows of
     /// the image may be out of date: it must be opened anew before it is used for anything else.
     fn check(&self, _repair: Repair, _progress: Progress<'_>) -> Result<CheckReport> {
-        Err(Error::NotSupported("checking images of this format"))
+        Err(Error::NotSupported("checking: only qcow2 images have tables that can be wrong"))
     }
     /// The dirty bitmaps that there are; `count`: also what is dirty in them, where that can be had.
     fn bitmaps(&self, _count: bool) -> Result<Vec<BitmapInfo>> {

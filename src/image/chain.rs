@@ -12,7 +12,7 @@ use std::sync::Arc;
 use super::how::{Carrier, Implicit, check, implicit};
 use super::managed;
 pub(super) use super::named::beside;
-use super::named::{Role, allowed, may_name, named_error, none_of_its_kind};
+use super::named::{Role, allowed, may_name, misspelt, named_error, none_of_its_kind};
 use super::remote::{self, Remote};
 use super::{Again, OpenFlags, Options, Tree, key};
 use crate::block::*;
@@ -139,6 +139,7 @@ pub(super) fn open(
         ),
     };
     managed::open(name.to_owned().into(), again, options, flags, calls, None)
+        .map_err(|e| misspelt(e, name))
 }
 
 /// Use `fd` and open what the image behind it stands on.

@@ -29,9 +29,11 @@ pub fn create(name: &OsStr, format: &str, size: u64, options: &Options) -> Resul
         Source::Path(path) => Name::from(path.to_owned()),
         Source::Memory(_) => return Err(Error::invalid("mem: is made by opening it")),
         Source::Plugin(_) => {
-            return Err(Error::NotSupported(
-                "creating images in plugins (open it and write to it)",
-            ));
+            return Err(Error::Refused {
+                file: name.to_owned().into(),
+                what: "a plugin's bytes are its own to make; open it and write to it".into(),
+                errno: libc::ENOTSUP,
+            });
         }
         Source::Remote(_) => {
             let text = "an NBD export is made by its server; write to it as it is";

@@ -18,7 +18,8 @@ use crate::plugin::LayerPlugin;
 /// Layers on a device, at most: each is a call deeper.
 const MOST: usize = 32;
 
-const NO_USE: &str = "layers have no use with QBLK_OPEN_INFO_ONLY and QBLK_OPEN_CHECK";
+const NO_USE: &str = "layers: what is in an image's header or tables (QBLK_OPEN_INFO_ONLY, \
+                      QBLK_OPEN_CHECK) is the image's own; leave its layers out";
 
 /// The layers that an open asks for, the lowest first.
 pub(super) struct Stack(Vec<Spec>);

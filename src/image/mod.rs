@@ -118,6 +118,17 @@ pub(crate) struct Tree {
 }
 
 impl Tree {
+    /// The error of a change where there can be none: which may be a layer's doing.
+    #[cold]
+    fn is_read_only(&self) -> Error {
+        let Again::Layer = self.again else {
+            return Error::ReadOnly(self.name.clone());
+        };
+        let what =
+            "opened read-only (QBLK_OPEN_RDWR opens for writing), or a layer on it refuses changes";
+        Error::Refused { file: self.name.clone(), what: what.into(), errno: libc::EROFS }
+    }
+
     /// Refuse to write what is not leased any more.
     #[inline]
     fn may_write(&self) -> Result<()> {
@@ -350,7 +361,7 @@ impl Image {
         let call = self.data_call(offset, count)?;
         // Another context may have reopened the source read-only.
         if !self.write.load(Relaxed) || !call.flags.has(OpenFlags::RDWR) {
-            return Err(Error::ReadOnly(call.name.clone()));
+            return Err(call.is_read_only());
         }
         call.may_write()?;
         Ok(call)

@@ -178,3 +178,23 @@ pub(super) fn beside(image: &Path, path: &Path) -> PathBuf {
         _ => PathBuf::from(std::ffi::OsString::from_vec(path.as_os_str().as_bytes().to_vec())),
     }
 }
+
+/// What is not there and begins like a scheme may be one that was misspelt.
+pub(super) fn misspelt(e: Error, name: &OsStr) -> Error {
+    let Error::Os { errno: errno @ libc::ENOENT, file, .. } = &e else {
+        return e;
+    };
+    let scheme = name.as_bytes().split(|b| *b == b':').next().unwrap_or_default();
+    let like_one = scheme.len() < name.len()
+        && scheme.first().is_some_and(u8::is_ascii_alphabetic)
+        && scheme.iter().all(|b| b.is_ascii_alphanumeric() || b"+-".contains(b));
+    if file.as_os_str() != name || !like_one || scheme == b"file" {
+        return e;
+    }
+    let what = format!(
+        "open: there is no such file, and no scheme {} (there are file:, mem:, nbd:// and its kin, \
+         plugin: and layers:)",
+        quoted(scheme)
+    );
+    Error::Refused { file: file.clone(), what, errno: *errno }
+}

@@ -128,6 +128,12 @@ const KEYS: &[(&str, u16)] = &[
     ("vm-clock", SNAPSHOT),
 ];
 
+/// The layer whose setting `key` would be, if there is one of that name.
+fn of_layer(key: &str) -> Option<&str> {
+    let (layer, _) = key.split_once('.')?;
+    crate::layer::find(layer).map(|kind| kind.name)
+}
+
 /// Settings for a call. Keys are kept in lower case with hyphens; values are bytes, which are wiped
 /// when they go, since some are passphrases.
 #[derive(Clone, Default)]
@@ -205,6 +211,13 @@ impl Options {
                             Use::Amend => "amending",
                             Use::Rebase => "rebasing",
                         }
+                    )));
+                }
+                None if what == Use::Open && of_layer(key).is_some() => {
+                    return Err(Error::invalid(format!(
+                        "option {} has no use here (there is no layer '{}' in the option 'layers')",
+                        quoted(full.as_bytes()),
+                        of_layer(key).unwrap_or_default()
                     )));
                 }
                 None => {

@@ -456,10 +456,12 @@ impl Driver for PluginDriver {
         let about = below.map(|next| next.driver().describe()).unwrap_or_default();
         let mut properties = vec![
             ("plugin.name", self.property("name")),
-            ("plugin.version", self.property("version")),
             ("plugin.api-version", self.property("api")),
             ("plugin.thread-model", self.property("model")),
         ];
+        if self.instance.plugin.version.is_some() {
+            properties.insert(1, ("plugin.version", self.property("version")));
+        }
         if let Some(can) = self.multi_conn {
             properties
                 .push(("plugin.multi-conn", if can == Can::Not { "off" } else { "on" }.into()));
@@ -498,7 +500,11 @@ pub fn exports(
 ) -> Result<Vec<(Vec<u8>, Vec<u8>)>> {
     let plugin: Arc<Plugin> = super::load::find(&name.which, &name.path())?;
     let (Some(open), Some(list)) = (plugin.slots.open, plugin.slots.list_exports) else {
-        return Err(Error::NotSupported("a list of exports (the plugin has none)"));
+        return Err(Error::Refused {
+            file: super::shown(name),
+            what: "the plugin has no function list_exports".into(),
+            errno: libc::ENOTSUP,
+        });
     };
     // SAFETY: the plugin's function, with what it registered.
     let begin = |p: &Plugin| unsafe { open(p.opaque(), flags) };

@@ -30,6 +30,20 @@ pub mod method {
     pub const CACHE: u64 = 32;
     /// `extents`.
     pub const EXTENTS: u64 = 64;
+
+    /// The names of those that are set.
+    pub fn names(mask: u64) -> Vec<&'static str> {
+        const ALL: [(u64, &str); 7] = [
+            (READ, "read"),
+            (WRITE, "write"),
+            (FLUSH, "flush"),
+            (TRIM, "trim"),
+            (ZERO, "zero"),
+            (CACHE, "cache"),
+            (EXTENTS, "extents"),
+        ];
+        ALL.iter().filter(|(bit, _)| mask & bit != 0).map(|(_, name)| *name).collect()
+    }
 }
 
 /// What a layer in C is given to open contexts on: from its function open_layer until its function close

@@ -155,8 +155,11 @@ fn load(path: &Path) -> Result<Arc<Plugin>> {
     })?;
     if !meta.is_file() {
         // dlopen would wait at a FIFO.
-        let errno = if meta.is_dir() { libc::EISDIR } else { libc::EACCES };
-        return Err(Error::Os { op: "loading a plugin", file: name, errno });
+        if meta.is_dir() {
+            return Err(Error::Os { op: "loading a plugin", file: name, errno: libc::EISDIR });
+        }
+        let what = "loading a plugin: neither a regular file nor a plugin that was registered";
+        return Err(refused(&name, what, libc::EACCES));
     }
     let c_path = CString::new(path.as_os_str().as_bytes());
     let c_path = c_path.map_err(|_| Error::invalid("the plugin's name has a NUL byte in it"))?;
@@ -238,12 +241,16 @@ impl Object {
             return Ok(Self(handle));
         }
         let text = dl_error();
-        let hint = match text.windows(16).any(|w| w == b"undefined symbol") {
-            true => {
+        let says = |words: &str| text.windows(words.len()).any(|w| w == words.as_bytes());
+        let hint = match () {
+            _ if says("undefined symbol") => {
                 " (a plugin that calls libqblk is linked with it, -lqblk; a program that has libqblk \
                      built in exports it to plugins with -rdynamic)"
             }
-            false => "",
+            _ if says("file too short") || says("invalid ELF header") => {
+                " (expected a shared object, as cc -shared -fPIC makes it)"
+            }
+            _ => "",
         };
         Err(refused(name, format!("loading the plugin: {}{hint}", quoted(&text)), libc::ELIBACC))
     }

@@ -23,7 +23,7 @@ mod order;
 use std::ffi::{OsStr, c_void};
 use std::os::unix::ffi::OsStrExt;
 
-use crate::block::{Driver, Name, Result};
+use crate::block::{Driver, Error, Name, Result};
 pub(crate) use call::{is_inside, note_inner, refuse_reentry, set_error, set_error_text};
 pub use layer::{LayerPlugin, LayerSource, method};
 pub(crate) use list::ExtentsList;
@@ -91,6 +91,8 @@ pub struct About {
     pub is_layer: bool,
     /// Its functions.
     pub functions: Vec<&'static str>,
+    /// Of a layer: the methods that it has passed on to what is below.
+    pub passes: Vec<&'static str>,
     /// What it says of its settings.
     pub config_help: Option<String>,
     /// What it tells of itself.
@@ -99,6 +101,9 @@ pub struct About {
 
 /// Load a plugin and tell what it is.
 pub fn describe(which: &[u8]) -> Result<About> {
+    if which.is_empty() {
+        return Err(Error::invalid("the name is empty; expected the path of a shared object"));
+    }
     let name = PluginName { which: which.to_vec(), settings: Vec::new(), shown: which.to_vec() };
     let plugin = load::find(&name.which, &name.path())?;
     let (config_help, dump) = instance::texts(&plugin, &shown(&name))?;
@@ -113,6 +118,7 @@ pub fn describe(which: &[u8]) -> Result<About> {
         errno_is_preserved: plugin.slots.errno_is_preserved != 0,
         is_layer: plugin.slots.open_layer.is_some(),
         functions: plugin.slots.filled(),
+        passes: layer::method::names(plugin.slots.passes),
         config_help,
         dump,
     })

@@ -177,7 +177,7 @@ fn an_image_that_may_not_be_written_can_be_written_over() {
     }
     // Opened read-only it changes nothing and reads all.
     let image = Image::open(path.as_os_str(), &Options::new().with("layers", "cow"), RO).unwrap();
-    assert!(matches!(image.write_at(b"x", 0, NONE), Err(Error::ReadOnly(_))));
+    assert!(crate::is_read_only(image.write_at(b"x", 0, NONE)));
     assert!(read_all(&image) == vec![1; 1 << 20]);
 }
 

@@ -38,7 +38,10 @@ pub fn run(args: &CheckArgs) -> Result<()> {
     let report = match (found, signals::asked_to_end()) {
         (Err(Error::Canceled), Some(signal)) => return Err(Failure::Signal(signal, None)),
         (Err(Error::NotSupported(what)), _) => {
-            return Err(Failure::said(format!("{}: {what}", quoted(args.image.as_bytes()))));
+            return Err(Failure::said(format!(
+                "{}: does not support {what}",
+                quoted(args.image.as_bytes())
+            )));
         }
         (found, _) => found?,
     };

@@ -25,7 +25,9 @@ pub fn run(args: &LayersArgs) -> Result<()> {
     let Some(kind) = find(name) else {
         let all: Vec<_> = KINDS.iter().map(|k| k.name).collect();
         let (name, all) = (quoted(name.as_bytes()), all.join(", "));
-        return Err(Failure::usage(format!("there is no layer {name}: there are {all}")));
+        return Err(Failure::usage(format!(
+            "there is no layer {name}: there are {all} (of a shared object qblk plugin tells)"
+        )));
     };
     if args.json { json::print(&as_json(kind)) } else { one(kind) }
 }

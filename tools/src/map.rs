@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::cli::MapArgs;
 use crate::failure::{Failure, Result};
 use crate::json::put_name;
-use crate::open::{Link, chain, file_id};
+use crate::open::{Link, beneath, chain, file_id, has_layers};
 use crate::svg::Picture;
 use crate::tally::{Class, Kind, Totals, for_each_extent};
 use crate::units::{human, human_and_exact, shown};
@@ -38,10 +38,26 @@ pub fn run(args: &MapArgs) -> Result<()> {
 /// The images of the chain, for their names.
 fn links(args: &MapArgs) -> Result<Vec<Link>> {
     let (settings, flags) = (args.open.settings(), args.open.flags());
-    if args.open.no_backing {
-        return Ok(vec![Link::read(&args.image, &settings, flags)?]);
+    let mut links = match args.open.no_backing {
+        true => vec![Link::read(&args.image, &settings, flags)?],
+        false => chain(&args.image, &settings, flags)?,
+    };
+    // A layer that keeps changes is an image above the one that it stands on: what is there lies deeper.
+    let layers = links[0].properties.iter().find(|(key, _)| key == "layers");
+    let names = layers.map(|(_, names)| String::from_utf8_lossy(names).into_owned());
+    let overlays = names.iter().flat_map(|n| n.split(',')).filter(|n| *n == "cow").count();
+    if overlays > 0 {
+        let mut image = links[0].clone();
+        image.name = beneath(&args.image).to_owned();
+        let mut overlay = image.clone();
+        overlay.name = "layer cow".into();
+        let below = std::iter::repeat_n(overlay, overlays - 1).chain([image]);
+        links.splice(1..1, below);
+        if !has_layers(&args.image) {
+            links[0].name = "layer cow".into();
+        }
     }
-    chain(&args.image, &settings, flags)
+    Ok(links)
 }
 
 /// The name of the image at a depth.

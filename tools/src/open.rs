@@ -124,6 +124,7 @@ pub fn file_id(name: &OsStr) -> Option<FileId> {
 }
 
 /// One image of a chain, described but not opened for its data.
+#[derive(Clone)]
 pub struct Link {
     /// By which it was opened.
     pub name: OsString,

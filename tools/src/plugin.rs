@@ -57,6 +57,10 @@ fn print(args: &PluginArgs, about: &About) -> Result<()> {
     rows.push(("thread model", about.thread_model.name().into()));
     rows.push(("errno", errno.into()));
     rows.push(("functions", about.functions.join(" ")));
+    if about.is_layer {
+        let none = about.passes.is_empty();
+        rows.push(("passes on", if none { "nothing".into() } else { about.passes.join(" ") }));
+    }
     for (key, lines) in [("settings", &about.config_help), ("tells", &about.dump)] {
         let lines = lines.iter().flat_map(|text| text.lines());
         rows.extend(lines.map(|line| (key, shown_bytes(line.as_bytes()))));
@@ -82,6 +86,7 @@ fn as_json(args: &PluginArgs, about: &About) -> Value {
         ("thread_model".into(), json!(about.thread_model.name())),
         ("errno_is_preserved".into(), json!(about.errno_is_preserved)),
         ("functions".into(), json!(about.functions)),
+        ("passes".into(), json!(about.passes)),
         ("config_help".into(), json!(about.config_help)),
         ("dump".into(), json!(about.dump)),
     ]);

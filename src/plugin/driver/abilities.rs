@@ -74,7 +74,15 @@ impl PluginDriver {
         let can_write =
             says("can_write", slots.can_write, !matches!(write_fn, Writing::Not), "pwrite")?;
         if write && !can_write {
-            return Err(Error::ReadOnly(instance.name.clone()));
+            let what = match write_fn {
+                Writing::Not => "is read-only: the plugin has no function pwrite",
+                _ => "is read-only: the plugin says so (can_write)",
+            };
+            return Err(Error::Refused {
+                file: instance.name.clone(),
+                what: what.into(),
+                errno: libc::EROFS,
+            });
         }
         let flush =
             says("can_flush", slots.can_flush, !matches!(flush_fn, Flushing::Not), "flush")?;

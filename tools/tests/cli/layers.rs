@@ -22,6 +22,47 @@ fn layers_are_listed_with_their_settings() {
     dir.qblk("layers nothing").bad(2, &["'nothing'", "offset"]);
 }
 
+/// What is meant is guessed at, and no words of the C library are for people.
+#[test]
+fn what_is_misspelt_or_out_of_place_is_said() {
+    let dir = Dir::new();
+    dir.qblk("create a.qcow2 4M").good();
+    dir.qblk("info layer:cow:a.qcow2").bad(1, &["'layer:cow:a.qcow2'", "no scheme 'layer'"]);
+    dir.qblk("info file:layer:cow:a.qcow2").bad(1, &["'layer:cow:a.qcow2': open: No such file"]);
+    dir.qblk("info -o offset.offset=1M a.qcow2").bad(2, &["no layer 'offset' in the option"]);
+    dir.qblk("info -o ofset.offset=1M a.qcow2").bad(2, &["unknown option 'ofset.offset'"]);
+    dir.qblk("write layers:readonly:a.qcow2 0 --pattern 1 --length 1")
+        .bad(1, &["'a.qcow2'", "a layer on it refuses changes", "Read-only"]);
+    dir.qblk("check layers:readonly:a.qcow2").bad(2, &["leave its layers out"]);
+}
+
+/// A layer that keeps changes is an image of its own: what is below it lies deeper, and is named so.
+#[test]
+fn a_map_names_what_lies_below_an_overlay() {
+    let dir = Dir::new();
+    dir.qblk("create base.qcow2 4M").good();
+    dir.qblk("write -q --pattern 1 --length 64k base.qcow2 0").good();
+    dir.qblk("create -b base.qcow2 top.qcow2").good();
+    dir.qblk("write -q --pattern 1 --length 64k top.qcow2 1M").good();
+    let name = "layers:cow:top.qcow2";
+    let lines = |text: String| -> Vec<String> {
+        let data = text.lines().filter(|l| l.starts_with("data in"));
+        data.map(|l| l.split(':').rev().skip(1).collect::<Vec<_>>().join(":")).collect()
+    };
+    let map = lines(dir.qblk(&format!("map {name}")).good());
+    assert_eq!(map, ["data in top.qcow2", "data in base.qcow2"]);
+    let map = lines(dir.qblk("map -o layers=cow,readahead,cow top.qcow2").good());
+    assert_eq!(map, ["data in top.qcow2", "data in base.qcow2"]);
+    let images = &dir.qblk(&format!("map --json {name}")).json()["images"];
+    let names: Vec<_> = images.as_array().unwrap().iter().map(|i| &i["filename"]).collect();
+    assert_eq!(names, [name, "top.qcow2", "base.qcow2"]);
+    let svg = dir.qblk(&format!("map --svg - {name}")).good();
+    assert!(svg.contains("data in top.qcow2 (1 below)"), "{svg}");
+    // A layer that keeps nothing is none.
+    let map = lines(dir.qblk("map -o layers=readahead top.qcow2").good());
+    assert_eq!(map, ["data in top.qcow2", "data in base.qcow2"]);
+}
+
 /// Each has its page, and the page each of its settings.
 #[test]
 fn every_layer_has_its_page() {
