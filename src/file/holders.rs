@@ -52,7 +52,7 @@ pub fn holders(name: &Name) -> Result<Vec<Holder>> {
         super::open_path(name.as_path(), false, flags)
     })?;
     let meta = source.file.metadata().map_err(|e| os_io("fstat", name, &e))?;
-    let found = find(&source.file, (meta.dev(), meta.ino()));
+    let found = find(&source.file, (meta.dev(), meta.ino()), None);
     let mut all = Vec::new();
     for base in [USED, UNSHARED] {
         for byte in base..base + NAMES.len() as u64 {
@@ -71,7 +71,7 @@ pub fn holders(name: &Name) -> Result<Vec<Holder>> {
 pub(super) fn who(file: &File, id: (u64, u64), byte: u64, pid: Option<i32>) -> String {
     let mut pids: Vec<Option<i32>> = match pid {
         Some(pid) => vec![Some(pid)],
-        None => find(file, id)
+        None => find(file, id, Some(byte))
             .into_iter()
             .filter(|(l, _)| l.start <= byte && byte <= l.end)
             .map(|(_, pid)| pid)
@@ -99,15 +99,17 @@ pub(super) fn who(file: &File, id: (u64, u64), byte: u64, pid: Option<i32>) -> S
     }
 }
 
-/// The locks of others on the file, with the process where it can be seen.
-fn find(file: &File, id: (u64, u64)) -> Vec<(Line, Option<i32>)> {
+/// The locks of others on the file, with the process where it can be seen. `known`: a byte that somebody is
+/// known to have locked.
+fn find(file: &File, id: (u64, u64), known: Option<u64>) -> Vec<(Line, Option<i32>)> {
     let Some(key) = key(file, id) else { return Vec::new() };
-    let all = list();
+    let (all, is_whole) = list();
     let interesting =
         |l: &Line| l.file == key && l.end >= USED && l.start < UNSHARED + NAMES.len() as u64;
     let lines: Vec<Line> = all.lines().filter_map(parse).filter(interesting).collect();
     let mut owners: Vec<(Line, i32)> = Vec::new();
-    if lines.iter().any(|l| l.pid <= 0) {
+    let misses = known.is_some_and(|b| !lines.iter().any(|l| l.start <= b && b <= l.end));
+    if misses || !is_whole || lines.iter().any(|l| l.pid <= 0) {
         owners = scan(&|l| interesting(l));
     }
     // A range that is listed n times has n holders, some of whom may not be seen.
@@ -134,18 +136,18 @@ fn find(file: &File, id: (u64, u64)) -> Vec<(Line, Option<i32>)> {
 }
 
 /// What /proc/locks has. The kernel hands it out in pages, between which locks come and go and shift the
-/// rest, so that a line may be missed or shown twice; so until two looks are alike.
-fn list() -> String {
+/// rest, so that a line may be missed or shown twice; so until two looks are alike: whether there were two.
+fn list() -> (String, bool) {
     let look = || fs::read_to_string("/proc/locks").unwrap_or_default();
     let mut last = look();
     for _ in 0..10 {
         let next = look();
         if next == last {
-            break;
+            return (last, true);
         }
         last = next;
     }
-    last
+    (last, false)
 }
 
 /// By which numbers locks on this file are listed.
