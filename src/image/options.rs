@@ -213,19 +213,19 @@ impl Options {
                         }
                     )));
                 }
-                None if what == Use::Open && of_layer(key).is_some() => {
-                    return Err(Error::invalid(format!(
-                        "option {} has no use here (there is no layer '{}' in the option 'layers')",
-                        quoted(full.as_bytes()),
-                        of_layer(key).unwrap_or_default()
-                    )));
-                }
                 None => {
-                    return Err(Error::invalid(format!(
-                        "unknown option {}; the nearest known one is '{}'",
-                        quoted(full.as_bytes()),
-                        nearest(key, bit)
-                    )));
+                    let option = quoted(full.as_bytes());
+                    let layer = of_layer(key).filter(|_| what == Use::Open);
+                    return Err(Error::invalid(match layer {
+                        Some(layer) => format!(
+                            "option {option} has no use here (there is no layer '{layer}' in the option \
+                             'layers')"
+                        ),
+                        None => format!(
+                            "unknown option {option}; the nearest known one is '{}'",
+                            nearest(key, bit)
+                        ),
+                    }));
                 }
             }
         }

@@ -361,7 +361,7 @@ impl Retry {
             }
             Lost::Untold(e) => {
                 let e = e.clone();
-                *lost = Lost::Told(errno_of(&e));
+                *lost = Lost::Told(e.errno());
                 Err(e)
             }
         }
@@ -395,7 +395,7 @@ impl Retry {
 
     /// Tell that a flush failed: now, and to all who write.
     fn tell(&self, e: Error) -> Error {
-        *self.lost.lock() = Lost::Told(errno_of(&e));
+        *self.lost.lock() = Lost::Told(e.errno());
         self.is_lost.store(true, SeqCst);
         e
     }
@@ -420,14 +420,6 @@ impl Retry {
                 return Ok(());
             }
         }
-    }
-}
-
-/// The number of an error that a flush failed with.
-fn errno_of(e: &Error) -> i32 {
-    match e.kind() {
-        ErrorKind::Errno(errno) => errno,
-        _ => libc::EIO,
     }
 }
 

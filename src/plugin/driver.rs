@@ -182,9 +182,10 @@ impl PluginDriver {
         Ok(())
     }
 
-    /// Else a lock may have to be waited for, whatever a call takes.
-    fn is_parallel(&self) -> bool {
-        self.instance.plugin.model == ThreadModel::Parallel
+    /// Whether a call of so many bytes can prove to be quick, or not. Where calls are not parallel a lock may
+    /// have to be waited for, whatever they take.
+    fn learns_of(&self, count: usize) -> bool {
+        count <= SMALL && self.instance.plugin.model == ThreadModel::Parallel
     }
 
     fn writable(&self, offset: u64, count: u64) -> Result<()> {
@@ -269,7 +270,7 @@ impl Driver for PluginDriver {
                 if self.inside(offset, piece.1 as u64) == piece.1 as u64
                     && !matches!(self.read, Reading::Next) =>
             {
-                match self.quick_reads.is_proven() || piece.1 > SMALL {
+                match self.quick_reads.is_proven() || !self.learns_of(piece.1) {
                     true => self.read_piece(piece, offset),
                     false => self.quick_reads.watch(|| self.read_piece(piece, offset)),
                 }
@@ -287,11 +288,11 @@ impl Driver for PluginDriver {
             };
         }
         let piece = match buf.as_single() {
-            Some(piece) if piece.1 <= SMALL => piece,
+            Some(piece) if self.learns_of(piece.1) => piece,
             _ => return Ok(false),
         };
         let whole = self.inside(offset, piece.1 as u64) == piece.1 as u64;
-        if !(self.is_parallel() && whole && self.quick_reads.is_proven()) {
+        if !(whole && self.quick_reads.is_proven()) {
             return Ok(false);
         }
         self.quick_reads.watch(|| self.read_piece(piece, offset))?;
@@ -311,14 +312,14 @@ impl Driver for PluginDriver {
             }
             Ok(())
         };
-        match whole > SMALL || flags.has(ReqFlags::FUA) {
-            true => pieces(),
-            false => self.quick_writes.watch(pieces),
+        match self.learns_of(whole) && !flags.has(ReqFlags::FUA) {
+            true => self.quick_writes.watch(pieces),
+            false => pieces(),
         }
     }
 
     fn writes_at_once(&self, count: usize) -> bool {
-        count <= SMALL && self.is_parallel() && self.quick_writes.is_proven()
+        self.learns_of(count) && self.quick_writes.is_proven()
     }
 
     fn flush(&self) -> Result<()> {
@@ -340,23 +341,17 @@ impl Driver for PluginDriver {
                 }
             }
         });
-        if let Err(e) = &result {
-            let errno = match e.kind() {
-                ErrorKind::Errno(errno) => errno,
-                _ => libc::EIO,
-            };
-            // What was written before may be lost, whatever a later flush says. Not so when the call was
-            // never made.
-            if matches!(e, Error::Plugin { .. }) {
-                self.failed.store(errno, Relaxed);
-            }
+        // What was written before may be lost, whatever a later flush says. Not so when the call was never
+        // made.
+        if let Err(e @ Error::Plugin { .. }) = &result {
+            self.failed.store(e.errno(), Relaxed);
         }
         result
     }
 
     fn flush_to_close(&self) -> Result<()> {
         match self.flush {
-            Flushing::Next if self.failed.load(Relaxed) == 0 => self.next()?.flush_to_close(),
+            Flushing::Next => self.next()?.flush_to_close(),
             _ => self.flush(),
         }
     }

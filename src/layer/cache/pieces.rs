@@ -68,10 +68,15 @@ impl Cache {
         });
         let mut slots = self.slots.lock();
         slots.unpin(slot);
-        match read {
+        self.or_forget(&mut slots, p, read)
+    }
+
+    /// Whether the store did what it was asked for with a block. One that fails is forgotten, for it is below,
+    /// too; if it is not, that is an error.
+    fn or_forget(&self, slots: &mut Slots, p: &Part, done: Result<()>) -> Result<bool> {
+        match done {
             Ok(()) => Ok(true),
             Err(e) if slots.is_dirty(p.block) => Err(self.lost(p, e)),
-            // It is below, too.
             Err(_) => {
                 slots.forget(p.block);
                 Ok(false)
@@ -152,14 +157,7 @@ impl Cache {
             slots.set_dirty(p.block, true);
         }
         slots.unpin(slot);
-        match written {
-            Ok(()) => Ok(true),
-            Err(e) if slots.is_dirty(p.block) => Err(self.lost(p, e)),
-            Err(_) => {
-                slots.forget(p.block);
-                Ok(false)
-            }
-        }
+        self.or_forget(&mut slots, p, written)
     }
 
     /// Write a piece into the cache; what finds no slot goes below.
