@@ -8,6 +8,7 @@ static const struct option {
     {"nbd.connections", {"1", "2", "16", "64"}, {"", "0", "65", "-1", "x", "1.5", "1k"}},
     {"nbd.timeout", {"60", "0.5", "0", "86400"}, {"", "-1", "x", "1s", "nan", "inf", " 1", "1e3"}},
     {"nbd.reconnect", {"30", "0.5", "0", "86400"}, {"", "-1", "x", "1s", "nan", "inf"}},
+    {"nbd.busy-poll", {"0", "50", "1000"}, {"", "1001", "-1", "x", "1.5", "50us"}},
     {"nbd.connect-timeout", {"1", "0.5", "0", "86400"}, {"", "-1", "x", "1s", "nan", "inf"}},
     {"nbd.contexts", {"", "base:allocation", "x-unknown:context", "base:allocation,qemu:allocation-depth"}, {NULL}},
     {"nbd.export", {"x"}, {NULL}},
@@ -52,7 +53,7 @@ static void each_key(const char *uri)
 static void where_they_have_no_use(const char *uri)
 {
     static const char *const keys[][2] = {
-        {"argv", "true"}, {"nbd.activation", "on"}, {"nbd.connect-timeout", "1"}, {"nbd.connections", "1"},
+        {"argv", "true"}, {"nbd.activation", "on"}, {"nbd.busy-poll", "1"}, {"nbd.connect-timeout", "1"}, {"nbd.connections", "1"},
         {"nbd.contexts", "x:y"}, {"nbd.export", "x"}, {"nbd.reconnect", "1"}, {"nbd.timeout", "1"},
         {"tls", "off"}, {"tls-ca", "x"}, {"tls-certificate", "x"}, {"tls-certificates", "x"},
         {"tls-hostname", "x"}, {"tls-key", "x"}, {"tls-psk-file", "x"}, {"tls-verify-peer", "on"},

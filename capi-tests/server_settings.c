@@ -22,6 +22,7 @@ static const struct setting {
     {"max-option", {"8k", "64k", "1M"}, {"", "0", "7k", "2M", "-1", "x"}},
     {"max-memory", {"1M", "64M", "64G"}, {"", "0", "1023k", "65G", "-1", "x"}},
     {"threads", {"1", "16", "256"}, {"", "0", "257", "-1", "x"}},
+    {"busy-poll", {"0", "50", "1000"}, {"", "1001", "-1", "x", "1.5", "50us"}},
 };
 enum { N = sizeof SETTINGS / sizeof SETTINGS[0] };
 

@@ -53,8 +53,8 @@ pub unsafe extern "C" fn qblk_server_new(out: *mut *mut qblk_server) -> c_int {
 /// that begins with "-----BEGIN"), "tls-certificates" (a directory), "tls-verify-peer" ("on": clients
 /// need a certificate too), "max-connections", "max-connections-per-peer", "handshake-timeout",
 /// "idle-timeout" (seconds), "max-request", "max-in-flight", "max-in-flight-in-all", "max-memory",
-/// "max-memory-per-connection", "max-option", "threads". docs/options.md tells their meanings and what
-/// holds when they are not set.
+/// "max-memory-per-connection", "max-option", "threads", "busy-poll". docs/options.md tells their
+/// meanings and what holds when they are not set.
 ///
 /// Returns 0; -EINVAL for a NULL, an unknown key, a value out of range, or too late. Any thread.
 /// Since 0.1.

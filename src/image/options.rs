@@ -100,6 +100,7 @@ const KEYS: &[(&str, u16)] = &[
     ("lock-owner-uuid", OPEN | CREATE),
     ("lock-wait", OPEN | CREATE),
     ("nbd.activation", OPEN),
+    ("nbd.busy-poll", OPEN),
     ("nbd.connect-timeout", OPEN),
     ("nbd.connections", OPEN),
     ("nbd.contexts", OPEN),

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::{OpenFlags, Options, Use};
 use crate::block::*;
 use crate::nbd::client::{self, Listed, Settings, Target};
+use crate::nbd::net::polling;
 use crate::nbd::tls::{ClientTls, Pem, TlsOptions};
 use crate::nbd::uri::{Address, Uri};
 use crate::plugin::{self, PluginName};
@@ -22,6 +23,7 @@ const RECONNECT: Duration = Duration::from_secs(30);
 pub(super) const KEYS: &[&str] = &[
     "argv",
     "nbd.activation",
+    "nbd.busy-poll",
     "nbd.connect-timeout",
     "nbd.connections",
     "nbd.contexts",
@@ -158,6 +160,10 @@ fn settings(options: &Options, flags: OpenFlags, tls: Option<ClientTls>) -> Resu
         timeout: (!timeout.is_zero()).then_some(timeout),
         reconnect: options.seconds("nbd.reconnect")?.unwrap_or(RECONNECT),
         connect_timeout: options.seconds("nbd.connect-timeout")?.unwrap_or_default(),
+        busy_poll: match options.number("nbd.busy-poll", 0..=polling::MOST)? {
+            Some(us) => Duration::from_micros(us.into()),
+            None => polling::DEFAULT,
+        },
         contexts: contexts
             .split(|b| *b == b',')
             .filter(|c| !c.is_empty())

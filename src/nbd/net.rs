@@ -4,8 +4,10 @@
 //! the socket and on a [`Waker`], so that another thread can end it.
 
 mod listen;
+pub mod polling;
 mod stream;
 mod sys;
+mod trust;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
@@ -18,7 +20,8 @@ use crate::block::{Error, Name, Result};
 
 pub use listen::{Peer, accept, listen, local_address, peer};
 pub use stream::Stream;
-pub use sys::{get_option, set_nonblocking};
+pub use sys::{get_option, is_taken, set_nonblocking};
+pub use trust::Trust;
 
 /// When an address has not answered for so long, the next one is tried beside it (RFC 8305 asks for
 /// 250 ms): one that is a black hole costs no more than that.

@@ -239,9 +239,9 @@ fn silence_when_connecting_again() {
     });
 }
 
-/// As above, when the first connection is made: that has 30 seconds, whatever the options say.
+/// As above, when the first connection is made: `nbd.timeout` bounds that, too (30 seconds do where it is
+/// longer, which takes too long to be tried here).
 #[test]
-#[ignore = "takes 30 s"]
 fn silence_when_connecting_first() {
     alone(|| {
         costs(24 << 20, || {
@@ -251,7 +251,7 @@ fn silence_when_connecting_first() {
                 let e = evil.open(&[]).map(drop).unwrap_err();
                 let took = begun.elapsed();
                 assert_eq!(e.kind(), ErrorKind::Errno(libc::ETIMEDOUT), "stage {stage}: {e}");
-                assert!((29.0..32.0).contains(&took.as_secs_f64()), "stage {stage}: {took:?}");
+                assert!((0.5..5.0).contains(&took.as_secs_f64()), "stage {stage}: {took:?}");
             });
         });
     });

@@ -353,12 +353,22 @@ impl Claim<'_> {
             let mut came = Came::default();
             let large = lane.large.load(Relaxed) > 0;
             let mut check = false;
-            match rx.fill(link, &lane.slots, large) {
-                Ok(()) => {
+            // Callers who are about to run have better use for a processor.
+            let limit = match lane.summoned.load(Relaxed) {
+                0 => self.pool.source.settings.busy_poll,
+                _ => Duration::ZERO,
+            };
+            match rx.fill_soon(link, &lane.slots, large, limit) {
+                Ok(soon) => {
                     if let Err(why) = reply::drain(rx, link, &lane.slots, &mut came) {
                         lane.die(why, link);
                     }
-                    lane.flying.fetch_sub(came.replies, SeqCst);
+                    let left =
+                        lane.flying.fetch_sub(came.replies, SeqCst).wrapping_sub(came.replies);
+                    if soon {
+                        // Replies that come one by one had better come together.
+                        rx.polling.found(|| left == 0);
+                    }
                     if came.replies > 0 && !lane.answered.load(Relaxed) {
                         lane.answered.store(true, Relaxed);
                     }

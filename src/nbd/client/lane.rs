@@ -49,6 +49,7 @@ use super::slot::Slot;
 use super::sys::{self, Deadline};
 use super::tx::Queue;
 use crate::block::Error;
+use crate::nbd::net::Trust;
 use crate::nbd::proto::{self, cmd};
 
 /// Requests that can be under way on one connection.
@@ -72,36 +73,8 @@ pub(super) struct Tx {
     pub(super) turn: u32,
     /// Callers whose replies came together, and who are expected to ask for more.
     pub(super) away: u32,
+    /// Whether they come back together.
     pub(super) trust: Trust,
-}
-
-/// Whether callers whose replies came together come back together.
-#[derive(Default)]
-pub(super) struct Trust {
-    /// Batches for which nobody is waited for.
-    skip: u32,
-    /// How many that will be the next time.
-    penalty: u32,
-}
-
-impl Trust {
-    /// A batch of replies has come: whether its callers are to be waited for.
-    pub(super) fn ask(&mut self) -> bool {
-        let ready = self.skip == 0;
-        self.skip = self.skip.saturating_sub(1);
-        ready
-    }
-
-    /// They came.
-    pub(super) fn kept(&mut self) {
-        self.penalty /= 2;
-    }
-
-    /// They were waited for in vain.
-    pub(super) fn broken(&mut self) {
-        self.penalty = (2 * self.penalty).clamp(4, 1024);
-        self.skip = self.penalty;
-    }
 }
 
 /// See the module's text.
@@ -371,35 +344,4 @@ impl Lane {
 #[inline]
 pub(super) fn fold(slots: u64) -> u32 {
     (slots as u32) | (slots >> 32) as u32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Trust;
-
-    #[test]
-    fn callers_who_do_not_come_back_are_waited_for_seldom() {
-        let mut trust = Trust::default();
-        let mut waited = 0;
-        for _ in 0..10_000 {
-            if trust.ask() {
-                waited += 1;
-                trust.broken();
-            }
-        }
-        assert!((1..=20).contains(&waited), "waited {waited} times");
-        // Once they do, they are again, and one who is late now and then is forgiven.
-        (0..2048).for_each(|_| _ = trust.ask());
-        let mut waited = 0;
-        for n in 0..1000 {
-            let asked = trust.ask();
-            waited += u32::from(asked);
-            if asked && n % 100 == 99 {
-                trust.broken();
-            } else {
-                trust.kept();
-            }
-        }
-        assert!(waited > 900, "waited {waited} times");
-    }
 }

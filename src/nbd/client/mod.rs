@@ -53,6 +53,8 @@ pub struct Settings {
     /// whole of connecting and negotiating may take as long as this and `timeout` together, or this and
     /// 30 s if `timeout` is longer.
     pub connect_timeout: Duration,
+    /// How long a reply is waited for awake before sleeping; zero: not at all.
+    pub busy_poll: Duration,
     /// Meta contexts to ask for beside `base:allocation` and `qemu:allocation-depth`.
     pub contexts: Vec<Vec<u8>>,
     /// TLS, which is then required; `None`: not used.

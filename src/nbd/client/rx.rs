@@ -2,6 +2,7 @@
 //! caller's memory and has not come yet is received right there.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use libc::iovec;
 use memmap2::MmapMut;
@@ -10,6 +11,7 @@ use super::handshake::Export;
 use super::slot::{Memory, Slot};
 use super::sys::{self, Errno};
 use crate::block::{Dst, Error, Name, Result};
+use crate::nbd::net::polling::{Awake, Polling};
 use crate::nbd::tls::{Session, Taken};
 
 /// Bytes received ahead: replies to a slot-full of 4 KiB reads. Memory is taken as it is touched.
@@ -57,6 +59,7 @@ pub(super) struct Rx {
     start: usize,
     end: usize,
     pub pending: Pending,
+    pub polling: Polling,
     cipher: Vec<u8>,
 }
 
@@ -71,7 +74,8 @@ pub(super) enum Stopped {
 impl Rx {
     pub(super) fn new() -> std::io::Result<Self> {
         let buf = MmapMut::map_anon(BUFFER)?;
-        Ok(Self { buf, start: 0, end: 0, pending: Pending::None, cipher: Vec::new() })
+        let polling = Polling::default();
+        Ok(Self { buf, start: 0, end: 0, pending: Pending::None, polling, cipher: Vec::new() })
     }
 
     /// Forget everything: another connection begins.
@@ -91,12 +95,38 @@ impl Rx {
         self.start = (self.start + n).min(self.end);
     }
 
+    /// As [`Rx::fill`], looking for a moment before sleeping; whether that was enough.
+    pub(super) fn fill_soon(
+        &mut self,
+        link: &Link,
+        slots: &[Slot],
+        large: bool,
+        limit: Duration,
+    ) -> std::result::Result<bool, Stopped> {
+        // It is not to be had while `self` is lent to its closure.
+        let mut polling = std::mem::take(&mut self.polling);
+        let awake = Awake::begin();
+        let look = || match self.fill(link, slots, large, false) {
+            Ok(()) => Ok(Some(())),
+            Err(Stopped::Os(libc::EAGAIN)) => Ok(None),
+            Err(why) => Err(why),
+        };
+        let found = polling.look(limit, look);
+        drop(awake);
+        self.polling = polling;
+        match found? {
+            Some(()) => Ok(true),
+            None => self.fill(link, slots, large, true).map(|()| false),
+        }
+    }
+
     /// Receive more with one system call (with TLS, as many as make plain text of it).
     pub(super) fn fill(
         &mut self,
         link: &Link,
         slots: &[Slot],
         large: bool,
+        wait: bool,
     ) -> std::result::Result<(), Stopped> {
         if self.start > 0 {
             // A few bytes: the beginning of a header or of a short payload.
@@ -104,7 +134,7 @@ impl Rx {
             (self.start, self.end) = (0, self.end - self.start);
         }
         if let Some(session) = &link.tls {
-            return self.fill_tls(link, session, slots);
+            return self.fill_tls(link, session, slots, wait);
         }
         use std::os::fd::AsRawFd;
         let mut vecs = [NO_PIECE; PIECES + 1];
@@ -121,7 +151,8 @@ impl Rx {
             n += 1;
         }
         // SAFETY: the pieces are memory of a caller who waits for this reply, and our own buffer.
-        let got = unsafe { sys::recv(link.fd.as_raw_fd(), vecs.get(..n).unwrap_or_default()) };
+        let got =
+            unsafe { sys::recv(link.fd.as_raw_fd(), vecs.get(..n).unwrap_or_default(), wait) };
         match got {
             Ok(0) => Err(Stopped::End),
             Ok(n) => {
@@ -168,6 +199,7 @@ impl Rx {
         link: &Link,
         session: &Session,
         slots: &[Slot],
+        wait: bool,
     ) -> std::result::Result<(), Stopped> {
         use std::os::fd::AsRawFd;
         let mut fed = 0;
@@ -200,7 +232,8 @@ impl Rx {
             let cipher =
                 [iovec { iov_base: self.cipher.as_mut_ptr().cast(), iov_len: self.cipher.len() }];
             // SAFETY: the piece is ours, and nobody else touches it meanwhile.
-            let got = unsafe { sys::recv(link.fd.as_raw_fd(), &cipher) }.map_err(Stopped::Os)?;
+            let got =
+                unsafe { sys::recv(link.fd.as_raw_fd(), &cipher, wait) }.map_err(Stopped::Os)?;
             if got == 0 {
                 return Err(Stopped::End);
             }

@@ -121,19 +121,21 @@ pub(super) unsafe fn send(fd: c_int, vecs: &[iovec]) -> Result<usize, Errno> {
     if n >= 0 { Ok(n as usize) } else { Err(last_errno()) }
 }
 
-/// Receive into several pieces of memory: how many bytes came, 0 at the end.
+/// Receive into several pieces of memory: how many bytes came, 0 at the end. Without `wait`, EAGAIN if
+/// nothing is there.
 ///
 /// # Safety
 /// Every piece must be writable memory.
 #[inline]
-pub(super) unsafe fn recv(fd: c_int, vecs: &[iovec]) -> Result<usize, Errno> {
+pub(super) unsafe fn recv(fd: c_int, vecs: &[iovec], wait: bool) -> Result<usize, Errno> {
+    let flags = if wait { 0 } else { libc::MSG_DONTWAIT };
     let n = match vecs {
         // SAFETY: the piece is writable by contract.
-        [v] => unsafe { libc::recv(fd, v.iov_base, v.iov_len, 0) },
+        [v] => unsafe { libc::recv(fd, v.iov_base, v.iov_len, flags) },
         _ => {
             let mut msg = message(vecs);
             // SAFETY: the pieces are writable by contract, and the message holds nothing else.
-            unsafe { libc::recvmsg(fd, &mut msg, 0) }
+            unsafe { libc::recvmsg(fd, &mut msg, flags) }
         }
     };
     if n >= 0 { Ok(n as usize) } else { Err(last_errno()) }

@@ -252,6 +252,15 @@ pub fn get_option(fd: &OwnedFd, option: c_int) -> Result<c_int> {
     unsafe { get_as(fd, option, 0) }
 }
 
+/// Whether the peer has taken all that was sent: its system only, unless the socket is a Unix socket.
+pub fn is_taken(fd: &OwnedFd) -> bool {
+    let mut left: c_int = 0;
+    // SAFETY: the request stores one int.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut left) };
+    // Where it is not known, nothing speaks against it.
+    result != 0 || left == 0
+}
+
 /// How connecting ended.
 pub fn take_error(fd: &OwnedFd) -> Result<()> {
     match get_option(fd, libc::SO_ERROR)? {

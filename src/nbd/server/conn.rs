@@ -21,7 +21,8 @@ use super::send::Sending;
 use super::{Inner, Link, reply};
 use crate::block::{Error, quoted};
 use crate::log::{Level, log};
-use crate::nbd::net::Waker;
+use crate::nbd::net::polling::{Awake, Polling, asleep};
+use crate::nbd::net::{self, Waker};
 use crate::nbd::proto::{Mode, Request, cmd, cmd_flag};
 use crate::nbd::tls::Session;
 
@@ -32,6 +33,10 @@ pub(super) const OUTPUT: usize = 256 << 10;
 pub(super) const JOB: u64 = 2 << 20;
 /// A payload of a refused request that is read and forgotten rather than hung up on, bytes.
 const SKIP: u64 = 256 << 20;
+
+/// Requests that came together and are answered in two halves, so that a client that is awake by then has
+/// the first to work on while the second is done.
+const HALVES: usize = 16;
 
 /// How long a client that is said goodbye to may take to hang up.
 const LINGER: Duration = Duration::from_millis(500);
@@ -140,6 +145,10 @@ pub(super) struct Own {
     pub(super) high: usize,
     /// Writes are copies in memory.
     cached: bool,
+    polling: Polling,
+    /// When no more than so many bytes of input are left, the replies that were gathered are sent. 0: when
+    /// none is.
+    half: usize,
 }
 
 impl Conn {
@@ -176,9 +185,11 @@ impl Conn {
     /// Serve until the client disconnects, the server stops, or something is wrong.
     pub fn serve(self: &Arc<Self>) {
         let cached = self.export.with(|i| i.is_cached()).unwrap_or(false);
+        let _awake = Awake::begin();
         let result = match (Input::new(), Pages::new(OUTPUT)) {
             (Ok(input), Ok(out)) => {
-                Own { conn: self.clone(), input, out, len: 0, high: 0, cached }.serve()
+                let (conn, polling) = (self.clone(), Polling::default());
+                Own { conn, input, out, len: 0, high: 0, cached, polling, half: 0 }.serve()
             }
             _ => Err(Cut::Failed("no memory".into())),
         };
@@ -227,7 +238,7 @@ impl Conn {
         unsafe { libc::shutdown(self.fd.as_raw_fd(), libc::SHUT_WR) };
         let end = Instant::now() + LINGER;
         while let Some(left) = end.checked_duration_since(Instant::now())
-            && super::input::discard(&self.fd, left)
+            && asleep(|| super::input::discard(&self.fd, left))
         {}
     }
 
@@ -245,7 +256,7 @@ impl Conn {
             // A client that is gone for good wants nothing any more, unless it said goodbye.
             let looks = !self.is_cut() && !self.leaving.load(SeqCst);
             let socket = looks.then_some(&self.fd);
-            if super::input::hangs_up(socket, waker) {
+            if asleep(|| super::input::hangs_up(socket, waker)) {
                 self.cut();
             }
             waker.reset();
@@ -290,6 +301,9 @@ impl Own {
                 if !self.receive()? {
                     return self.goodbye();
                 }
+                if self.input.len() >= HALVES * header {
+                    self.half = self.input.len() / 2;
+                }
             }
             let r = Request::decode(self.input.bytes(), self.conn.mode).map_err(|magic| {
                 Cut::Protocol(format!("a request begins with {:#010x}", magic.0))
@@ -300,6 +314,10 @@ impl Own {
                 return self.goodbye();
             }
             self.request(&r)?;
+            if self.half > 0 && self.input.len() <= self.half {
+                self.half = 0;
+                self.flush()?;
+            }
         }
     }
 
@@ -356,18 +374,28 @@ impl Own {
         {
             return Ok(true);
         }
+        let settings = self.conn.server.settings();
         let quiet = Duration::from_secs(1);
-        let quiet = quiet.min(self.conn.server.settings().idle_timeout.unwrap_or(quiet));
+        let quiet = quiet.min(settings.idle_timeout.unwrap_or(quiet));
+        if self.conn.in_pool.load(SeqCst) == 0 && !self.conn.has_left() {
+            let (fd, tls) = (&self.conn.fd, self.conn.tls.as_deref());
+            let look = || self.input.receive_now(fd, tls);
+            if let Some(more) = self.polling.look(settings.busy_poll, look)? {
+                // A client that has not taken all replies yet does not wait.
+                self.polling.found(|| net::is_taken(fd));
+                return Ok(more);
+            }
+        }
         loop {
             let waits = self.conn.in_pool.load(SeqCst) > 0;
             // Large memory is not kept for a client that is silent.
             if !waits && self.high.max(self.input.high()) > 128 << 10 && !self.conn.has_left() {
                 if self.conn.tls.is_none()
-                    && let Some(more) = self.input.receive_now(&self.conn.fd)?
+                    && let Some(more) = self.input.receive_now(&self.conn.fd, None)?
                 {
                     return Ok(more);
                 }
-                if !self.input.is_ready(&self.conn.fd, quiet) {
+                if !asleep(|| self.input.is_ready(&self.conn.fd, quiet)) {
                     if self.len == 0 {
                         self.out.release();
                         self.high = 0;
@@ -385,12 +413,12 @@ impl Own {
                     continue;
                 }
                 // When the pool is done nobody says so: a client that is idle then is one like others.
-                if !super::input::wait(Some(&self.conn.fd), waker, Some(quiet)) {
+                if !asleep(|| super::input::wait(Some(&self.conn.fd), waker, Some(quiet))) {
                     waker.reset();
                     continue;
                 }
             }
-            return self.input.receive(&self.conn.fd, self.conn.tls.as_deref());
+            return asleep(|| self.input.receive(&self.conn.fd, self.conn.tls.as_deref()));
         }
     }
 

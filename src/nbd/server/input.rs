@@ -94,32 +94,35 @@ impl Input {
         }
     }
 
-    /// Receive what there is without waiting; `None` if there is nothing. For plain sockets.
-    pub fn receive_now(&mut self, fd: &OwnedFd) -> Result<Option<bool>, Cut> {
-        self.make_room();
-        let n = match recv(fd, &mut self.memory[self.end..], libc::MSG_DONTWAIT) {
-            Ok(n) => n,
-            Err(Cut::Idle) => return Ok(None),
-            Err(e) => return Err(e),
-        };
-        self.end += n;
-        self.high = self.high.max(self.end);
-        Ok(Some(n > 0))
+    /// Receive what there is without waiting; `None` if there is nothing.
+    pub fn receive_now(
+        &mut self,
+        fd: &OwnedFd,
+        tls: Option<&Session>,
+    ) -> Result<Option<bool>, Cut> {
+        match self.receive_as(fd, tls, libc::MSG_DONTWAIT) {
+            Err(Cut::Idle) => Ok(None),
+            result => result.map(Some),
+        }
     }
 
     /// Receive what there is, waiting for at least one byte; `false` at the end. There must be room.
     pub fn receive(&mut self, fd: &OwnedFd, tls: Option<&Session>) -> Result<bool, Cut> {
+        self.receive_as(fd, tls, 0)
+    }
+
+    fn receive_as(&mut self, fd: &OwnedFd, tls: Option<&Session>, flags: i32) -> Result<bool, Cut> {
         self.make_room();
         let n = match tls {
-            None => recv(fd, &mut self.memory[self.end..], 0)?,
-            Some(tls) => self.receive_sealed(fd, tls)?,
+            None => recv(fd, &mut self.memory[self.end..], flags)?,
+            Some(tls) => self.receive_sealed(fd, tls, flags)?,
         };
         self.end += n;
         self.high = self.high.max(self.end);
         Ok(n > 0)
     }
 
-    fn receive_sealed(&mut self, fd: &OwnedFd, tls: &Session) -> Result<usize, Cut> {
+    fn receive_sealed(&mut self, fd: &OwnedFd, tls: &Session, flags: i32) -> Result<usize, Cut> {
         let failed = |e: crate::block::Error| Cut::Protocol(e.to_string());
         loop {
             match tls.take(&mut self.memory[self.end..]).map_err(failed)? {
@@ -130,7 +133,7 @@ impl Input {
             if self.cipher.is_empty() {
                 self.cipher.resize(CIPHER, 0);
             }
-            let n = recv(fd, &mut self.cipher, 0)?;
+            let n = recv(fd, &mut self.cipher, flags)?;
             if n == 0 {
                 return Ok(0);
             }

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering::*;
 use super::conn::{Conn, Cut};
 use super::job::Reply;
 use crate::block::last_errno;
+use crate::nbd::net::polling::asleep;
 use crate::nbd::tls::Session;
 
 /// Replies gathered into one system call.
@@ -72,8 +73,9 @@ impl Conn {
             let mut at = offset as libc::off_t;
             let most = count.min(1 << 30) as usize;
             // SAFETY: both descriptors are open, and `at` is ours.
-            let n =
-                unsafe { libc::sendfile(self.fd.as_raw_fd(), file.as_raw_fd(), &raw mut at, most) };
+            let n = asleep(|| unsafe {
+                libc::sendfile(self.fd.as_raw_fd(), file.as_raw_fd(), &raw mut at, most)
+            });
             match n {
                 1.. => {
                     offset += n as u64;
@@ -261,7 +263,8 @@ impl Conn {
         flags |= if more { libc::MSG_MORE } else { 0 };
         loop {
             // SAFETY: the message describes memory that is borrowed for the call.
-            let n = unsafe { libc::sendmsg(self.fd.as_raw_fd(), &raw const message, flags) };
+            let send = || unsafe { libc::sendmsg(self.fd.as_raw_fd(), &raw const message, flags) };
+            let n = if wait { asleep(send) } else { send() };
             match n {
                 1.. => return Ok(Some(n as usize)),
                 0 => return Err(Cut::Closed),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::super::net::polling;
 use super::super::tls::{Pem, ServerTls, TlsOptions};
 use crate::block::{Error, Result, quoted};
 use crate::image::{parse_seconds, parse_size};
@@ -50,6 +51,8 @@ pub struct Settings {
     pub max_option: u32,
     /// `threads`: for what has to wait, shared by all connections.
     pub threads: usize,
+    /// `busy-poll`: how long a client is waited for awake.
+    pub busy_poll: Duration,
 }
 
 impl Default for Settings {
@@ -69,6 +72,7 @@ impl Default for Settings {
             max_memory_each: 8 << 20,
             max_option: 64 << 10,
             threads: 16,
+            busy_poll: polling::DEFAULT,
         }
     }
 }
@@ -95,6 +99,7 @@ const KEYS: &[(&str, &str)] = &[
     ("max-memory-per-connection", "a size from 64k to 4G"),
     ("max-option", "a size from 8k to 1M"),
     ("threads", "a number from 1 to 256"),
+    ("busy-poll", "microseconds from 0 to 1000; 0 = never"),
 ];
 
 impl Settings {
@@ -168,6 +173,10 @@ impl Settings {
             "max-option" => self.max_option = size(8 << 10, 1 << 20)? as u32,
             "max-memory" => self.max_memory = size(1 << 20, 64 << 30)?,
             "threads" => self.threads = number(256)?,
+            "busy-poll" => {
+                let us: u32 = text?.parse().ok()?;
+                self.busy_poll = (us <= polling::MOST).then(|| Duration::from_micros(us.into()))?;
+            }
             _ => return None,
         }
         Some(())
