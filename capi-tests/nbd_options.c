@@ -73,8 +73,8 @@ static void where_they_have_no_use(const char *uri)
     /* For a command only, and for TLS only. */
     REFUSED(uri, options("argv", "true", NULL), -EINVAL, "'argv'");
     REFUSED(uri, options("nbd.activation", "on", NULL), -EINVAL, "'nbd.activation'");
-    for (size_t i = 9; i < sizeof keys / sizeof keys[0]; i++) {
-        if (strcmp(keys[i][0], "tls-psk-file") == 0)
+    for (size_t i = 0; i < sizeof keys / sizeof keys[0]; i++) {
+        if (strncmp(keys[i][0], "tls-", 4) != 0 || strcmp(keys[i][0], "tls-psk-file") == 0)
             continue;
         REFUSED(uri, options(keys[i][0], keys[i][1], NULL), -EINVAL, keys[i][0]);
         REFUSED(uri, options("tls", "off", keys[i][0], keys[i][1], NULL), -EINVAL, keys[i][0]);
