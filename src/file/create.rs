@@ -88,7 +88,7 @@ fn make(name: &Name, exclusive: bool) -> Result<Creating> {
                     path = path.parent().unwrap_or(Path::new("")).join(target);
                 }
             }
-            opened => return Ok(creating(checked(name, opened)?, None)),
+            opened => return Ok(creating(checked(name, opened)?.file, None)),
         }
     }
     Err(os("open", name, libc::ELOOP))
@@ -104,7 +104,7 @@ impl Creating {
     pub fn open(&self) -> Result<Box<dyn Driver>> {
         let file = self.file.try_clone().map_err(|e| os_io("dup", &self.name, &e))?;
         let how = How { write: true, ..How::default() };
-        Ok(Box::new(Source::plain(file).unlocked(&self.name, how)?))
+        Ok(Box::new(Source::plain(checked(&self.name, Ok(file))?).unlocked(&self.name, how)?))
     }
 
     /// The file is as it should be.

@@ -289,12 +289,18 @@ impl Locks {
     }
 
     /// Lock a file that was just opened. Its size is to be asked for afterwards.
-    pub(super) fn take(&mut self, file: &Arc<File>, name: &Name, how: Locking) -> Result<()> {
+    /// `id`: its device and inode numbers.
+    pub(super) fn take(
+        &mut self,
+        file: &Arc<File>,
+        id: (u64, u64),
+        name: &Name,
+        how: Locking,
+    ) -> Result<()> {
         if how.policy == Policy::Off {
             return Ok(());
         }
-        let stat = sys::fstat(file).map_err(|e| os("fstat", name, e))?;
-        let lock = Arc::new(FileLock::new(file, name, (stat.st_dev, stat.st_ino)));
+        let lock = Arc::new(FileLock::new(file, name, id));
         if how.wanted.is_none() {
             let any = Permissions { used: ALL, unshared: ALL };
             self.in_use |= matches!(lock.conflict(any), Ok(Some(_)));

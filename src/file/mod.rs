@@ -27,12 +27,12 @@ mod temporary;
 #[cfg(test)]
 mod tests;
 
-use std::fs::{File, FileType, OpenOptions};
+use std::fs::{File, FileType, Metadata, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use parking_lot::RwLock;
 
@@ -110,7 +110,9 @@ pub(crate) fn from_fd_locked(
     if flags & libc::O_PATH != 0 || flags & libc::O_ACCMODE == libc::O_WRONLY {
         return Err(os("read", name, libc::EBADF));
     }
-    check_type(name, file.metadata().map_err(|e| os_io("fstat", name, &e))?.file_type())?;
+    let meta = file.metadata().map_err(|e| os_io("fstat", name, &e))?;
+    check_type(name, meta.file_type())?;
+    let id = (meta.dev(), meta.ino());
     if how.write && flags & libc::O_ACCMODE != libc::O_RDWR {
         return Err(Error::ReadOnly(name.clone()));
     }
@@ -132,7 +134,7 @@ pub(crate) fn from_fd_locked(
     let seek = reopen(&file, false, 0).map_or(Seek::Never, |f| Seek::Own(f.into()));
     let align = is_direct.then(|| direct::alignment(&file, is_block(&file)).unwrap_or(direct::ANY));
     let edge = align.and_then(|_| reopen(&file, how.write, 0).ok());
-    let source = Source { file: file.into(), align, edge, seek };
+    let source = Source { file: file.into(), id, align, edge, seek };
     Ok(Box::new(source.driver(name, how, lock, locks)?))
 }
 
@@ -160,10 +162,10 @@ pub fn memory(size: u64) -> Result<OwnedFd> {
 /// A driver on what [`memory`] made, or on a duplicate of it.
 pub fn from_memory(fd: OwnedFd) -> Result<Box<dyn Driver>> {
     let file = File::from(fd);
-    let size = file.metadata().map_err(|e| os_io("fstat", &Name::from("mem:"), &e))?.len();
+    let meta = file.metadata().map_err(|e| os_io("fstat", &Name::from("mem:"), &e))?;
     let how = How { write: true, ..How::default() };
-    let name = Name::from(format!("mem:{size}"));
-    let mut host = Source::plain(file).unlocked(&name, how)?;
+    let name = Name::from(format!("mem:{}", meta.len()));
+    let mut host = Source::plain(Checked::new(file, &meta)).unlocked(&name, how)?;
     host.kind = "mem";
     Ok(Box::new(host))
 }
@@ -171,6 +173,8 @@ pub fn from_memory(fd: OwnedFd) -> Result<Box<dyn Driver>> {
 /// What a driver is made of.
 struct Source {
     file: Arc<File>,
+    /// Device and inode numbers.
+    id: (u64, u64),
     /// Of requests and of memory, with direct I/O.
     align: Option<(u32, u32)>,
     edge: Option<File>,
@@ -179,8 +183,8 @@ struct Source {
 
 impl Source {
     /// A file that nobody else has the description of.
-    fn plain(file: File) -> Self {
-        Self { file: Arc::new(file), align: None, edge: None, seek: Seek::Main }
+    fn plain(Checked { file, id }: Checked) -> Self {
+        Self { file: Arc::new(file), id, align: None, edge: None, seek: Seek::Main }
     }
 
     /// Open with `open`, which is given flags to add, in the way that `how` asks for.
@@ -190,13 +194,15 @@ impl Source {
             match open(libc::O_DIRECT) {
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {}
                 opened => {
-                    let file = checked(name, opened)?;
-                    if let Some(align) = direct::alignment(&file, is_block(&file)) {
+                    let found = checked(name, opened)?;
+                    let file = &found.file;
+                    if let Some(align) = direct::alignment(file, is_block(file)) {
                         // By its descriptor it is the same file for sure; by its path only if
                         // nobody has put another there.
-                        let edge = reopen(&file, how.write, 0).ok();
-                        let edge = edge.or_else(|| buffered().ok().filter(|e| same_file(e, &file)));
-                        return Ok(Self { align: Some(align), edge, ..Self::plain(file) });
+                        let edge = reopen(file, how.write, 0).ok();
+                        let again = || buffered().ok().filter(|e| e.id == found.id).map(|e| e.file);
+                        let edge = edge.or_else(again);
+                        return Ok(Self { align: Some(align), edge, ..Self::plain(found) });
                     }
                 }
             }
@@ -210,9 +216,9 @@ impl Source {
     }
 
     fn driver(self, name: &Name, how: How, lock: Locking, locks: &mut Locks) -> Result<Host> {
-        let Self { file, align, edge, seek } = self;
+        let Self { file, id, align, edge, seek } = self;
         // Before anything is asked that whoever has the file may be about to change.
-        locks.take(if let Seek::Own(file) = &seek { file } else { &file }, name, lock)?;
+        locks.take(if let Seek::Own(file) = &seek { file } else { &file }, id, name, lock)?;
         let meta = file.metadata().map_err(|e| os_io("fstat", name, &e))?;
         let is_block = meta.file_type().is_block_device();
         let (len, optimal) = if is_block {
@@ -250,14 +256,14 @@ impl Source {
         Ok(Host {
             logical: if is_block { sys::logical_block(&file).into() } else { 1 },
             limit: if is_block || !how.write { sys::MAX_SIZE } else { sys::size_limit() },
-            in_memory: !is_block && sys::file_system(&file) == sys::TMPFS,
+            in_memory: OnceLock::new(),
             file,
             edge,
             seek: if is_block { Seek::Never } else { seek },
             name: name.clone(),
             kind: if is_block { "host_device" } else { "file" },
             is_block,
-            identity: (meta.dev(), meta.ino()),
+            identity: id,
             caps,
             len: len.into(),
             flusher: Default::default(),
@@ -293,10 +299,23 @@ fn check_type(name: &Name, t: FileType) -> Result<()> {
     Err(Error::invalid(format!("{name}: is {what}, not a regular file or block device")))
 }
 
-fn checked(name: &Name, opened: io::Result<File>) -> Result<File> {
+/// A file that has bytes at offsets, with its device and inode numbers.
+struct Checked {
+    file: File,
+    id: (u64, u64),
+}
+
+impl Checked {
+    fn new(file: File, meta: &Metadata) -> Self {
+        Self { file, id: (meta.dev(), meta.ino()) }
+    }
+}
+
+fn checked(name: &Name, opened: io::Result<File>) -> Result<Checked> {
     let file = opened.map_err(|e| os_io("open", name, &e))?;
-    check_type(name, file.metadata().map_err(|e| os_io("fstat", name, &e))?.file_type())?;
-    Ok(file)
+    let meta = file.metadata().map_err(|e| os_io("fstat", name, &e))?;
+    check_type(name, meta.file_type())?;
+    Ok(Checked::new(file, &meta))
 }
 
 fn open_path(path: &Path, write: bool, flags: i32) -> io::Result<File> {
@@ -315,11 +334,4 @@ fn reopen(file: &File, write: bool, flags: i32) -> io::Result<File> {
 
 fn is_block(file: &File) -> bool {
     file.metadata().is_ok_and(|m| m.file_type().is_block_device())
-}
-
-fn same_file(a: &File, b: &File) -> bool {
-    match (a.metadata(), b.metadata()) {
-        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
-        _ => false,
-    }
 }

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use super::{How, Source, memory, os_io};
+use super::{How, Source, checked, memory, os_io};
 use crate::block::{Driver, Name, Result};
 
 /// Names that are tried where the file system makes no files without one.
@@ -26,7 +26,7 @@ pub fn temporary(directory: Option<&Path>, name: &Name) -> Result<Box<dyn Driver
         None => memory(0)?.into(),
     };
     let how = How { write: true, ..How::default() };
-    Ok(Box::new(Source::plain(file).unlocked(name, how)?))
+    Ok(Box::new(Source::plain(checked(name, Ok(file))?).unlocked(name, how)?))
 }
 
 fn unnamed(directory: &Path) -> io::Result<File> {

@@ -27,6 +27,17 @@ pub enum Kind {
     Luks,
 }
 
+impl Kind {
+    /// What it is called.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Luks => "luks",
+        }
+    }
+}
+
 /// What probing found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Probe {
@@ -89,12 +100,7 @@ pub const EXPECTED: &str = "expected qcow2, luks or raw";
 
 /// The format of that name.
 pub fn by_name(name: &str) -> Option<Kind> {
-    match name {
-        "raw" => Some(Kind::Raw),
-        "qcow2" => Some(Kind::Qcow2),
-        "luks" => Some(Kind::Luks),
-        _ => None,
-    }
+    [Kind::Raw, Kind::Qcow2, Kind::Luks].into_iter().find(|kind| kind.name() == name)
 }
 
 /// Bytes that probing looks at.

@@ -19,7 +19,6 @@ use crate::block::*;
 use crate::file::{self, Locking, Locks};
 pub use crate::format::Probe;
 use crate::format::{self, Params};
-use crate::lockmgr::Resource;
 use crate::plugin::{self, PluginName};
 
 /// Images in a chain, at most.
@@ -57,7 +56,7 @@ struct Opening<'a> {
     /// How the image above was locked, where the options say nothing.
     locking: Locking,
     /// The files of the chain so far, as a lock manager is told of them.
-    parts: Vec<Resource>,
+    parts: Vec<managed::Noted>,
     /// How many of them belong to the uppermost image.
     own_parts: usize,
     /// And how many with those of the image below.
@@ -408,7 +407,7 @@ impl<'a> Opening<'a> {
             self.locks.tighten(file.driver().identity(), self.locking)?;
         }
         self.images += 1;
-        self.note_part(&file, &format!("{kind:?}").to_lowercase());
+        self.note_part(&file, kind);
         let info_only = flags.has(OpenFlags::INFO_ONLY);
         let key = if info_only { None } else { key::read(options)? };
         let has_key = key.is_some();
@@ -476,7 +475,7 @@ impl<'a> Opening<'a> {
     }
 
     /// Tell a lock manager of a file of the image that was opened last.
-    fn note_part(&mut self, file: &Device, format: &str) {
+    fn note_part(&mut self, file: &Device, format: format::Kind) {
         managed::note(&mut self.parts, file, format);
         match self.images {
             1 => self.own_parts = self.parts.len(),
@@ -543,7 +542,7 @@ impl<'a> Opening<'a> {
         };
         self.note(driver.identity(), driver.name(), above)?;
         let file = Device::new(driver);
-        self.note_part(&file, "raw");
+        self.note_part(&file, format::Kind::Raw);
         Ok(file)
     }
 

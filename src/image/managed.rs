@@ -5,13 +5,14 @@
 //! if it has become another chain in between, all is given back and done again.
 
 use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::sync::Arc;
 
 use super::how::check;
 use super::{Again, OpenFlags, Options, Tree, chain};
 use crate::block::{Device, Error, Fence, InFlight, Name, Result, quoted};
 use crate::file::{Locking, Locks};
+use crate::format::Kind;
 use crate::lockmgr::{self, Lease, Manager, Owner, READ_ONLY, Request, Resource, SHARED};
 
 /// The manager where the options name none: PATH, or PATH,KEY=VALUE...
@@ -93,19 +94,25 @@ fn parse_uuid(text: &[u8]) -> Option<[u8; 16]> {
     Some(uuid)
 }
 
+/// A file of a chain, and its format: what a lock manager may be asked for.
+#[derive(Clone)]
+pub(super) struct Noted(Name, Kind);
+
 /// Note a file of a chain, if it is one that other hosts may have as well.
-pub(super) fn note(parts: &mut Vec<Resource>, file: &Device, format: &str) {
-    if !matches!(file.driver().kind(), "file" | "host_device") {
-        return;
+pub(super) fn note(parts: &mut Vec<Noted>, file: &Device, format: Kind) {
+    if matches!(file.driver().kind(), "file" | "host_device") {
+        parts.push(Noted(file.driver().name().clone(), format));
     }
-    let shown = file.driver().name().as_path();
-    let path = std::fs::canonicalize(shown).or_else(|_| std::path::absolute(shown));
-    let path = path.unwrap_or_else(|_| shown.to_owned());
-    // Neither can have a NUL: the one came from the system, the other is ours.
-    if let (Ok(path), Ok(format)) =
-        (CString::new(path.as_os_str().as_bytes()), CString::new(format))
-    {
-        parts.push(Resource { path, format, flags: 0 });
+}
+
+impl Noted {
+    fn resource(&self, flags: u32) -> Option<Resource> {
+        let shown = self.0.as_path();
+        let path = std::fs::canonicalize(shown).or_else(|_| std::path::absolute(shown));
+        let path = path.unwrap_or_else(|_| shown.to_owned());
+        // Neither can have a NUL: the one came from the system, the other is ours.
+        let path = CString::new(path.into_os_string().into_vec()).ok()?;
+        Some(Resource { path, format: CString::new(self.1.name()).ok()?, flags })
     }
 }
 
@@ -176,18 +183,17 @@ impl Tree {
 
     /// What a lock manager is asked for, if the chain is (to be) opened with `flags`.
     fn resources(&self, flags: OpenFlags) -> Vec<Resource> {
-        let mut parts = self.parts.clone();
-        for (i, part) in parts.iter_mut().enumerate() {
+        let shared = if flags.has(OpenFlags::SHARED) { SHARED } else { 0 };
+        let resource = |(i, noted): (usize, &Noted)| {
             // Only the uppermost image is written, and the one below while something is committed to it.
             let write = match () {
                 _ if i < self.own_parts => flags.has(OpenFlags::RDWR),
                 _ if i < self.parts_to_below => flags.has(OpenFlags::WRITE_BELOW),
                 _ => false,
             };
-            part.flags = if write { 0 } else { READ_ONLY };
-            part.flags |= if flags.has(OpenFlags::SHARED) { SHARED } else { 0 };
-        }
-        in_order(parts)
+            noted.resource(shared | if write { 0 } else { READ_ONLY })
+        };
+        in_order(self.parts.iter().enumerate().filter_map(resource).collect())
     }
 }
 

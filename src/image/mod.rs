@@ -104,7 +104,7 @@ pub(crate) struct Tree {
     /// On the files of the chain. Behind what uses them, and so given back after that is gone.
     locks: Vec<Arc<FileLock>>,
     /// Its files, as a lock manager is told of them.
-    parts: Vec<crate::lockmgr::Resource>,
+    parts: Vec<managed::Noted>,
     /// How many of them belong to the top image.
     own_parts: usize,
     /// And how many with those of the image below.
