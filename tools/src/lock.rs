@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::failure::{Failure, Result};
 use crate::json;
-use crate::open::path_of;
+use crate::open::{name_of, path_of};
 
 #[derive(clap::Args)]
 pub struct LockArgs {
@@ -22,8 +22,10 @@ pub struct LockArgs {
 
 pub fn run(args: &LockArgs) -> Result<()> {
     let Some(path) = path_of(&args.image) else {
-        let name = quoted(args.image.as_encoded_bytes());
-        return Err(Failure::said(format!("{name}: memory is nobody else's, and has no locks")));
+        let name = quoted(name_of(&args.image));
+        return Err(Failure::said(format!(
+            "{name}: is not a file here, and only files have locks"
+        )));
     };
     let found = holders(&path.into_os_string().into())?;
     match args.json {

@@ -104,10 +104,19 @@ pub fn is_nbd(name: &OsStr) -> bool {
 /// The path that a name of an image stands for, if it is one.
 pub fn path_of(name: &OsStr) -> Option<PathBuf> {
     let bytes = beneath(name).as_bytes();
-    if bytes.starts_with(b"mem:") || is_nbd(name) {
+    if bytes.starts_with(b"mem:") || bytes.starts_with(b"plugin:") || is_nbd(name) {
         return None;
     }
     Some(PathBuf::from(OsStr::from_bytes(bytes.strip_prefix(b"file:").unwrap_or(bytes))))
+}
+
+/// A name of an image for people: that of a plugin without its settings, which may be secret.
+pub fn name_of(name: &OsStr) -> &[u8] {
+    let bytes = name.as_bytes();
+    match bytes.iter().position(|b| *b == b'?') {
+        Some(at) if bytes.starts_with(b"plugin:") => &bytes[..at],
+        _ => bytes,
+    }
 }
 
 /// A path as a name that is nothing but a path, whatever it looks like.

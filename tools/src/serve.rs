@@ -14,7 +14,7 @@ use serde_json::json;
 use crate::cli::{ServeArgs, Setting};
 use crate::failure::{Failure, Result};
 use crate::json;
-use crate::open::{path_of, value};
+use crate::open::{name_of, path_of, value};
 use crate::place::{self, Place, Private};
 use crate::runner;
 use crate::signals::Held;
@@ -106,8 +106,8 @@ fn wanted(args: &ServeArgs) -> Result<Vec<Wanted<'_>>> {
         (None, true) => ANY.to_vec(),
         (None, false) => {
             let path = path_of(image);
-            let file = path.as_deref().and_then(Path::file_name).unwrap_or(image);
-            file.as_bytes().to_vec()
+            let file = path.as_deref().and_then(Path::file_name).map(OsStr::as_bytes);
+            file.unwrap_or_else(|| name_of(image)).to_vec()
         }
     };
     let plain = args.images.iter().map(|image| Wanted { name: name(image), image });
