@@ -2,6 +2,7 @@
  * library works on duplicates; the program's own stay open and usable. */
 #include "nbd.h"
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 
 static qblk *dev;
 
@@ -124,6 +125,43 @@ static void both_ends_of_a_pair(void)
     qblk_server_free(srv);
 }
 
+/* TCP, connected by the program: what is sent in parts must not wait until the peer has acknowledged the
+ * first, which takes it 40 ms. The options are the sockets', not the descriptors'. */
+static void both_ends_over_tcp(void)
+{
+    struct sockaddr_in at;
+    socklen_t size = sizeof at;
+    int end[2], no_delay = 0, on = 0;
+    qblk *nbd;
+    qblk_options *o = options("nbd.export", "x", NULL);
+    qblk_server *srv = new_server("x", dev, 0);
+    memset(&at, 0, sizeof at);
+    at.sin_family = AF_INET;
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    CHECK_INT(bind(fd, (struct sockaddr *)&at, sizeof at), 0);
+    CHECK_INT(listen(fd, 1), 0);
+    CHECK_INT(getsockname(fd, (struct sockaddr *)&at, &size), 0);
+    end[1] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    CHECK_INT(connect(end[1], (struct sockaddr *)&at, sizeof at), 0);
+    end[0] = accept(fd, NULL, NULL);
+    CHECK(end[0] >= 0);
+    OK(qblk_server_serve_fd(srv, end[0]));
+    OK(qblk_open_fd(end[1], o, QBLK_OPEN_RDWR, &nbd));
+    same_data(nbd, 9);
+    for (int i = 0; i < 2; i++) {
+        size = sizeof on;
+        CHECK_INT(getsockopt(end[i], IPPROTO_TCP, TCP_NODELAY, &on, &size), 0);
+        no_delay += on != 0;
+        close(end[i]);
+    }
+    CHECK_INT(no_delay, 2);
+    OK(qblk_close(nbd));
+    qblk_options_free(o);
+    qblk_server_free(srv);
+    close(fd);
+}
+
 static void what_is_no_socket(void)
 {
     qblk *nbd = NULL;
@@ -177,6 +215,7 @@ int main(int argc, char **argv)
     dev = must_open("mem:1M", QBLK_OPEN_RDWR);
     a_listening_socket();
     both_ends_of_a_pair();
+    both_ends_over_tcp();
     what_is_no_socket();
     OK(qblk_close(dev));
     return 0;

@@ -8,10 +8,10 @@
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
-use std::sync::{Arc, OnceLock};
 
 use libc::iovec;
 use parking_lot::{Mutex, RwLock};
@@ -68,8 +68,8 @@ pub struct Host {
     pub(super) name: Name,
     pub(super) kind: &'static str,
     pub(super) is_block: bool,
-    /// The file lives in memory (tmpfs), once that was asked for.
-    pub(super) in_memory: OnceLock<bool>,
+    /// The file lives in memory (tmpfs).
+    pub(super) in_memory: bool,
     /// Device and inode numbers.
     pub(super) identity: (u64, u64),
     /// Requests that change the allocation of a block device keep to this, bytes.
@@ -334,10 +334,7 @@ impl Driver for Host {
 
     fn read_now(&self, buf: Dst<'_>, offset: u64) -> Result<bool> {
         // Memory has nothing to wait for but swap, and its file system does not know the flag.
-        if *self
-            .in_memory
-            .get_or_init(|| !self.is_block && sys::file_system(&self.file) == sys::TMPFS)
-        {
+        if self.in_memory {
             return self.read(buf, offset).map(|()| true);
         }
         if self.caps.align > 1 || self.cannot.nowait.load(Relaxed) {

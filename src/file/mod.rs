@@ -32,7 +32,7 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use parking_lot::RwLock;
 
@@ -256,7 +256,7 @@ impl Source {
         Ok(Host {
             logical: if is_block { sys::logical_block(&file).into() } else { 1 },
             limit: if is_block || !how.write { sys::MAX_SIZE } else { sys::size_limit() },
-            in_memory: OnceLock::new(),
+            in_memory: !is_block && sys::file_system(&file) == sys::TMPFS,
             file,
             edge,
             seek: if is_block { Seek::Never } else { seek },

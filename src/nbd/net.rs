@@ -14,7 +14,7 @@ use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use self::sys::{SockAddr, Told};
+use self::sys::SockAddr;
 use super::uri::{Address, check_socket_path};
 use crate::block::{Error, Name, Result};
 
@@ -186,16 +186,14 @@ fn start(to: &SockAddr) -> io::Result<(OwnedFd, bool)> {
 /// A connected socket as the others want it.
 fn finish(fd: OwnedFd) -> io::Result<OwnedFd> {
     sys::set_nonblocking(&fd, false)?;
-    if let Ok(from) = sys::local_address(&fd) {
-        tune(&fd, &from);
-    }
+    tune(&fd);
     Ok(fd)
 }
 
-/// TCP: send at once, and notice some day that the peer's host is gone. Hints.
-fn tune(fd: &OwnedFd, address: &SockAddr) {
-    if let Told::Ip(_) = address.told() {
-        let _ = sys::set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1);
+/// TCP: send at once (what leaves in two parts must not wait for word of the first), and notice some day
+/// that the peer's host is gone. Hints; other sockets do not take them.
+pub fn tune(fd: &OwnedFd) {
+    if sys::set_option(fd, libc::IPPROTO_TCP, libc::TCP_NODELAY, 1).is_ok() {
         let _ = sys::set_option(fd, libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
     }
 }

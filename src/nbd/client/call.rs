@@ -354,9 +354,9 @@ impl Claim<'_> {
             let large = lane.large.load(Relaxed) > 0;
             let mut check = false;
             // Callers who are about to run have better use for a processor.
-            let limit = match lane.summoned.load(Relaxed) {
-                0 => self.pool.source.settings.busy_poll,
-                _ => Duration::ZERO,
+            let limit = match held.is_none() && lane.summoned.load(Relaxed) == 0 {
+                true => self.pool.source.settings.busy_poll,
+                false => Duration::ZERO,
             };
             match rx.fill_soon(link, &lane.slots, large, limit) {
                 Ok(soon) => {

@@ -120,10 +120,14 @@ impl Source {
     fn connect(&self, end: Option<Instant>, cancel: Option<Arc<Waker>>) -> Result<Stream> {
         let fd = match &self.from {
             From::Address(address) => net::connect(address, &self.name, end, cancel.as_deref())?,
-            From::Socket(once) => once.lock().take().ok_or_else(|| {
-                let what = "a socket that was handed over can not be connected again";
-                Error::net(&self.name, what, libc::ENOTCONN)
-            })?,
+            From::Socket(once) => {
+                let fd = once.lock().take().ok_or_else(|| {
+                    let what = "a socket that was handed over can not be connected again";
+                    Error::net(&self.name, what, libc::ENOTCONN)
+                })?;
+                net::tune(&fd);
+                fd
+            }
         };
         let mut stream = Stream::new(fd, self.name.clone(), end);
         if let Some(cancel) = cancel {

@@ -222,7 +222,7 @@ pub fn accept(listener: impl AsFd) -> io::Result<Option<(OwnedFd, Peer)>> {
             };
         }
     };
-    tune(&fd, &from);
+    tune(&fd);
     let peer = peer_at(&fd, &from);
     Ok(Some((fd, peer)))
 }

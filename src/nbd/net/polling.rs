@@ -55,10 +55,15 @@ impl Drop for Awake {
 
 /// A thread that is [`Awake`] is not while it does this, which may wait.
 pub fn asleep<T>(wait: impl FnOnce() -> T) -> T {
+    struct Back;
+    impl Drop for Back {
+        fn drop(&mut self) {
+            AWAKE.fetch_add(1, Relaxed);
+        }
+    }
     AWAKE.fetch_sub(1, Relaxed);
-    let result = wait();
-    AWAKE.fetch_add(1, Relaxed);
-    result
+    let _back = Back;
+    wait()
 }
 
 /// Busy polling of one connection.
@@ -109,6 +114,13 @@ impl Polling {
         }
     }
 
+    /// What came in time was too little to look for.
+    pub fn vain(&mut self) {
+        self.faith = 0;
+        self.unasked = 0;
+        self.trust.broken();
+    }
+
     /// Something came in time. It was `worth` looking for if the peer waits for us, rather than being busy
     /// with what it has: then, sleeping lets more of its requests or replies come together. The question is
     /// asked the more seldom the more often the answer was yes.
@@ -119,8 +131,7 @@ impl Polling {
             self.faith = (2 * self.faith + 1).min(FAITH);
             self.unasked = self.faith;
         } else {
-            self.faith = 0;
-            return self.trust.broken();
+            return self.vain();
         }
         self.trust.kept();
     }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::thread;
 
+use super::sys::Told;
 use super::*;
 use crate::block::ErrorKind;
 

@@ -379,10 +379,14 @@ impl Own {
         let quiet = quiet.min(settings.idle_timeout.unwrap_or(quiet));
         if self.conn.in_pool.load(SeqCst) == 0 && !self.conn.has_left() {
             let (fd, tls) = (&self.conn.fd, self.conn.tls.as_deref());
+            let had = self.input.len();
             let look = || self.input.receive_now(fd, tls);
             if let Some(more) = self.polling.look(settings.busy_poll, look)? {
-                // A client that has not taken all replies yet does not wait.
-                self.polling.found(|| net::is_taken(fd));
+                match self.input.len() - had >= self.conn.mode.request_len() {
+                    // A client that has not taken all replies yet does not wait.
+                    true => self.polling.found(|| net::is_taken(fd)),
+                    false => self.polling.vain(),
+                }
                 return Ok(more);
             }
         }

@@ -269,6 +269,7 @@ impl Server {
             return Err(stopped());
         }
         set_nonblocking(&fd, false)?;
+        net::tune(&fd);
         let peer = net::peer(&fd);
         accept::begin(&self.0, fd, peer).map_err(|e| {
             Error::net(
