@@ -73,7 +73,7 @@ static void own(const char *how, const char *activation)
 
 int main(int argc, char **argv)
 {
-    char text[2 * PATH_MAX], found[5];
+    char text[2 * PATH_MAX], found_dir[PATH_MAX], found[5];
     qblk *nbd = NULL;
     if (argc == 3)
         return serve(argv[2]);
@@ -102,7 +102,20 @@ int main(int argc, char **argv)
     CHECK(open_opt("nbd+exec:", 0, &nbd, options("argv", text, "nbd.activation", "on", NULL)) < 0);
     CHECK(begins_with_a_function(qblk_get_error()));
     REFUSED("nbd+exec:", options("argv", "echo this is not a server at all", NULL), QBLK_EPROTO, "this is");
+    /* How it ended is told. */
+    REFUSED("nbd+exec:", options("argv", "sh -c 'exit 37'", NULL), -ECONNRESET, "status 37");
     CHECK_INT(waitpid(-1, NULL, WNOHANG), -1);
+    /* A directory for temporary files whose name leaves no room for a socket's. */
+    const char *was = getenv("TMPDIR");
+    char *old = was ? strdup(was) : NULL;
+    snprintf(text, sizeof text, "%0120d", 1);
+    CHECK_INT(mkdir(text, 0700), 0);
+    CHECK(realpath(text, found_dir) != NULL);
+    CHECK_INT(setenv("TMPDIR", found_dir, 1), 0);
+    OK(open_opt("nbd+exec:", 0, &nbd, options("argv", "nbdkit memory 1M", "nbd.activation", "on", NULL)));
+    OK(qblk_close(nbd));
+    CHECK_INT(old ? setenv("TMPDIR", old, 1) : unsetenv("TMPDIR"), 0);
+    free(old);
 
     /* Words are taken apart as a shell does, and no shell is asked. */
     OK(open_opt("nbd+exec:", QBLK_OPEN_RDWR, &nbd,

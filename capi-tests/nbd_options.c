@@ -101,6 +101,7 @@ static void uris(void)
         {"nbd+unix:///?socket=", "no value"}, {"nbd://::1/", "brackets"}, {"nbd://[h]/", "IPv6"},
         {"nbds://h/?tls-verify-peer=maybe", "maybe"}, {"nbds://h/?tls-type=anon", "x509"},
         {"nbd+exec:", "'argv'"}, {"nbd+exec:ls", "nbd+exec:"}, {"nbd+vsock://x", "number"},
+        {"nbd://h/x?tls-certificates=/x", "without TLS"}, {"nbd://h/x?tls-verify-peer=off", "without TLS"},
     };
     for (size_t i = 0; i < sizeof bad / sizeof bad[0]; i++)
         REFUSED(bad[i][0], NULL, -EINVAL, bad[i][1]);
@@ -108,6 +109,7 @@ static void uris(void)
     CHECK(!strstr(qblk_get_error(), "secret"));
     REFUSED("nbds+unix:///x?socket=sock", options("tls", "off", NULL), -EINVAL, "nbds");
     REFUSED("nbd+unix:///x?socket=sock&tls-psk-file=keys", NULL, QBLK_EUNSUPPORTED, "PSK");
+    REFUSED("nbds://someone@h/x", NULL, QBLK_EUNSUPPORTED, "PSK");
     /* A server that has no TLS is told that it is wanted; what it says is not taken for success. */
     REFUSED("nbds+unix:///x?socket=sock&tls-verify-peer=off", NULL, -EACCES, "TLS");
     REFUSED("nbd+unix:///x?socket=sock", options("tls", "required", "tls-verify-peer", "off", NULL), -EACCES, "TLS");

@@ -88,6 +88,10 @@ static void both_ends_of_a_pair(void)
     OK(qblk_server_serve_fd(srv, fd[0]));
     CHECK(is_open(fd[0]));
     close(fd[0]);
+    /* It is connected: there is nothing to start. */
+    qblk_options *start = options("argv", "true", NULL);
+    FAILS(qblk_open_fd(fd[1], start, 0, &context), -EINVAL, "'argv'");
+    qblk_options_free(start);
     OK(qblk_open_fd(fd[1], o, QBLK_OPEN_RDWR, &nbd));
     CHECK(is_open(fd[1]));
     close(fd[1]);

@@ -92,13 +92,7 @@ impl Remote {
         let chosen = options.get("nbd.export").map(<[u8]>::to_vec);
         match self {
             Self::Uri(uri) => {
-                for key in ["argv", "nbd.activation"] {
-                    if options.get(key).is_some() {
-                        return Err(Error::invalid(format!(
-                            "option '{key}' is for nbd+exec: only"
-                        )));
-                    }
-                }
+                no_command(options)?;
                 let export = chosen.unwrap_or_else(|| uri.export.clone());
                 let tls = tls(options, Some(uri), &uri.address)?;
                 Ok((Target::Address(uri.address.clone()), export, tls))
@@ -118,6 +112,14 @@ impl Remote {
     }
 }
 
+/// What is connected to already is not to be started.
+fn no_command(options: &Options) -> Result<()> {
+    match ["argv", "nbd.activation"].iter().find(|key| options.get(key).is_some()) {
+        Some(key) => Err(Error::invalid(format!("option '{key}' is for nbd+exec: only"))),
+        None => Ok(()),
+    }
+}
+
 /// Use a connected socket, which is the library's now.
 pub(super) fn open_socket(
     fd: OwnedFd,
@@ -125,6 +127,7 @@ pub(super) fn open_socket(
     options: &Options,
     flags: OpenFlags,
 ) -> Result<Box<dyn Driver>> {
+    no_command(options)?;
     let export = options.get("nbd.export").unwrap_or_default().to_vec();
     let tls = tls(options, None, &Address::Unix(PathBuf::new()))?;
     client::open(Target::Socket(fd), &export, name, settings(options, flags, tls)?)
@@ -189,6 +192,13 @@ fn tls(options: &Options, uri: Option<&Uri>, to: &Address) -> Result<Option<Clie
         let text = "tls-psk-file: TLS with keys shared beforehand (PSK); use certificates";
         return Err(Error::unsupported(&"NBD".into(), text));
     }
+    if let Some(user) = uri.and_then(|u| u.user.as_ref()) {
+        let text = format!(
+            "{}@: the name of a key that was shared beforehand (PSK), for TLS; use certificates",
+            quoted(user.as_bytes())
+        );
+        return Err(Error::unsupported(&"NBD".into(), text));
+    }
     let used: Vec<_> =
         KEYS.iter().filter(|k| k.starts_with("tls-") && options.get(k).is_some()).collect();
     if !on {
@@ -196,7 +206,12 @@ fn tls(options: &Options, uri: Option<&Uri>, to: &Address) -> Result<Option<Clie
             Some(key) => Err(Error::invalid(format!(
                 "option '{key}' has no use without TLS (nbds, or tls=required)"
             ))),
-            None => Ok(None),
+            None => match uri.and_then(Uri::tls_parameter) {
+                Some(key) => Err(Error::invalid(format!(
+                    "'{key}' in the URI has no use without TLS (nbds, or tls=required)"
+                ))),
+                None => Ok(None),
+            },
         };
     }
     let directory = match options.os("tls-certificates") {

@@ -12,7 +12,10 @@ mod trust;
 use std::io;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use self::sys::SockAddr;
 use super::uri::{Address, check_socket_path};
@@ -67,9 +70,24 @@ fn errno(e: &io::Error) -> i32 {
     e.raw_os_error().unwrap_or(libc::EIO)
 }
 
-/// The addresses of a host. The system's resolver knows neither deadlines nor wakers.
-fn resolve(host: &str, port: u16, name: &Name) -> Result<Vec<SocketAddr>> {
-    let found = (host, port).to_socket_addrs().map(Iterator::collect::<Vec<_>>);
+/// The addresses of a host. The system's resolver knows neither deadlines nor wakers, so a thread asks it that
+/// is left to itself when it takes too long.
+fn resolve(
+    host: &str,
+    port: u16,
+    name: &Name,
+    deadline: Option<Instant>,
+    cancel: Option<&Waker>,
+) -> Result<Vec<SocketAddr>> {
+    let ask = {
+        let host = host.to_owned();
+        move || (host.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>)
+    };
+    // An address needs nobody to be asked.
+    let found = match host.parse::<IpAddr>().is_ok() || (deadline.is_none() && cancel.is_none()) {
+        true => ask(),
+        false => within(deadline, cancel, ask),
+    };
     match found {
         Ok(found) if !found.is_empty() => Ok(found),
         Ok(_) => Err(Error::net(name, format!("host {host} has no address"), libc::EHOSTUNREACH)),
@@ -80,10 +98,40 @@ fn resolve(host: &str, port: u16, name: &Name) -> Result<Vec<SocketAddr>> {
     }
 }
 
+/// Do what may take longer than until the deadline (ETIMEDOUT) or until `cancel` wakes (ECANCELED) in a thread
+/// that nobody waits for then.
+fn within<T: Send + 'static>(
+    deadline: Option<Instant>,
+    cancel: Option<&Waker>,
+    work: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let done = Arc::new(Waker(sys::eventfd()?));
+    let result = Arc::new(Mutex::new(None));
+    let (tell, put) = (done.clone(), result.clone());
+    crate::thread::spawn("qblk-resolve", None, move || {
+        let found = work();
+        *put.lock() = Some(found);
+        tell.wake();
+    })?;
+    loop {
+        let mut fds = vec![sys::poll_for(&*done, libc::POLLIN)];
+        fds.extend(cancel.map(|waker| sys::poll_for(waker, libc::POLLIN)));
+        sys::poll(&mut fds, deadline)?;
+        if let Some(found) = result.lock().take() {
+            return found;
+        }
+        if fds.get(1).is_some_and(|waker| waker.revents != 0) {
+            return Err(io::Error::from_raw_os_error(libc::ECANCELED));
+        }
+        if deadline.is_some_and(|at| at <= Instant::now()) {
+            return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
+        }
+    }
+}
+
 /// Connect, trying all addresses that the host name has. `name` is for messages. The socket is
-/// close-on-exec, blocking, TCP_NODELAY. ETIMEDOUT at the deadline, ECANCELED when `cancel` wakes:
-/// but neither ends a look-up of a host's name in the system's resolver, which may take its own time
-/// (none if the host is given by address). An empty host means this one.
+/// close-on-exec, blocking, TCP_NODELAY. ETIMEDOUT at the deadline, ECANCELED when `cancel` wakes. An
+/// empty host means this one.
 pub fn connect(
     address: &Address,
     name: &Name,
@@ -97,7 +145,7 @@ pub fn connect(
         }
         Address::Tcp { host, port } => {
             let host = if host.is_empty() { "localhost" } else { host };
-            resolve(host, *port, name)?.into_iter().map(SockAddr::ip).collect()
+            resolve(host, *port, name, deadline, cancel)?.into_iter().map(SockAddr::ip).collect()
         }
         Address::Unix(path) => {
             check_socket_path(path).map_err(Error::invalid)?;

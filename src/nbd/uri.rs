@@ -125,6 +125,18 @@ impl Uri {
         }
     }
 
+    /// A parameter that is there and says something of TLS.
+    pub fn tls_parameter(&self) -> Option<&'static str> {
+        [
+            ("tls-certificates", self.tls_certificates.is_some()),
+            ("tls-psk-file", self.tls_psk_file.is_some()),
+            ("tls-hostname", self.tls_hostname.is_some()),
+            ("tls-verify-peer", self.tls_verify_peer.is_some()),
+        ]
+        .iter()
+        .find_map(|(key, there)| there.then_some(*key))
+    }
+
     /// Read a URI. All that can be wrong with one is [`Error::Invalid`].
     pub fn parse(text: &[u8]) -> Result<Self> {
         let bad = |what: String| Error::invalid(format!("NBD URI {}: {what}", quoted(text)));

@@ -113,6 +113,11 @@ fn abilities_are_those_of_the_server() {
     assert_ne!(info.can_fua, Can::Not, "by flushing");
     let info = able("--filter=nozero memory 1M", RW);
     assert_eq!(info.can_zero, Can::Emulate);
+    assert_eq!(able("memory 1M", RW).can_fast_zero, Can::Native);
+    let slow = "--filter=nozero memory 1M zeromode=plugin fastzeromode=none";
+    let info = able(slow, RW);
+    // What is not fast fails at once, which takes no server.
+    assert_eq!((info.can_zero, info.can_fast_zero), (Can::Native, Can::Emulate));
     let info = able("--filter=noextents --filter=nocache memory 1M", RW);
     assert_eq!(info.can_cache, Can::Emulate);
     let info = able("memory 1M", RO);

@@ -91,6 +91,13 @@ fn a_read_only_export_of_qemu_nbd() {
     image.flush().unwrap();
     assert_eq!(property(&image, "nbd.export"), "näme");
     assert_eq!(property(&image, "nbd.description"), "text ü");
+    // More at once than the server takes in one request.
+    assert_eq!(image.info().unwrap().can_cache, qblk::block::Can::Native);
+    let large = dir.join("large");
+    fs::File::create(&large).unwrap().set_len(100 << 20).unwrap();
+    let other = dir.join("l.sock");
+    let _large = qemu_nbd(&other, &[&"-e", &"8", &"-r", &"-f", &"raw", &large]);
+    open_uri(&unix(&other, ""), &[], RO).cache(4096, 90 << 20).unwrap();
     let e = uri_error(&unix(&socket, "missing"), &[], RO);
     assert_eq!(e.kind(), ErrorKind::Errno(libc::ENOENT), "{e}");
     assert!(e.to_string().contains("missing"), "{e}");

@@ -178,3 +178,45 @@ fn first_bytes(image: &Image, n: usize) -> Vec<u8> {
     image.read_at(&mut all, 0).unwrap();
     all
 }
+
+/// What can not be read is an error of the request that asked for it, however large, and of no other.
+#[test]
+fn large_reads_that_fail_end_no_connection() {
+    let dir = Tmp::in_memory("nbd-large-errors");
+    let raw = dir.join("raw");
+    let bytes = Rng::new(seed("server_large_errors")).bytes(SIZE as usize);
+    fs::write(&raw, &bytes).unwrap();
+    let faulty = layered(&raw, "error;calls=read;range=5M-6M", &[("format", "raw")]);
+    // One of which the end is gone: the kernel finds that out while it sends.
+    let short = dir.join("short");
+    fs::write(&short, &bytes).unwrap();
+    let shrunk = Image::open(short.as_os_str(), &Options::new().with("format", "raw"), RW).unwrap();
+    let served = Served::new(&dir, &[("faulty", &faulty), ("shrunk", &shrunk)], &[]);
+    fs::OpenOptions::new().write(true).open(&short).unwrap().set_len(5 << 20).unwrap();
+    for export in ["faulty", "shrunk"] {
+        for uri in served.both(export) {
+            let image = open_uri(&uri, &[("nbd.connections", "1")], qblk::OpenFlags::default());
+            let mut buf = vec![0; 4 << 20];
+            for (at, count) in [(4 << 20, 4 << 20), (4 << 20, 3 << 20), (3 << 20, 2200 << 10)] {
+                let begun = std::time::Instant::now();
+                let e = image.read_at(&mut buf[..count], at).unwrap_err();
+                assert_eq!(e.kind(), qblk::block::ErrorKind::Errno(libc::EIO), "{uri}: {e}");
+                assert!(begun.elapsed().as_secs() < 10, "{uri}: {:?}", begun.elapsed());
+                image.read_at(&mut buf[..4 << 20], 1 << 20).unwrap();
+                assert_same(&buf, &bytes[1 << 20..5 << 20], 1 << 20, &uri);
+            }
+            nbdsh(
+                &uri,
+                "for at, count in ((4 << 20, 4 << 20), (3 << 20, 2200 << 10)):
+    try:
+        h.pread(count, at)
+        raise SystemExit('it was read')
+    except nbd.Error as e:
+        assert e.errno == 'EIO', e
+    assert len(h.pread(4 << 20, 1 << 20)) == 4 << 20
+",
+            );
+        }
+    }
+    served.stop();
+}

@@ -17,6 +17,8 @@ use crate::tally::{Class, Kind, Totals, for_each_extent};
 use crate::units::{human, human_and_exact, shown};
 
 pub fn run(args: &MapArgs) -> Result<()> {
+    // Before it is opened: there are NBD servers that take one client.
+    let links = links(args)?;
     let image = args.open.open(&args.image, OpenFlags::default())?;
     let size = image.size()?;
     let length = args.length.unwrap_or(size.saturating_sub(args.offset));
@@ -27,7 +29,6 @@ pub fn run(args: &MapArgs) -> Result<()> {
             return Err(qblk::Error::Range { file, offset, count: length, size }.into());
         }
     };
-    let links = links(args)?;
     match &args.svg {
         Some(file) => draw(args, &image, &links, size, end, file),
         None if args.json => print_json(args, &image, &links, size, end),

@@ -83,7 +83,14 @@ impl Place {
 
     /// The URI of an export here; `None` is one that answers to every name.
     pub fn uri_of(&self, export: Option<&[u8]>, tls: bool) -> Option<String> {
-        let mut uri = Uri::to(self.uri.as_ref()?.address.clone());
+        let mut address = self.uri.as_ref()?.address.clone();
+        // All addresses of this host: clients need one.
+        if let Address::Tcp { host, .. } = &mut address
+            && host.is_empty()
+        {
+            *host = "localhost".into();
+        }
+        let mut uri = Uri::to(address);
         uri.tls = tls;
         uri.export = match export {
             Some(name) => name.to_vec(),

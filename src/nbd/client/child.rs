@@ -10,6 +10,7 @@ use std::process::{self, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::block::{Error, Name, Result, quoted};
+use crate::nbd::uri::MAX_SOCKET_PATH;
 
 /// How long a server may take to end, at each of: by itself, at SIGTERM.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -38,6 +39,10 @@ impl Drop for Dir {
 impl Dir {
     pub(super) fn new(name: &Name) -> Result<Self> {
         let mut template = std::env::temp_dir().into_os_string().into_encoded_bytes();
+        // A socket's address has no room for more.
+        if template.len() + "/qblk-XXXXXX/sock".len() > MAX_SOCKET_PATH {
+            template = b"/tmp".to_vec();
+        }
         template.extend(b"/qblk-XXXXXX\0");
         // SAFETY: a NUL-terminated template of ours, changed in place; the directory is made for
         // this user alone.

@@ -129,7 +129,12 @@ impl Nbd {
         changes: bool,
     ) -> Result<()> {
         let deadline = self.pool.deadline();
-        let most = self.longest();
+        let most = match kind {
+            // It is "read, and keep": there are servers that do so in memory, and refuse what they would not
+            // send.
+            cmd::CACHE => self.longest().min(self.pool.export.maximum.into()),
+            _ => self.longest(),
+        };
         while count > 0 {
             let length = count.min(most);
             let request = Request { kind, flags, offset, length, memory: Memory::None };
@@ -259,6 +264,7 @@ impl Driver for Nbd {
             fua: e.has(flag::SEND_FUA),
             trim: e.has(flag::SEND_TRIM),
             zero: e.has(flag::SEND_WRITE_ZEROES),
+            fast_zero: e.has(flag::SEND_FAST_ZERO),
             cache: e.has(flag::SEND_CACHE),
             extents: e.context(ALLOCATION).is_some(),
             sparse: false,
@@ -475,6 +481,7 @@ impl Driver for Nbd {
             ("nbd.connections", self.pool.live().to_string().into()),
             ("nbd.contexts", contexts.join(&b',')),
             ("nbd.multi-conn", on(e.has(flag::CAN_MULTI_CONN))),
+            ("nbd.df", on(e.has(flag::SEND_DF))),
             ("nbd.fast-zero", on(e.has(flag::SEND_FAST_ZERO))),
             ("nbd.minimum-block", e.minimum.to_string().into()),
             ("nbd.preferred-block", e.preferred.to_string().into()),

@@ -86,9 +86,11 @@ impl State {
     }
 }
 
-/// How long each further connection may take at open: a server that has as many clients as it wants
-/// does not answer at all, and one connection will do.
-const FURTHER: Duration = Duration::from_secs(2);
+/// How long each further connection may take at open, at least and at most: a server that has as many
+/// clients as it wants does not answer at all, and one connection will do.
+const FURTHER: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(2));
+/// And how many times as long as the first took.
+const SLOWER: u32 = 8;
 
 /// See the module's text.
 pub(super) struct Pool {
@@ -112,7 +114,9 @@ pub(super) struct Pool {
 impl Pool {
     /// Connect as often as the settings say.
     pub(super) fn open(source: Source) -> Result<Arc<Self>> {
+        let begun = Instant::now();
         let first = source.first()?;
+        let further = (begun.elapsed() * SLOWER).clamp(FURTHER.0, FURTHER.1);
         let export = first.export.clone();
         let safe = export.has(flag::CAN_MULTI_CONN) && source.is_repeatable();
         let wanted = source.settings.connections.unwrap_or(DEFAULT_LANES).clamp(1, 64);
@@ -141,7 +145,7 @@ impl Pool {
         for lane in &pool.lanes {
             let link = match next.take() {
                 Some(link) => link,
-                None => match pool.another(Some(Instant::now() + FURTHER)) {
+                None => match pool.another(Some(Instant::now() + further)) {
                     Ok(link) => link,
                     Err(e) => {
                         log(Level::Warn, format_args!("doing without another connection: {e}"));

@@ -17,6 +17,8 @@ use crate::nbd::uri::Address;
 
 /// Between two tries of a first connect.
 const PAUSE: Duration = Duration::from_millis(20);
+/// For so many pauses a server that was started and has hung up is waited for to end.
+const LAST_WORDS: u32 = 10;
 /// A server that was just started gets at least so long to listen.
 const START: Duration = Duration::from_secs(10);
 /// Connecting and negotiating may take so long, once there is a server.
@@ -71,7 +73,22 @@ impl Source {
     /// The first connection: tried again for as long as the settings say.
     pub(super) fn first(&self) -> Result<Link> {
         let stream = self.first_stream()?;
-        self.negotiate(stream)
+        self.negotiate(stream).map_err(|e| self.because_it_ended(e))
+    }
+
+    /// A server that was started and hangs up is about to end, as a rule: how tells more.
+    fn because_it_ended(&self, e: Error) -> Error {
+        let (Some(child), ErrorKind::Errno(libc::ECONNRESET)) = (&self.child, e.kind()) else {
+            return e;
+        };
+        for _ in 0..LAST_WORDS {
+            if let Some(how) = child.lock().ended() {
+                let what = format!("the server that was started {how}");
+                return Error::net(&self.name, what, libc::ECONNRESET);
+            }
+            std::thread::sleep(PAUSE);
+        }
+        e
     }
 
     /// The exports that the server has.

@@ -27,7 +27,7 @@ pub fn listen(address: &Address) -> Result<Vec<(OwnedFd, Address)>> {
                     (Ipv6Addr::UNSPECIFIED, *port).into(),
                     (Ipv4Addr::UNSPECIFIED, *port).into(),
                 ],
-                host => resolve(host, *port, &name)?,
+                host => resolve(host, *port, &name, None, None)?,
             };
             // A hosts file may name an address twice.
             let mut seen = Vec::new();

@@ -367,3 +367,31 @@ fn streams_give_up_in_time_when_woken_and_when_alone() {
     // Not EPIPE, which programs take for a pipe's.
     assert_eq!(number(a.write(&buf)), libc::ECONNRESET);
 }
+
+#[test]
+fn what_takes_too_long_is_left_alone() {
+    let slow = || {
+        thread::sleep(Duration::from_secs(20));
+        Ok(())
+    };
+    let begun = Instant::now();
+    let late = within(Some(begun + Duration::from_millis(50)), None, slow).unwrap_err();
+    assert_eq!(late.raw_os_error(), Some(libc::ETIMEDOUT));
+    let waker = Waker::new().unwrap();
+    waker.wake();
+    let cancelled = within(None, Some(&waker), slow).unwrap_err();
+    assert_eq!(cancelled.raw_os_error(), Some(libc::ECANCELED));
+    assert!(begun.elapsed() < Duration::from_secs(10));
+    // What is done in time is what it would be without.
+    let later = Some(Instant::now() + Duration::from_secs(60));
+    assert_eq!(within(later, None, || Ok(7)).unwrap(), 7);
+    let failed = within(later, None, || Err::<(), _>(io::Error::from_raw_os_error(libc::ENOENT)));
+    assert_eq!(failed.unwrap_err().raw_os_error(), Some(libc::ENOENT));
+    let name = Name::from("nbd://localhost");
+    let found = resolve("localhost", 10809, &name, later, None).unwrap();
+    assert!(
+        !found.is_empty() && found.iter().all(|at| at.ip().is_loopback() && at.port() == 10809)
+    );
+    let found = resolve("127.0.0.1", 1, &name, None, Some(&waker)).unwrap();
+    assert_eq!(found, [SocketAddr::from(([127, 0, 0, 1], 1))]);
+}

@@ -443,7 +443,10 @@ impl Inner {
             let name = if e.name == b"*" { Vec::new() } else { e.name.clone() };
             (name, e.description.clone())
         };
-        state.exports.values().map(|e| shown(e)).collect()
+        // What answers to every name is the default, unless another is.
+        let default = state.exports.contains_key(&b""[..]);
+        let all = state.exports.values().filter(|e| !(default && e.name == b"*"));
+        all.map(|e| shown(e)).collect()
     }
 }
 

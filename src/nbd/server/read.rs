@@ -1,11 +1,13 @@
 //! Reads: small ones are gathered with other replies, the data of large ones go from a host file to
 //! the socket inside the kernel, and holes are told instead of sent.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use super::conn::{Cut, JOB, OUTPUT, Own};
 use super::reply;
-use crate::block::{Device, Extent, OneIov, Result};
+use super::send::Short;
+use crate::block::{Device, Error, Extent, OneIov, Result};
 use crate::nbd::proto::{Mode, Request, chunk, cmd_flag};
 
 /// From this many bytes on, data are sent from the file.
@@ -83,13 +85,19 @@ impl Own {
                     if !begun && r.length <= JOB && !self.is_near(std::slice::from_ref(e), file) {
                         return self.submit(*r, None, r.length as usize);
                     }
-                    if !single {
-                        let (head, n) = reply::read_header(self.conn.mode, last, r, offset, len);
-                        self.put(&head[..n])?;
-                    }
                     let more = single && offset + len < end;
-                    if let Err(e) = self.data(file, e, (offset, len), more)? {
-                        return Err(Cut::Failed(e.to_string()));
+                    let sent = match self.host(file, e, (offset, len)) {
+                        Some((fd, host)) => {
+                            self.whole(r, fd, host, (offset, len), (single, more, last))?
+                        }
+                        None if single => self.data(offset, len)?,
+                        None => self.chunks(r, offset, len, last)?,
+                    };
+                    match sent {
+                        Ok(()) => {}
+                        // Its length is promised.
+                        Err(e) if single => return Err(Cut::Failed(e.to_string())),
+                        Err(e) => return self.fail(r, &e),
                     }
                 }
                 begun = true;
@@ -133,24 +141,60 @@ impl Own {
         })
     }
 
-    /// Send data: `len` bytes at `offset`. With `more` the reply goes on. The outer error is the
-    /// connection's.
-    fn data(
-        &mut self,
-        file: Option<&Arc<Device>>,
+    /// The host file that the kernel can send `len` bytes from, and where they are in it.
+    fn host<'a>(
+        &self,
+        file: Option<&'a Arc<Device>>,
         e: &Extent,
-        (mut offset, mut len): (u64, u64),
-        more: bool,
+        (offset, len): (u64, u64),
+    ) -> Option<(BorrowedFd<'a>, u64)> {
+        let fd = file.and_then(|f| f.driver().file())?;
+        let kernel = len >= LARGE / 2 && self.conn.tls.is_none();
+        kernel.then(|| (fd, e.host_offset + (offset - e.offset)))
+    }
+
+    /// Send data from a host file: `len` bytes that are at `host` there. As a chunk (not the last: that all
+    /// is well is known when it is out), or in a reply that goes on with `more`. The outer error is the
+    /// connection's, here as below.
+    fn whole(
+        &mut self,
+        r: &Request,
+        fd: BorrowedFd<'_>,
+        host: u64,
+        (offset, len): (u64, u64),
+        (single, more, last): (bool, bool, u16),
     ) -> std::result::Result<Result<()>, Cut> {
-        if let Some(fd) = file.and_then(|f| f.driver().file())
-            && len >= LARGE / 2
-            && self.conn.tls.is_none()
-        {
-            let host = e.host_offset + (offset - e.offset);
-            let n = std::mem::take(&mut self.len);
-            self.conn.send_file(&self.out[..n], more, fd, host, len)?;
-            return Ok(Ok(()));
+        let mode = self.conn.mode;
+        if !single {
+            let (head, n) = reply::read_header(mode, 0, r, offset, len);
+            self.put(&head[..n])?;
         }
+        let n = std::mem::take(&mut self.len);
+        if let Some(Short { mut left, errno }) =
+            self.conn.send_file(&self.out[..n], more, fd, host, len)?
+        {
+            let e = Error::Os { op: "read", file: "an export's file".into(), errno };
+            if single {
+                return Ok(Err(e));
+            }
+            // The chunk is made whole with zeroes, which the error behind it takes back.
+            while left > 0 {
+                let zeroes = [0; 4096];
+                let n = left.min(4096);
+                left -= n;
+                self.conn.send(&zeroes[..n as usize], left > 0)?;
+            }
+            return Ok(Err(e));
+        }
+        if !single && last != 0 {
+            let (bytes, n) = reply::end(mode, r);
+            self.put(&bytes[..n])?;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Send data of a reply whose header is out: `len` bytes at `offset`.
+    fn data(&mut self, mut offset: u64, mut len: u64) -> std::result::Result<Result<()>, Cut> {
         while len > 0 {
             let n = len.min(PIECE as u64) as usize;
             // What is there goes first, so that pieces stay large.
@@ -165,6 +209,31 @@ impl Own {
             self.len += n;
             offset += n as u64;
             len -= n as u64;
+        }
+        Ok(Ok(()))
+    }
+
+    /// Send data as chunks, each of which is read before it is begun; the last of them has the flags `last`.
+    fn chunks(
+        &mut self,
+        r: &Request,
+        mut offset: u64,
+        mut len: u64,
+        last: u16,
+    ) -> std::result::Result<Result<()>, Cut> {
+        while len > 0 {
+            let n = len.min((PIECE - reply::MAX_HEADER) as u64);
+            self.room(reply::MAX_HEADER + n as usize)?;
+            let flags = if n == len { last } else { 0 };
+            let (head, h) = reply::read_header(self.conn.mode, flags, r, offset, n);
+            let to = &mut self.out[self.len + h..self.len + h + n as usize];
+            if let Err(e) = self.conn.export.with(|i| i.read_at(to, offset)) {
+                return Ok(Err(e));
+            }
+            self.out[self.len..self.len + h].copy_from_slice(&head[..h]);
+            self.len += h + n as usize;
+            offset += n;
+            len -= n;
         }
         Ok(Ok(()))
     }

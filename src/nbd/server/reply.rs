@@ -22,6 +22,11 @@ pub fn ok_bytes(mode: Mode, to: &Request) -> ([u8; 32], usize) {
     (b, 16)
 }
 
+/// The end of a read's reply of which all data are out, and how many bytes count. Not for simple replies.
+pub fn end(mode: Mode, to: &Request) -> ([u8; 32], usize) {
+    chunk_header(mode, chunk::DONE, chunk::NONE, to, 0)
+}
+
 /// An error, with a text where the protocol has room for one.
 pub fn error(out: &mut Vec<u8>, mode: Mode, to: &Request, e: &Error) {
     let errno = errno(to.kind, e);

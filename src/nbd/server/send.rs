@@ -37,6 +37,19 @@ pub struct Sending {
     middle: bool,
 }
 
+/// Bytes of a file that were promised and can not be had.
+pub struct Short {
+    pub left: u64,
+    pub errno: i32,
+}
+
+impl Short {
+    fn of(s: &mut Sending, left: u64, errno: i32) -> Self {
+        s.middle = true;
+        Self { left, errno }
+    }
+}
+
 impl Sending {
     fn is_empty(&self) -> bool {
         self.rest.is_empty() && self.cipher_taken == self.cipher.len()
@@ -57,7 +70,7 @@ impl Conn {
     }
 
     /// Send `head`, and `count` bytes of a host file after it, which the kernel moves; `more` as for
-    /// [`Conn::send`].
+    /// [`Conn::send`]. Where the file ends or fails before, the rest of them has still to be sent.
     pub(super) fn send_file(
         &self,
         head: &[u8],
@@ -65,7 +78,7 @@ impl Conn {
         file: BorrowedFd<'_>,
         mut offset: u64,
         mut count: u64,
-    ) -> Result<(), Cut> {
+    ) -> Result<Option<Short>, Cut> {
         let mut s = self.sending.lock();
         self.finish(&mut s, true)?;
         self.push(&mut s, head, true)?;
@@ -81,13 +94,19 @@ impl Conn {
                     offset += n as u64;
                     count -= n as u64;
                 }
-                // The length was promised: all that is left is to hang up.
-                0 => return Err(Cut::Failed("the file became shorter while it was sent".into())),
+                // It became shorter.
+                0 => return Ok(Some(Short::of(&mut s, count, libc::EIO))),
                 _ => match last_errno() {
                     libc::EINTR => {}
                     libc::EINVAL | libc::ENOSYS => {
-                        self.send_by_hand(&mut s, file, offset, count, more)?;
+                        if let Some(short) = self.send_by_hand(&mut s, file, offset, count, more)? {
+                            return Ok(Some(short));
+                        }
                         break;
+                    }
+                    // The file's, for sockets have none of these.
+                    e @ (libc::EIO | libc::EUCLEAN | libc::EBADMSG | libc::ENODATA) => {
+                        return Ok(Some(Short::of(&mut s, count, e)));
                     }
                     e => return Err(Cut::from_send(e)),
                 },
@@ -95,7 +114,10 @@ impl Conn {
         }
         s.middle = more;
         drop(s);
-        if more { Ok(()) } else { self.send_done(true) }
+        if !more {
+            self.send_done(true)?;
+        }
+        Ok(None)
     }
 
     /// Send bytes of a file that the kernel does not move by itself.
@@ -106,7 +128,7 @@ impl Conn {
         mut offset: u64,
         mut count: u64,
         more: bool,
-    ) -> Result<(), Cut> {
+    ) -> Result<Option<Short>, Cut> {
         let mut piece = vec![0u8; count.min(128 << 10) as usize];
         while count > 0 {
             let most = count.min(piece.len() as u64) as usize;
@@ -125,14 +147,14 @@ impl Conn {
                     count -= n as u64;
                     self.push(s, &piece[..n as usize], more || count > 0)?;
                 }
-                0 => return Err(Cut::Failed("the file became shorter while it was sent".into())),
-                _ if last_errno() == libc::EINTR => {}
-                _ => {
-                    return Err(Cut::Failed("the file could not be read while it was sent".into()));
-                }
+                0 => return Ok(Some(Short::of(s, count, libc::EIO))),
+                _ => match last_errno() {
+                    libc::EINTR => {}
+                    e => return Ok(Some(Short::of(s, count, e))),
+                },
             }
         }
-        Ok(())
+        Ok(None)
     }
 
     /// A reply made by a thread of the pool: sent now if the socket takes it.

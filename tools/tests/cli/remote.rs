@@ -4,6 +4,30 @@ use crate::support::*;
 
 const MIB: u64 = 1 << 20;
 
+/// As qemu-nbd is, unless it is told to share.
+#[test]
+fn a_server_that_takes_one_client_is_enough() {
+    let dir = Dir::new();
+    dir.sparse("src.raw", MIB, &[(0, b"data")]);
+    let mut qemu = std::process::Command::new("qemu-nbd");
+    let socket = dir.path("q.sock");
+    qemu.args(["-t", "-r", "-f", "raw", "-k"]).arg(&socket).arg(dir.path("src.raw"));
+    let mut qemu = qemu.spawn().expect("qemu-nbd; install qemu-utils");
+    let begun = std::time::Instant::now();
+    while !socket.exists() && begun.elapsed().as_secs() < 20 {
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let ran = ["map", "info", "read"].map(|command| {
+        let rest = if command == "read" { " 0 4 --to out" } else { "" };
+        dir.qblk(&format!("{command} -o nbd.timeout=10 {uri}{rest}"))
+    });
+    let ended = qemu.kill().and_then(|()| qemu.wait());
+    ended.unwrap();
+    ran.into_iter().for_each(|r| _ = r.good());
+    assert_eq!(dir.read("out"), b"data");
+}
+
 #[test]
 fn every_command_takes_an_nbd_uri_for_an_image() {
     let dir = Dir::new();

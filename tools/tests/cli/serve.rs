@@ -102,6 +102,15 @@ fn list_tells_names_and_descriptions() {
     assert_eq!(json, serde_json::json!([one]));
     served.end();
     dir.qblk(&format!("list {uri}")).bad(1, &["refused"]);
+    // The default is there once, also if another answers to all other names.
+    let served = dir.serve("-U a.sock -e =mem:1M -e *=mem:2M", 2);
+    assert_eq!(
+        dir.qblk("list --json nbd+unix:///?socket=a.sock").json().as_array().unwrap().len(),
+        1
+    );
+    assert_eq!(dir.nbdinfo(&["--size", "nbd+unix:///?socket=a.sock"]).trim(), "1048576");
+    assert_eq!(dir.nbdinfo(&["--size", "nbd+unix:///other?socket=a.sock"]).trim(), "2097152");
+    served.end();
     dir.qblk("list disk.qcow2").bad(1, &["'disk.qcow2'", "NBD URI"]);
     dir.qblk("list -o tls-cb=x nbd://localhost").bad(2, &["'tls-cb'"]);
 }
@@ -228,6 +237,10 @@ fn a_command_has_the_server_to_itself() {
     let said = run(&["mem:1M", "-e", "b=mem:1M", "--uri", "nbd://localhost:0", "--run", script]);
     let said = said.good();
     assert!(said.starts_with("nbd://localhost:") && said.ends_with("/mem:1M "), "{said}");
+    // At all addresses: the URI has one of them, and clients come in.
+    let said =
+        run(&["mem:1M", "--uri", "nbd://:0", "--run", "echo $uri; nbdinfo --size $uri"]).good();
+    assert!(said.starts_with("nbd://localhost:") && said.ends_with("\n1048576\n"), "{said}");
     // What it wrote is there when the command has ended.
     dir.write("new.raw", &noise(3, 32 * MIB));
     assert_eq!(run(&["disk.qcow2", "--run", "nbdcopy new.raw $uri"]).good(), "");
