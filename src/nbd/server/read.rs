@@ -153,9 +153,11 @@ impl Own {
         kernel.then(|| (fd, e.host_offset + (offset - e.offset)))
     }
 
-    /// Send data from a host file: `len` bytes that are at `host` there. As a chunk (not the last: that all
-    /// is well is known when it is out), or in a reply that goes on with `more`. The outer error is the
-    /// connection's, here as below.
+    /// Send data from a host file: `len` bytes that are at `host` there. As a chunk with the flags `last`, or in
+    /// a reply that goes on with `more`. The outer error is the connection's, here as below.
+    ///
+    /// That all is well is known when it is out. Where nobody has looked whether the data are near, they are
+    /// not the last chunk, so that an error can follow; where they are, that would be one more for nothing.
     fn whole(
         &mut self,
         r: &Request,
@@ -165,8 +167,10 @@ impl Own {
         (single, more, last): (bool, bool, u16),
     ) -> std::result::Result<Result<()>, Cut> {
         let mode = self.conn.mode;
+        let promised = single || (last != 0 && r.length <= JOB);
         if !single {
-            let (head, n) = reply::read_header(mode, 0, r, offset, len);
+            let flags = if promised { last } else { 0 };
+            let (head, n) = reply::read_header(mode, flags, r, offset, len);
             self.put(&head[..n])?;
         }
         let n = std::mem::take(&mut self.len);
@@ -174,8 +178,8 @@ impl Own {
             self.conn.send_file(&self.out[..n], more, fd, host, len)?
         {
             let e = Error::Os { op: "read", file: "an export's file".into(), errno };
-            if single {
-                return Ok(Err(e));
+            if promised {
+                return Err(Cut::Failed(e.to_string()));
             }
             // The chunk is made whole with zeroes, which the error behind it takes back.
             while left > 0 {
@@ -186,7 +190,7 @@ impl Own {
             }
             return Ok(Err(e));
         }
-        if !single && last != 0 {
+        if !promised && last != 0 {
             let (bytes, n) = reply::end(mode, r);
             self.put(&bytes[..n])?;
         }
